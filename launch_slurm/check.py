@@ -1,0 +1,50 @@
+"""Checks of a job before it trains: settings, layout, files. Prints the run folder and NFT_ADDRESS.
+
+    check.py --ranks N [--engine-nodes M] --config FILE … [key=value …]
+
+One line on stderr and status 2 for what cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_nft.config import Config, ConfigError, load_config
+
+
+def check(config: Config, world_size: int, engines: bool) -> None:
+    """ValueError for the first thing that would stop the run."""
+    config.check_world_size(world_size)
+    if not (config.model.path / "config.json").is_file():
+        raise ValueError(f"model.path {config.model.path}: no model there (no config.json)")
+    for key, paths in (("data.train", config.data.train), ("eval.data", config.eval.data)):
+        for path in paths:
+            if not path.is_file():
+                raise ValueError(f"{key}: {path} is not a file")
+    if engines and config.rollout.engine == "embedded":
+        raise ValueError("NFT_ENGINE_NODES needs rollout.engine=sglang or vllm, not embedded")
+    if engines and config.rollout.server.urls:
+        raise ValueError("NFT_ENGINE_NODES and rollout.server.urls exclude each other")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--engine-nodes", type=int, default=0)
+    parser.add_argument("--config", action="append", required=True)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    try:
+        config = load_config(args.config, args.overrides)
+        check(config, args.ranks, args.engine_nodes > 0)
+        print(config.run_dir.absolute(), os.environ.get("NFT_ADDRESS", ""), sep="\n")
+    except (ConfigError, ValueError, OSError) as e:
+        print("nft: " + "; ".join(str(e).splitlines()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""The command line: megatron-nft train | eval | compare | grade | plan | report.
+
+Only argparse and the settings are imported here; a command imports what it needs when it runs, so `--help` is quick.
+Exit codes: 0 done, 1 error, 2 bad usage or settings, 75 saved and to be run again, 130 interrupted and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_nft import __version__
+
+# name -> (module with add_arguments(parser) and run(args) -> int, one-line help)
+COMMANDS = {
+    "train": ("megatron_nft.train_command", "train a model with NFT or one of the baselines"),
+    "eval": ("megatron_nft.evaluate.command", "evaluate a model on maths benchmarks"),
+    "compare": ("megatron_nft.evaluate.compare_command", "is B better than A? two evaluations, paired"),
+    "grade": ("megatron_nft.verify.grade_file", "grade responses in a JSONL or parquet file"),
+    "plan": ("megatron_nft.plan.command", "check memory, time and layout of a run before it is queued"),
+    "report": ("megatron_nft.report.command", "write one HTML page about a run"),
+}
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser; only the chosen command's module is imported, for its options."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-nft", description="Negative-aware Fine-Tuning (arXiv 2505.18116) on Megatron-Core."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == command:
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((a for a in argv if a in COMMANDS), None)
+    args = build_parser(command).parse_args(argv)
+    # A console script does not put the working directory on the path, `python -m` does;
+    # graders named by dotted path are looked up there in both.
+    if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except BrokenPipeError:  # the reader of our output left, as in `megatron-nft plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""The public maths benchmarks: where they are found and how their rows become questions.
+
+A benchmark is read from a local folder (one file per benchmark) or from the Hugging Face hub. Two layouts are known and
+told apart by their columns: the benchmark's own (problem, answer, ...) and verl's (prompt, reward_model, ...), whose
+messages are used as they stand and whose repeated copies of a question are read once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_nft.data.rows import DataError, read_rows
+
+BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+"""Put under every question that comes without an instruction of its own (Qwen2.5-Math's wording)."""
+
+
+class BenchmarkError(DataError):
+    """A benchmark that is unknown, missing or malformed. The message names file, row and column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question of a benchmark."""
+
+    id: str  # stable within its benchmark
+    messages: tuple[dict[str, str], ...]  # [{role, content}]
+    answer: str  # ground truth
+    data_source: str  # graders may look at it
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a data set on the Hugging Face hub."""
+
+    repo: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A public test set and how the NFT paper uses it."""
+
+    name: str
+    title: str
+    num_questions: int
+    samples: int  # answers per question: avg@samples
+    files: tuple[str, ...]  # file names looked for in a folder, without .jsonl or .parquet
+    hub: HubFile
+    convert: Callable[[dict[str, Any]], tuple[str, Any]]  # row of the benchmark's own layout -> problem, answer
+
+
+def _problem_answer(row: dict[str, Any]) -> tuple[str, Any]:
+    return row["problem"], row["answer"]
+
+
+def _gsm8k(row: dict[str, Any]) -> tuple[str, Any]:
+    work, mark, answer = row["answer"].rpartition("####")
+    if not mark:
+        raise ValueError(f"answer {work + answer!r:.60} has no '####' before the result")
+    return row["question"], answer.strip().replace(",", "")
+
+
+def _minerva(row: dict[str, Any]) -> tuple[str, Any]:
+    return row["problem"], last_boxed(row["solution"])
+
+
+def _olympiad(row: dict[str, Any]) -> tuple[str, Any]:
+    context = row.get("context")
+    return f"{context}\n\n{row['question']}" if context else row["question"], row["final_answer"]
+
+
+_NFT_VALIDATION = "ChenDRAG/VeRL_math_validation"  # the sets that the NFT paper was evaluated on, with their prompts
+
+BENCHMARKS: dict[str, Benchmark] = {
+    b.name: b
+    for b in (
+        Benchmark(
+            "aime24", "AIME 2024", 30, 32,
+            ("aime24", "aime2024", "aime-2024-boxed_w_answer", "dapo_aime-2024"),
+            HubFile(_NFT_VALIDATION, "aime-2024-boxed_w_answer.parquet"), _problem_answer,
+        ),
+        Benchmark(
+            "aime25", "AIME 2025", 30, 32,
+            ("aime25", "aime2025", "aime2025_32_dapo_boxed_w_answer"),
+            HubFile(_NFT_VALIDATION, "aime2025_32_dapo_boxed_w_answer.parquet"), _problem_answer,
+        ),
+        Benchmark(
+            "amc23", "AMC 2023", 40, 32,
+            ("amc23", "amc2023", "amc2023_32_dapo_boxed_w_answer"),
+            HubFile(_NFT_VALIDATION, "amc2023_32_dapo_boxed_w_answer.parquet"), _problem_answer,
+        ),
+        Benchmark(
+            "math500", "MATH-500", 500, 1, ("math500", "math500_boxed"),
+            HubFile(_NFT_VALIDATION, "math500_boxed.parquet"), _problem_answer,
+        ),
+        Benchmark(
+            "olympiadbench", "OlympiadBench", 675, 1, ("olympiadbench",),
+            HubFile(_NFT_VALIDATION, "olympiadbench.parquet"), _olympiad,
+        ),
+        Benchmark(
+            "minerva", "Minerva Math", 272, 1, ("minerva", "minerva_math"),
+            HubFile(_NFT_VALIDATION, "minerva_math.parquet"), _minerva,
+        ),
+        Benchmark(
+            "gsm8k", "GSM8K", 1319, 1, ("gsm8k",),
+            HubFile("openai/gsm8k", "main/test-00000-of-00001.parquet"), _gsm8k,
+        ),
+    )
+}  # fmt: skip
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """By name; BenchmarkError lists the known ones."""
+    try:
+        return BENCHMARKS[name]
+    except KeyError:
+        raise BenchmarkError(f"unknown benchmark {name!r}; known are {', '.join(BENCHMARKS)}") from None
+
+
+def find_file(benchmark: Benchmark, folder: Path | None) -> Path:
+    """The benchmark's file in `folder` (or its `eval` subfolder), or a download from the hub where `folder` is None."""
+    if folder is None:
+        return _download(benchmark)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BenchmarkError(f"data folder {folder} does not exist; give --data, or leave it out to use the hub")
+    for place in (folder, folder / "eval"):
+        for stem in benchmark.files:
+            for suffix in (".parquet", ".jsonl"):
+                if (place / (stem + suffix)).is_file():
+                    return place / (stem + suffix)
+    names = ", ".join(f"{stem}.jsonl" for stem in benchmark.files)
+    raise BenchmarkError(
+        f"no file for benchmark {benchmark.name} in {folder}: looked for {names} (or .parquet) there and in its eval/"
+    )
+
+
+def read_benchmark(benchmark: Benchmark, path: Path) -> list[Question]:
+    """Every question of the file, in its order. BenchmarkError or DataError names the row that cannot be used."""
+    first = next(read_raw_rows(path), None)
+    if first is None:
+        raise BenchmarkError(f"{path}: holds no question of {benchmark.title}")
+    if "prompt" in first[1]:
+        return read_prepared(path)
+    return [convert_row(benchmark, values, f"{path}, row {number}") for number, values in read_raw_rows(path)]
+
+
+def read_prepared(path: Path) -> list[Question]:
+    """Questions of a file in verl's layout, with the prompts as they stand and copies of a question read once.
+
+    Published files carry columns of their own beside prompt and reward_model; they are left aside. A file without
+    reward_model is one of our own and is read as strictly as training data.
+    """
+    first = next(read_raw_rows(path), (0, {}))[1]
+    if "reward_model" in first:
+        found = [_from_verl(values, str(number), f"{path}, row {number}") for number, values in read_raw_rows(path)]
+    else:
+        rows = enumerate(read_rows(path), start=1)
+        found = [Question(str(n), row.messages, row.answer, row.data_source, row.extra) for n, row in rows]
+    questions: dict[tuple, Question] = {}
+    for question in found:
+        key = (*((m["role"], m["content"]) for m in question.messages), question.answer)
+        questions.setdefault(key, question)
+    return list(questions.values())
+
+
+def convert_row(benchmark: Benchmark, values: dict[str, Any], where: str) -> Question:
+    """A row in the benchmark's own layout as a question; `where` (file and row) goes into errors."""
+    try:
+        problem, answer = benchmark.convert(values)
+        message = boxed_message(_text(problem, "problem"))
+        number = where.rpartition(" ")[2]
+        return Question(_row_id(values, number), (message,), answer_text(answer), benchmark.name, _extra(values))
+    except KeyError as e:
+        raise BenchmarkError(f"{where}: no column {e}; it has {', '.join(values)}") from None
+    except (TypeError, AttributeError, ValueError) as e:
+        raise BenchmarkError(f"{where}: {e}") from None
+
+
+def read_raw_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, row) of a .jsonl or .parquet file of any layout. BenchmarkError where it cannot be read."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            yield from enumerate(pq.read_table(path).to_pylist(), start=1)
+        except (pa.ArrowException, OSError) as e:
+            raise BenchmarkError(f"{path}: cannot be read as parquet ({e})") from None
+    elif path.suffix == ".jsonl":
+        yield from _read_jsonl(path)
+    else:
+        raise BenchmarkError(f"{path}: must be a .jsonl or .parquet file")
+
+
+def boxed_message(problem: str) -> dict[str, str]:
+    """The problem with the boxed-answer instruction, as the user's message."""
+    return {"role": "user", "content": f"{problem.strip()}\n{BOXED_INSTRUCTION}"}
+
+
+def answer_text(value: Any) -> str:
+    """The ground truth as text: 27.0 -> '27', ['2', '3'] -> '2, 3'. ValueError for null, booleans and mappings."""
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(int(value)) if float(value).is_integer() else repr(value)
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        return ", ".join(answer_text(v) for v in value)
+    raise ValueError(f"the answer is {value!r} ({type(value).__name__}); a text, a number or a list of them is needed")
+
+
+def last_boxed(text: str) -> str:
+    r"""What stands in the last complete \boxed{...} of `text`, braces balanced. ValueError where there is none."""
+    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
+        depth, end = 1, match.end()
+        while end < len(text) and depth:
+            step = 2 if text[end] == "\\" else 1  # an escaped brace is not a brace
+            depth += {"{": 1, "}": -1}.get(text[end], 0) if step == 1 else 0
+            end += step
+        if depth == 0:
+            return text[match.end() : end - 1].strip()
+    raise ValueError(f"no complete \\boxed{{}} in {text[-60:]!r}")
+
+
+def _from_verl(values: dict[str, Any], number: str, where: str) -> Question:
+    try:
+        messages = tuple({"role": m["role"], "content": _text(m["content"], "prompt")} for m in values["prompt"])
+        answer = answer_text(values["reward_model"]["ground_truth"])
+    except KeyError as e:
+        raise BenchmarkError(f"{where}: no {e} in prompt or reward_model, as verl's layout has it") from None
+    except (TypeError, ValueError) as e:
+        raise BenchmarkError(f"{where}: {e}") from None
+    if not messages:
+        raise BenchmarkError(f"{where}: column prompt holds no message")
+    extra = values.get("extra_info") or {}
+    index = extra.get("index")
+    return Question(
+        number if index is None else str(index), messages, answer, str(values.get("data_source") or ""), extra
+    )
+
+
+def _row_id(row: dict[str, Any], number: str) -> str:
+    for column in ("unique_id", "id", "idx"):
+        if row.get(column) is not None:
+            return str(row[column])
+    return number
+
+
+def _extra(row: dict[str, Any]) -> dict[str, Any]:
+    """What a grader may want to know beside the answer."""
+    return {column: row[column] for column in ("unit", "error", "answer_type") if row.get(column) is not None}
+
+
+def _text(value: Any, column: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"column {column} holds {value!r} ({type(value).__name__}), not a text")
+    return value
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as e:
+        raise BenchmarkError(f"{path}: {e.strerror or e}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as e:
+            raise BenchmarkError(f"{path}, row {number}: not UTF-8 text (byte {e.start})") from None
+        except json.JSONDecodeError as e:
+            raise BenchmarkError(f"{path}, row {number}: not JSON ({e})") from None
+        if not isinstance(row, dict):
+            raise BenchmarkError(f"{path}, row {number}: a {type(row).__name__}, not an object")
+        yield number, row
+
+
+def _download(benchmark: Benchmark) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    hub = benchmark.hub
+    try:
+        return Path(hf_hub_download(hub.repo, hub.path, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as e:
+        raise BenchmarkError(
+            f"benchmark {benchmark.name}: {hub.path} of {hub.repo} cannot be had from the hub ({type(e).__name__}); "
+            f"download it elsewhere and name its folder with --data"
+        ) from None

@@ -1,0 +1,215 @@
+"""Public question sets into this project's layout (data/rows.py): what tools/prepare_data.py does.
+
+A source row is either of the set's own columns (problem, answer, …) or already in the verl layout. Its problem gets the
+boxed-answer instruction; DAPO's "Answer:" instruction is taken off first. Rows without a usable answer are dropped and
+counted, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_nft.data.benchmarks import BENCHMARKS, BOXED_INSTRUCTION, HubFile, answer_text, last_boxed
+from megatron_nft.data.rows import DataError, read_raw
+
+_DAPO_PROMPT = re.compile(
+    r"\ASolve the following math problem step by step\. The last line of your response should be of the form "
+    r"Answer: \$Answer \(without quotes\) where \$Answer is the answer to the problem\.\s*(?P<problem>.*?)\s*"
+    r'Remember to put your answer on its own line after "Answer:"\.\s*\Z',
+    re.DOTALL,
+)
+_BOXED = "\\boxed{}"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSet:
+    """A public set: where the hub has it, and how a row of its own layout becomes problem and answer."""
+
+    title: str
+    hub: HubFile
+    convert: Callable[[dict[str, Any]], tuple[str, Any]]
+
+
+def _math(row: dict[str, Any]) -> tuple[str, Any]:
+    return row["problem"], row["answer"] if "answer" in row else last_boxed(row["solution"])
+
+
+def _verl_only(row: dict[str, Any]) -> tuple[str, Any]:
+    raise DataError(f"is not in the verl layout (prompt, reward_model); columns found: {', '.join(row)}")
+
+
+SETS: dict[str, SourceSet] = {
+    "gsm8k_train": SourceSet(
+        "GSM8K, training",
+        HubFile("openai/gsm8k", "main/train-00000-of-00001.parquet"),
+        BENCHMARKS["gsm8k"].convert,
+    ),
+    "math_train": SourceSet(
+        "MATH, training",
+        HubFile("DigitalLearningGmbH/MATH-lighteval", "data/train-00000-of-00001.parquet"),
+        _math,
+    ),
+    "dapo_math_17k": SourceSet(
+        "DAPO-Math-17k", HubFile("BytedTsinghua-SIA/DAPO-Math-17k", "data/dapo-math-17k.parquet"), _verl_only
+    ),
+    "nft_dapo_math_17k": SourceSet(
+        "DAPO-Math-17k with the NFT paper's prompts",
+        HubFile("ChenDRAG/VeRL_math_validation", "dapo-math-17k_10boxed.parquet"),
+        _verl_only,
+    ),
+} | {name: SourceSet(b.title, b.hub, b.convert) for name, b in BENCHMARKS.items()}
+
+
+@dataclass(slots=True)
+class Summary:
+    """What became of the rows."""
+
+    read: int = 0
+    duplicates: int = 0
+    written: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    first_dropped: dict[str, int] = field(default_factory=dict)  # reason -> row number of the first
+    conflicts: int = 0  # questions that stand with different answers; all are kept
+
+
+def prepare(
+    name: str,
+    rows: Iterable[tuple[int, dict[str, Any]]],
+    where: str,
+    *,
+    instruction: str = BOXED_INSTRUCTION,
+    copies: int = 1,
+    limit: int | None = None,
+) -> tuple[list[dict[str, Any]], Summary]:
+    """(rows in our layout, what happened). Each question once, then `copies` times; DataError if none is usable.
+
+    `limit` is the number of different questions after which reading stops. `where` names the source in errors.
+    """
+    source, summary = SETS[name], Summary()
+    out: list[dict[str, Any]] = []
+    answers: dict[str, str] = {}
+    for number, raw in rows:
+        summary.read += 1
+        try:
+            messages, answer, data_source = _question(raw, source, name, instruction)
+        except KeyError as e:
+            raise DataError(f"{where}, row {number}: no column {e}; columns found: {', '.join(raw)}") from None
+        except DataError as e:
+            raise DataError(f"{where}, row {number}: {e}") from None
+        except (ValueError, TypeError, AttributeError) as e:
+            reason = str(e)
+            summary.dropped[reason] += 1
+            summary.first_dropped.setdefault(reason, number)
+            continue
+        key = json.dumps(messages)
+        if answers.get(key) == answer:
+            summary.duplicates += 1
+            continue
+        summary.conflicts += key in answers
+        answers[key] = answer
+        out.append(_row(len(out), messages, answer, data_source, raw))
+        if len(out) == limit:
+            break
+    if not out:
+        reason, count = summary.dropped.most_common(1)[0]
+        raise DataError(f"{where}: none of the {summary.read} rows can be used as {name}; {count} of them: {reason}")
+    out = [row for row in out for _ in range(copies)]
+    summary.written = len(out)
+    return out, summary
+
+
+def _question(
+    raw: dict[str, Any], source: SourceSet, name: str, instruction: str
+) -> tuple[list[dict[str, str]], str, str]:
+    """(messages, answer, data_source) of a source row."""
+    if "prompt" in raw and "reward_model" in raw:
+        messages = [{"role": m["role"], "content": m["content"]} for m in raw["prompt"]]
+        content = messages[-1]["content"]
+        if _BOXED not in content:  # a prompt that asks for a box already keeps its own words
+            match = _DAPO_PROMPT.match(content)
+            messages[-1]["content"] = _instructed(match["problem"] if match else content, instruction)
+        return messages, answer_text(raw["reward_model"]["ground_truth"]), raw.get("data_source") or name
+    problem, answer = source.convert(raw)
+    return [{"role": "user", "content": _instructed(problem, instruction)}], answer_text(answer), name
+
+
+def _instructed(problem: str, instruction: str) -> str:
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError("the problem is empty")
+    return f"{problem.strip()}\n{instruction}" if instruction else problem.strip()
+
+
+def _row(
+    index: int, messages: list[dict[str, str]], answer: str, data_source: str, raw: dict[str, Any]
+) -> dict[str, Any]:
+    known = raw.get("extra_info") or {}
+    source_id = next((str(v) for v in (raw.get("unique_id"), raw.get("id"), known.get("index")) if v is not None), None)
+    return {
+        "data_source": data_source,
+        "prompt": messages,
+        "ability": raw.get("ability") or "MATH",
+        "reward_model": {"style": "rule", "ground_truth": answer},
+        "extra_info": {"index": index, "source_id": source_id},
+    }
+
+
+def open_source(source: str | None, name: str, split: str, subset: str | None) -> tuple[Iterator, str]:
+    """(rows, what to call them): a local file, `owner/name/file` or `owner/name` on the hub, or the set's own place."""
+    if source is None:
+        hub = SETS[name].hub
+        return read_raw(_download(hub.repo, hub.path)), f"{hub.repo}/{hub.path}"
+    path = Path(source)
+    if path.suffix in (".parquet", ".jsonl", ".json"):
+        parts = source.split("/", 2)
+        if not path.exists() and len(parts) == 3 and not source.startswith((".", "/", "~")):
+            return read_raw(_download(f"{parts[0]}/{parts[1]}", parts[2])), source
+        return read_raw(path), source
+    if path.exists() or source.count("/") != 1:
+        raise DataError(f"{source}: neither a .parquet or .jsonl file nor a data set's name on the hub (owner/name)")
+    return _load_dataset(source, split, subset), f"{source}, split {split}"
+
+
+def _download(repo: str, path: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(hf_hub_download(repo, path, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as e:
+        raise DataError(
+            f"{repo}/{path} cannot be had from the hub ({type(e).__name__}: {e}); "
+            "download it elsewhere and give the file's path"
+        ) from None
+
+
+def _load_dataset(repo: str, split: str, subset: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    import datasets
+
+    try:
+        return enumerate(datasets.load_dataset(repo, subset, split=split), start=1)
+    except Exception as e:  # the library's errors share no base class
+        raise DataError(f"{repo}, split {split}: {type(e).__name__}: {e}") from e
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """All rows as .parquet or .jsonl, whole or not at all. DataError for another ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), partial)
+    elif path.suffix == ".jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        partial.write_text(text, encoding="utf-8")
+    else:
+        raise DataError(f"{path}: the output ends in .parquet or .jsonl")
+    os.replace(partial, path)

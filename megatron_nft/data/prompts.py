@@ -1,0 +1,152 @@
+"""The stream of questions, in an order that depends on the seed and the draw alone.
+
+With n questions, draw d is question `permutation(seed, d // n)[d % n]`: an epoch is a permutation of its own, and
+one integer (the next draw) says where the stream stands. Every rank holds the same stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_nft.data.rows import DataError, Row, read_rows
+from megatron_nft.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_tokenizer(model_path: Path | str, chat_template: Path | str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with the Jinja file `chat_template` in place of its own where given.
+
+    DataError when the folder holds no tokenizer or one that needs code of its own, which is never run.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(model_path)
+    if not folder.is_dir():
+        raise DataError(f"model folder {folder}: not there; model.path must be a folder in Hugging Face format")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise DataError(
+            f"model folder {folder}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); "
+            "copy the tokenizer files of the model into it"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as e:  # transformers raises many kinds here, all of which mean the same to the user
+        raise DataError(
+            f"model folder {folder}: its tokenizer cannot be loaded without running code from the folder, "
+            f"or is damaged ({type(e).__name__}: {e})"
+        ) from e
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise DataError(f"chat template {chat_template}: cannot be read ({e})") from None
+    return tokenizer
+
+
+def render(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]) -> list[np.ndarray]:
+    """Token ids, int32 [P], of each conversation up to where the answer begins.
+
+    With a chat template that is the template with its generation prompt, and nothing else is added. Without one it
+    is the contents, joined by line feeds, and what the tokenizer puts before a text (usually BOS).
+    """
+    if tokenizer.chat_template is not None:
+        texts = [
+            tokenizer.apply_chat_template(list(c), tokenize=False, add_generation_prompt=True) for c in conversations
+        ]
+    else:
+        texts = ["\n".join(m["content"] for m in c) for c in conversations]
+    unique = list(dict.fromkeys(texts))  # sets of questions often hold copies
+    encoded = tokenizer(unique, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    ids = {text: np.asarray(tokens, dtype=np.int32) for text, tokens in zip(unique, encoded)}
+    return [ids[text] for text in texts]
+
+
+class PromptStream:
+    """Questions without end, in an order given by `seed` (file order without `shuffle`).
+
+    paths        the files it was read from
+    cursor       the next draw; set it to go on from there
+    num_prompts  questions that are drawn from
+    num_dropped  questions left out for being over-long
+
+    DataError for files that cannot be used, and for over-long prompts with `over_long="refuse"`.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path | str],
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int,
+        over_long: str = "drop",
+        shuffle: bool = True,
+        seed: int = 0,
+        system_prompt: str | None = None,
+    ) -> None:
+        if over_long not in ("drop", "refuse"):
+            raise ValueError(f"over_long={over_long!r}: must be drop or refuse")
+        self.paths = tuple(Path(p) for p in paths)
+        rows = [row for path in self.paths for row in read_rows(path)]
+        if not rows:
+            raise DataError("no question files given: set data.train")
+        conversations = [_with_system(row, system_prompt) for row in rows]
+        self._prompts: list[Prompt] = []
+        for index, (row, messages, ids) in enumerate(zip(rows, conversations, render(tokenizer, conversations))):
+            if len(ids) == 0:
+                raise DataError(f"{row.where}, column 'prompt': becomes no tokens at all with this tokenizer")
+            if len(ids) <= max_prompt_tokens:
+                self._prompts.append(Prompt(index, row.data_source, messages, row.answer, ids, row.extra))
+            elif over_long == "refuse":
+                raise DataError(
+                    f"{row.where}, column 'prompt': {len(ids)} tokens, above data.max_prompt_tokens="
+                    f"{max_prompt_tokens}; raise it, or set data.over_long=drop"
+                )
+        self.num_prompts = len(self._prompts)
+        self.num_dropped = len(rows) - len(self._prompts)
+        if not self._prompts:
+            raise DataError(
+                f"{', '.join(map(str, paths))}: all {len(rows)} prompts are above data.max_prompt_tokens="
+                f"{max_prompt_tokens}; raise it"
+            )
+        self.cursor = 0
+        order = _order if shuffle else _file_order
+        self._order = lambda epoch: order(seed, epoch, self.num_prompts)
+
+    def draw(self, n: int) -> list[tuple[int, Prompt]]:
+        """The next `n` questions, each with its draw."""
+        draws = range(self.cursor, self.cursor + n)
+        self.cursor += n
+        return [(d, self.prompt(d)) for d in draws]
+
+    def prompt(self, draw: int) -> Prompt:
+        """The question of `draw`, whatever the cursor."""
+        epoch, position = divmod(draw, self.num_prompts)
+        return self._prompts[self._order(epoch)[position]]
+
+
+def _with_system(row: Row, system_prompt: str | None) -> tuple[dict[str, str], ...]:
+    if system_prompt is None:
+        return row.messages
+    if row.messages[0]["role"] == "system":
+        raise DataError(
+            f"{row.where}, column 'prompt': has a system message of its own while model.system_prompt is set; "
+            "leave one of them out"
+        )
+    return ({"role": "system", "content": system_prompt}, *row.messages)
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def _file_order(seed: int, epoch: int, n: int) -> range:
+    return range(n)

@@ -1,0 +1,178 @@
+"""Question files: parquet in the verl layout, or JSONL. Every problem names file, row and column.
+
+A row, in either format:
+
+    data_source   str, optional                       which set the question is from; graders may look at it
+    prompt        [{"role": str, "content": str}]     or a str, which means one user message
+    reward_model  {"ground_truth": str, "style": …}   or, in its place, `answer`: str
+    ability       str, optional                       read by nobody here
+    extra_info    mapping, optional                   handed to graders
+
+Rows are counted from 1; in JSONL a row is a line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("data_source", "prompt", "reward_model", "answer", "ability", "extra_info")
+_PANDAS_INDEX = "__index_level_0__"  # written by pandas without being asked; carries nothing
+
+
+class DataError(ValueError):
+    """Question data that cannot be used. The message names file, row and column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A question as it stands in a file."""
+
+    data_source: str
+    messages: tuple[dict[str, str], ...]
+    answer: str
+    extra: dict[str, Any]
+    where: str  # "train.jsonl, row 3", for errors found later
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All questions of a .parquet or .jsonl file. DataError for anything that is not as the module says."""
+    rows = []
+    for number, values in read_raw(path):
+        where = f"{path}, row {number}"
+        _check_columns(values, where)
+        rows.append(_row(values, where))
+    return rows
+
+
+def read_raw(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, values by column) of a .parquet or .jsonl file of any columns.
+
+    DataError when it cannot be read or holds no row.
+    """
+    path = Path(path)
+    if path.suffix == ".parquet":
+        rows = _read_parquet(path)
+    elif path.suffix in (".jsonl", ".json"):
+        rows = _read_jsonl(path)
+    else:
+        raise DataError(f"{path}: question files end in .parquet or .jsonl, not in {path.suffix or 'nothing'!r}")
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{path}: holds no questions")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=4096):
+                for values in batch.to_pylist():
+                    number += 1
+                    values.pop(_PANDAS_INDEX, None)
+                    yield number, values
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read as parquet ({e})") from None
+    except (pa.ArrowInvalid, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: is no sound parquet file, after row {number} ({e})") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror or e})") from None
+    except UnicodeDecodeError as e:
+        line = path.read_bytes()[: e.start].count(b"\n") + 1
+        raise DataError(f"{path}, row {line}: not UTF-8 text (byte {e.start}); save the file as UTF-8") from None
+    # Not splitlines(): it also splits at U+2028 and its like, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, row {number}"
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise DataError(f"{where}: no JSON ({e.msg} at character {e.pos + 1}); one object per line") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{where}: holds {_kind(values)}, not an object with a prompt and an answer")
+        yield number, values
+
+
+def _check_columns(names: Iterable[str], where: str) -> None:
+    names = list(names)
+    unknown = [n for n in names if n not in COLUMNS]
+    missing = [c for c in ("prompt",) if c not in names]
+    if "reward_model" not in names and "answer" not in names:
+        missing.append("reward_model")
+    for column in missing:
+        near = difflib.get_close_matches(column, unknown, 1, 0.6)
+        hint = f"; {near[0]!r} looks like it" if near else ""
+        also = " (or 'answer')" if column == "reward_model" else ""
+        raise DataError(
+            f"{where}: column {column!r}{also} is missing{hint}; columns found: {', '.join(names) or 'none'}"
+        )
+    for name in unknown:
+        near = difflib.get_close_matches(name, COLUMNS, 1, 0.6)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise DataError(
+            f"{where}: unknown column {name!r} ({hint}known: {', '.join(COLUMNS)}); put further fields into extra_info"
+        )
+
+
+def _row(values: dict[str, Any], where: str) -> Row:
+    extra = values.get("extra_info") or {}
+    if not isinstance(extra, dict):
+        raise DataError(f"{where}, column 'extra_info': {_kind(extra)}, not a mapping")
+    source = values.get("data_source") or ""
+    if not isinstance(source, str):
+        raise DataError(f"{where}, column 'data_source': {_kind(source)}, not text")
+    return Row(source, _messages(values["prompt"], where), _answer(values, where), extra, where)
+
+
+def _messages(prompt: Any, where: str) -> tuple[dict[str, str], ...]:
+    where = f"{where}, column 'prompt'"
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt:
+        raise DataError(f"{where}: {_kind(prompt)}; write a text or a list of {{role, content}}")
+    for message in prompt:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise DataError(f"{where}: {_kind(message)} in the list; each message has just role and content")
+        for key, value in message.items():
+            if not isinstance(value, str) or not value.strip():
+                raise DataError(f"{where}: {key} is {_kind(value)}; it must be a text that is not empty")
+    return tuple({"role": m["role"], "content": m["content"]} for m in prompt)
+
+
+def _answer(values: dict[str, Any], where: str) -> str:
+    if values.get("answer") is not None:
+        if values.get("reward_model") is not None:
+            raise DataError(f"{where}: has both 'answer' and 'reward_model'; keep one")
+        column, answer = "answer", values["answer"]
+    else:
+        model = values.get("reward_model")
+        if not isinstance(model, dict) or "ground_truth" not in model:
+            raise DataError(f"{where}, column 'reward_model': {_kind(model)}; write {{'ground_truth': '…'}}")
+        column, answer = "reward_model.ground_truth", model["ground_truth"]
+    if not isinstance(answer, str):
+        raise DataError(f'{where}, column {column!r}: {_kind(answer)}, not text; write the answer as text, like "42"')
+    if not answer.strip():
+        raise DataError(f"{where}, column {column!r}: an empty answer, which no response can match")
+    return answer
+
+
+def _kind(value: Any) -> str:
+    """`value` and its type, short enough for one line."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

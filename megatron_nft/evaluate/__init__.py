@@ -1,0 +1,1 @@
+"""Evaluations: protocol, benchmarks, statistics, the runner and the comparison of two results."""

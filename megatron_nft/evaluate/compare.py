@@ -1,0 +1,138 @@
+"""Is B better than A? Two evaluations, paired question by question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_nft.evaluate.figures import macro_average
+from megatron_nft.evaluate.protocol import FORMAT, differences
+from megatron_nft.evaluate.records import AnswerRecord, read_answers
+from megatron_nft.evaluate.run import EvaluationError, answer_path, read_json
+from megatron_nft.evaluate.statistics import Interval, PairedDifference, bootstrap_means, paired_bootstrap
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A question that the two models answer differently often."""
+
+    id: str
+    prompt: str
+    answer: str
+    a: float  # share correct
+    b: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One benchmark, A against B."""
+
+    name: str
+    questions: int
+    a: float
+    b: float
+    paired: PairedDifference
+    changes: list[Change]  # the largest first
+
+
+def open_evaluation(folder: Path) -> dict[str, Any]:
+    """results.json of an evaluation folder. EvaluationError where there is none, or one of another version."""
+    folder = Path(folder)
+    path = folder / "results.json"
+    if not path.exists():
+        unfinished = (folder / "protocol.json").exists()
+        raise EvaluationError(
+            f"{folder} holds no results.json"
+            + ("; the evaluation is not finished, run it again to go on" if unfinished else ", so it is no evaluation")
+        )
+    results = read_json(path)
+    if results.get("format") != FORMAT:
+        raise EvaluationError(
+            f"{path} has format {results.get('format')!r}, this version reads {FORMAT}: evaluate again"
+        )
+    return results
+
+
+def compare(
+    folder_a: Path, folder_b: Path, *, allow_different: bool = False
+) -> tuple[list[Comparison], Any, list[str]]:
+    """(one comparison per shared benchmark, paired difference of the averages, protocol differences).
+
+    EvaluationError where the protocols differ and `allow_different` is not set, or no benchmark is shared.
+    """
+    a, b = open_evaluation(folder_a), open_evaluation(folder_b)
+    differ = differences(a["protocol"], b["protocol"])
+    if differ and not allow_different:
+        raise EvaluationError(
+            "A and B were not evaluated in the same way; evaluate one of them again, or compare all the same with "
+            "--allow-different:\n  " + "\n  ".join(differ)
+        )
+    shared = [name for name in a["benchmarks"] if name in b["benchmarks"]]
+    if not shared:
+        raise EvaluationError(
+            f"A ({', '.join(a['benchmarks'])}) and B ({', '.join(b['benchmarks'])}) have no benchmark in common"
+        )
+    comparisons = [_compare_benchmark(name, Path(folder_a), Path(folder_b)) for name in shared]
+    return [c for c, _ in comparisons], _average([scores for _, scores in comparisons]), differ
+
+
+def _compare_benchmark(name: str, folder_a: Path, folder_b: Path) -> tuple[Comparison, np.ndarray]:
+    """The comparison, and float64 [2, Q] scores of A and B."""
+    left, right = (_by_question(answer_path(folder, name)) for folder in (folder_a, folder_b))
+    keys = [key for key in left if key in right]
+    if not keys:
+        raise EvaluationError(f"benchmark {name}: A and B answered no question in common")
+    scores = np.array([[_score(side[key]) for key in keys] for side in (left, right)])
+    changes = [
+        Change(left[key].id, left[key].prompt, left[key].answer, float(sa), float(sb))
+        for key, sa, sb in zip(keys, *scores)
+        if sa != sb
+    ]
+    changes.sort(key=lambda c: -abs(c.b - c.a))
+    a, b = scores.mean(axis=1)
+    return Comparison(name, len(keys), float(a), float(b), paired_bootstrap(*scores), changes), scores
+
+
+def _by_question(path: Path) -> dict[tuple[str, str], AnswerRecord]:
+    """Records by prompt and answer, which say what a question is better than its place in a file."""
+    return {(record.prompt, record.answer): record for _, record in read_answers(path)}
+
+
+def _score(record: AnswerRecord) -> float:
+    return record.result.num_correct / len(record.result.answers)
+
+
+def _average(scores: Sequence[np.ndarray]) -> dict[str, Any] | None:
+    """A, B and B - A over the mean of the benchmarks, each resampled by itself; None for a single one."""
+    if len(scores) < 2:
+        return None
+    means = np.mean([bootstrap_means(s[1] - s[0], seed=i) for i, s in enumerate(scores)], axis=0)
+    low, high = np.quantile(means, [0.025, 0.975])
+    a, b = (macro_average({str(i): s[side] for i, s in enumerate(scores)}).mean for side in (0, 1))
+    paired = PairedDifference(Interval(b - a, float(low), float(high)), float(np.mean(means <= 0)))
+    return {"a": a, "b": b, "paired": paired}
+
+
+def verdict(paired: PairedDifference) -> str:
+    """The answer in words: better, worse, or not to be told apart at 95 %."""
+    if paired.difference.low > 0:
+        return "B is better"
+    if paired.difference.high < 0:
+        return "B is worse"
+    return "no difference can be told"
+
+
+def to_json(comparisons: Sequence[Comparison], average: Mapping[str, Any] | None, differ: list[str]) -> dict[str, Any]:
+    """Everything that was found, for a file."""
+    return {
+        "format": FORMAT,
+        "protocol_differences": differ,
+        "benchmarks": {c.name: {**asdict(c), "verdict": verdict(c.paired)} for c in comparisons},
+        "average": None
+        if average is None
+        else {**average, "paired": asdict(average["paired"]), "verdict": verdict(average["paired"])},
+    }

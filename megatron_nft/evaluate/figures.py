@@ -1,0 +1,101 @@
+"""From graded answers to the figures of a benchmark. Q questions, N answers each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from megatron_nft.evaluate.questions import QuestionResult
+from megatron_nft.evaluate.records import grader_names
+from megatron_nft.evaluate.statistics import (
+    Interval,
+    bootstrap_interval,
+    bootstrap_means,
+    majority_at_k,
+    pass_at_k,
+    powers_of_two,
+)
+from megatron_nft.types import Verdict
+
+
+def benchmark_figures(results: Sequence[QuestionResult]) -> dict[str, Any]:
+    """Everything that is reported of one benchmark. Intervals are 95 % bootstraps over questions."""
+    if not results:
+        raise ValueError("no question was answered")
+    samples = len(results[0].answers)
+    answers = [a for q in results for a in q.answers]
+    lengths = np.array([a.num_tokens for a in answers])
+    ks = powers_of_two(samples)
+    return {
+        "questions": len(results),
+        "samples": samples,
+        "accuracy": asdict(bootstrap_interval(question_scores(results))),
+        "pass_at": {str(k): asdict(_over_questions(results, lambda q, k=k: _pass(q, k))) for k in ks},
+        "majority_at": {str(k): asdict(_over_questions(results, lambda q, k=k: _majority(q, k))) for k in ks},
+        "length": {
+            "mean": float(lengths.mean()),
+            "median": float(np.median(lengths)),
+            "p95": float(np.percentile(lengths, 95)),
+            "max": int(lengths.max()),
+        },
+        "truncated_share": float(np.mean([a.finish_reason == "length" for a in answers])),
+        "verdict_shares": {v.value: float(np.mean([a.verdict is v for a in answers])) for v in Verdict},
+        "graders": _graders(results),
+        "seconds_per_verdict": float(np.mean([a.verify_s for a in answers])),
+    }
+
+
+def question_scores(results: Sequence[QuestionResult], grader: str | None = None) -> np.ndarray:
+    """float64 [Q]: share of correct answers per question, by the deciding verdict or by one grader's."""
+    verdicts = [[a.verdict if grader is None else a.grader_verdicts.get(grader) for a in q.answers] for q in results]
+    return np.array([np.mean([v is Verdict.CORRECT for v in of_question]) for of_question in verdicts])
+
+
+def macro_average(scores: Mapping[str, np.ndarray]) -> Interval:
+    """Mean of the benchmarks' accuracies; each benchmark is resampled by itself."""
+    means = np.mean([bootstrap_means(s, seed=i) for i, s in enumerate(scores.values())], axis=0)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(np.mean([s.mean() for s in scores.values()])), float(low), float(high))
+
+
+def vote_form(extracted: str | None) -> str | None:
+    """What counts as the same vote: the extracted answer without layout. None does not vote."""
+    if extracted is None:
+        return None
+    text = re.sub(r"\\[dt]frac", r"\\frac", extracted)
+    text = re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", text)
+    return text.rstrip(".") or None
+
+
+def _graders(results: Sequence[QuestionResult]) -> dict[str, Any]:
+    """Accuracy by each grader that was asked, and how often it and the deciding one disagree on `correct`."""
+    names = grader_names(results)
+    answers = [a for q in results for a in q.answers]
+    out = {}
+    for name in names:
+        differ = [(a.verdict is Verdict.CORRECT) != (a.grader_verdicts.get(name) is Verdict.CORRECT) for a in answers]
+        out[name] = {
+            "accuracy": asdict(bootstrap_interval(question_scores(results, name))),
+            "disagrees_share": float(np.mean(differ)),
+            "verdict_shares": {
+                v.value: float(np.mean([a.grader_verdicts.get(name) is v for a in answers])) for v in Verdict
+            },
+        }
+    return out
+
+
+def _over_questions(results: Sequence[QuestionResult], score: Any) -> Interval:
+    return bootstrap_interval(np.array([score(q) for q in results]))
+
+
+def _pass(q: QuestionResult, k: int) -> float:
+    return pass_at_k(len(q.answers), q.num_correct, k)
+
+
+def _majority(q: QuestionResult, k: int) -> float:
+    votes = [vote_form(a.extracted) for a in q.answers]
+    return majority_at_k(votes, [a.verdict is Verdict.CORRECT for a in q.answers], k, seed=q.index)

@@ -1,0 +1,66 @@
+"""The held-out questions of a training run: one benchmark per file, copies of a question counted as one."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_nft.data.prompts import PromptStream
+from megatron_nft.evaluate.figures import macro_average
+from megatron_nft.evaluate.questions import summarize_counts
+from megatron_nft.evaluate.statistics import bootstrap_interval
+from megatron_nft.types import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Q questions, the same on every rank."""
+
+    prompts: list[Prompt]  # Q; the seeds of the answers hang on Prompt.index
+    benchmarks: list[str]  # Q, name of the file that a question stands in
+
+
+def load_held_out(paths: Sequence[Path], tokenizer: Any, **options: Any) -> HeldOut:
+    """Every question of the files, in their order. `options` as for PromptStream. DataError for what it refuses."""
+    found = HeldOut([], [])
+    rows = 0
+    for path in paths:
+        stream = PromptStream([path], tokenizer, shuffle=False, **options)
+        prompts = [prompt for _, prompt in stream.draw(stream.num_prompts)]
+        found.prompts.extend(replace(prompt, index=rows + prompt.index) for prompt in prompts)
+        found.benchmarks.extend([Path(path).stem] * len(prompts))
+        rows += stream.num_prompts + stream.num_dropped
+    return found
+
+
+def summarize_held_out(counts: np.ndarray, held_out: HeldOut) -> dict[str, float]:
+    """Figures of int64 [Q, 7] (questions.COUNT_COLUMNS) for metrics.jsonl.
+
+    Copies of a question, which files made for avg@32 hold, count as one question with more answers: the 95 % interval
+    is over questions. With several benchmarks `accuracy` is the mean of theirs, as in the paper, and each has its own
+    `<benchmark>/accuracy`.
+    """
+    merged: dict[tuple[str, str], np.ndarray] = {}
+    place = {prompt.index: position for position, prompt in enumerate(held_out.prompts)}
+    for row in counts:
+        position = place[int(row[0])]
+        prompt = held_out.prompts[position]
+        key = (held_out.benchmarks[position], json.dumps([prompt.messages, prompt.answer]))
+        merged[key] = merged[key] + [0, *row[1:]] if key in merged else row
+    figures = summarize_counts(np.array(list(merged.values())))
+    scores: dict[str, list[float]] = defaultdict(list)
+    for (benchmark, _), row in merged.items():
+        scores[benchmark].append(row[2] / row[1])
+    if len(scores) > 1:
+        arrays = {name: np.array(values) for name, values in scores.items()}
+        intervals = {"": macro_average(arrays)} | {f"{name}/": bootstrap_interval(s) for name, s in arrays.items()}
+        for name, interval in intervals.items():
+            figures[f"{name}accuracy"] = interval.mean
+            figures[f"{name}accuracy_low"], figures[f"{name}accuracy_high"] = interval.low, interval.high
+    return figures

@@ -1,0 +1,103 @@
+"""The model under evaluation: is its folder complete, and what exactly is it?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from megatron_nft.weights.hf_folder import INDEX_NAME, HFFolder
+
+IDENTITY_FILES = (
+    "config.json",
+    "generation_config.json",
+    INDEX_NAME,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""Files beside the weights that change what the model answers."""
+
+
+class ModelFolderError(ValueError):
+    """A model folder that cannot be evaluated. The message says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What is written into every result."""
+
+    path: str
+    checksum: str  # SHA-256 over the names and SHA-256 of weights, config and tokenizer files
+    num_parameters: int
+    max_positions: int  # longest prompt plus answer
+
+
+def inspect_model(path: Path) -> tuple[int, int]:
+    """(number of parameters, longest sequence) from the headers. ModelFolderError where the folder is incomplete."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ModelFolderError(f"model folder {path} does not exist; --model takes a folder in Hugging Face format")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFolderError(f"model folder {path} has no config.json") from None
+    except (OSError, ValueError) as e:
+        raise ModelFolderError(f"{path / 'config.json'} cannot be read: {e}") from None
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int) or positions < 2:
+        raise ModelFolderError(f"{path / 'config.json'}: max_position_embeddings is {positions!r}, not a length")
+    _check_shards(path)
+    try:
+        shapes = HFFolder(path).shapes
+    except ValueError as e:
+        raise ModelFolderError(f"model folder is incomplete: {e}") from None
+    return sum(prod(shape) for shape in shapes.values()), positions
+
+
+def identify_model(path: Path, *, on_bytes: Callable[[int], None] | None = None) -> ModelIdentity:
+    """Reads every byte of the weights once; `on_bytes` is told how many more were read."""
+    path = Path(path)
+    num_parameters, positions = inspect_model(path)
+    files = [path / name for name in IDENTITY_FILES if (path / name).is_file()] + sorted(path.glob("*.safetensors"))
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter's lock
+        sums = list(pool.map(lambda file: _sha256(file, on_bytes), files))
+    lines = "".join(f"{checksum}  {file.name}\n" for checksum, file in zip(sums, files))
+    return ModelIdentity(str(path), hashlib.sha256(lines.encode()).hexdigest(), num_parameters, positions)
+
+
+def weight_bytes(path: Path) -> int:
+    """Size of the weight files, for a progress bar."""
+    return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+
+
+def _check_shards(path: Path) -> None:
+    """Every file that the index names must be there: a download that stopped half-way is the usual case."""
+    index = path / INDEX_NAME
+    if not index.is_file():
+        return
+    try:
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        raise ModelFolderError(f"{index} cannot be read: {e}") from None
+    missing = sorted(name for name in listed if not (path / name).is_file())
+    if missing:
+        raise ModelFolderError(
+            f"model folder {path} is incomplete: {len(missing)} of {len(listed)} weight files are missing "
+            f"({', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}); download or export it again"
+        )
+
+
+def _sha256(file: Path, on_bytes: Callable[[int], None] | None) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as f:
+        while block := f.read(8 << 20):
+            digest.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+    return digest.hexdigest()

@@ -1,0 +1,196 @@
+"""Ask an engine questions, grade what comes back, keep one record per question.
+
+The same function serves evaluation inside training (each rank asks its share of the questions) and `megatron-nft eval`.
+Legend: Q questions, N answers each.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_nft.evaluate.statistics import bootstrap_interval, pass_at_k
+from megatron_nft.rollout.engine import Completion, Engine, EngineError, Request, SamplingParams
+from megatron_nft.types import Prompt, Verdict
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from megatron_nft.verify import Graded, VerifierPool
+
+COUNT_COLUMNS = ("index", "answers", "correct", "unparseable", "timeout", "truncated", "tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One graded answer."""
+
+    text: str
+    num_tokens: int
+    finish_reason: str  # stop | length
+    verdict: Verdict
+    extracted: str | None
+    grader_verdicts: dict[str, Verdict] = field(default_factory=dict)  # every grader that was asked
+    verify_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionResult:
+    """A question and its N answers."""
+
+    index: int  # Prompt.index
+    data_source: str
+    answers: list[Answer]
+
+    @property
+    def num_correct(self) -> int:
+        return sum(a.verdict is Verdict.CORRECT for a in self.answers)
+
+    def counts(self) -> list[int]:
+        """One row in the order of COUNT_COLUMNS."""
+        verdicts = [a.verdict for a in self.answers]
+        return [
+            self.index,
+            len(self.answers),
+            self.num_correct,
+            verdicts.count(Verdict.UNPARSEABLE),
+            verdicts.count(Verdict.TIMEOUT),
+            sum(a.finish_reason == "length" for a in self.answers),
+            sum(a.num_tokens for a in self.answers),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """What `evaluate_questions` found, in the order of its prompts."""
+
+    questions: list[QuestionResult]
+
+    def counts(self) -> np.ndarray:
+        """int64 [Q, 7], columns COUNT_COLUMNS: small enough to gather from every rank."""
+        rows = [q.counts() for q in self.questions]
+        return np.array(rows, dtype=np.int64).reshape(len(rows), len(COUNT_COLUMNS))
+
+
+def evaluate_questions(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    verifier: VerifierPool,
+    *,
+    samples: int,
+    temperature: float,
+    top_p: float,
+    max_tokens: int,
+    seed: int,
+    on_answer: Callable[[Completion], None] | None = None,
+    on_question: Callable[[QuestionResult], None] | None = None,
+) -> EvalResult:
+    """`samples` graded answers to each prompt. Temperature 0 is greedy.
+
+    The seed of an answer depends on `seed`, the prompt's index and the sample number alone, so the split of the prompts
+    over ranks does not change it. `on_answer` is called as answers arrive, `on_question` as soon as a question is
+    complete and graded, in no particular order. Where the engine fails, the questions that it had finished are graded
+    and reported before its error is raised.
+    """
+    if samples < 1:
+        raise ValueError(f"samples={samples}: at least one answer per question is needed")
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    requests = [Request(p.token_ids, samples, (seed, p.index)) for p in prompts]
+    open_questions = [_OpenQuestion(p, {}) for p in prompts]
+    generated: deque[int] = deque()  # questions with all answers, waiting for verdicts
+    results: dict[int, QuestionResult] = {}
+
+    def report(*, wait: bool) -> None:
+        while generated and (wait or open_questions[generated[0]].is_graded):
+            q = generated.popleft()
+            results[q] = open_questions[q].close()
+            if on_question is not None:
+                on_question(results[q])
+
+    try:
+        for q, sample, completion in engine.generate(requests, sampling):
+            open_questions[q].add(sample, completion, tokenizer, verifier)
+            if on_answer is not None:
+                on_answer(completion)
+            if len(open_questions[q].answers) == samples:
+                generated.append(q)
+            report(wait=False)
+    except EngineError:
+        report(wait=True)
+        raise
+    report(wait=True)
+    return EvalResult([results[q] for q in range(len(prompts))])
+
+
+@dataclass(slots=True)
+class _OpenQuestion:
+    """A question whose answers are arriving."""
+
+    prompt: Prompt
+    answers: dict[int, tuple[Completion, str, Future[Graded]]]  # by sample number
+
+    def add(self, sample: int, completion: Completion, tokenizer: Any, verifier: VerifierPool) -> None:
+        text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        future = verifier.submit(text, self.prompt.answer, self.prompt.data_source, self.prompt.extra)
+        self.answers[sample] = (completion, text, future)
+
+    @property
+    def is_graded(self) -> bool:
+        return all(future.done() for _, _, future in self.answers.values())
+
+    def close(self) -> QuestionResult:
+        """The record; waits for verdicts that are not there yet and lets go of the token ids."""
+        answers = []
+        for sample in sorted(self.answers):
+            completion, text, future = self.answers.pop(sample)
+            graded = future.result()
+            answers.append(
+                Answer(
+                    text=text,
+                    num_tokens=len(completion.token_ids),
+                    finish_reason=completion.finish_reason,
+                    verdict=graded.verdict,
+                    extracted=graded.extracted,
+                    grader_verdicts=dict(graded.by_grader),
+                    verify_s=graded.seconds,
+                )
+            )
+        return QuestionResult(self.prompt.index, self.prompt.data_source, answers)
+
+
+def merge_counts(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The ranks' counts as one int64 [Q, 7], by question. ValueError where two ranks asked the same question."""
+    merged = np.concatenate([np.asarray(p, dtype=np.int64).reshape(-1, len(COUNT_COLUMNS)) for p in parts])
+    merged = merged[np.argsort(merged[:, 0], kind="stable")]
+    repeated = merged[1:, 0][merged[1:, 0] == merged[:-1, 0]]
+    if len(repeated):
+        raise ValueError(f"question {repeated[0]} was evaluated more than once; give each rank its own share")
+    return merged
+
+
+def summarize_counts(counts: np.ndarray) -> dict[str, float]:
+    """Figures of int64 [Q, 7] for metrics.jsonl: accuracy with its 95 % interval, pass@N, lengths, shares."""
+    if len(counts) == 0:
+        raise ValueError("no question was evaluated")
+    column = dict(zip(COUNT_COLUMNS, counts.T))
+    answers = column["answers"].sum()
+    accuracy = bootstrap_interval(column["correct"] / column["answers"])
+    figures = {
+        "accuracy": accuracy.mean,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "length_mean": float(column["tokens"].sum() / answers),
+    }
+    for name in ("truncated", "unparseable", "timeout"):
+        figures[f"{name}_share"] = float(column[name].sum() / answers)
+    n = int(column["answers"].min())
+    if n > 1:
+        figures[f"pass@{n}"] = float(
+            np.mean([pass_at_k(int(a), int(c), n) for a, c in zip(column["answers"], column["correct"])])
+        )
+    return figures

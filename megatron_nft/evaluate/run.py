@@ -1,0 +1,188 @@
+"""One evaluation from its settings to its result files. What is in the folder already is not asked again.
+
+out/protocol.json             what is asked, how, of what
+out/answers/<benchmark>.jsonl every answer
+out/results.json, results.md, results.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_nft.data.rollout_file import prompt_text
+from megatron_nft.evaluate.figures import benchmark_figures, macro_average, question_scores
+from megatron_nft.evaluate.progress import Counter, progress
+from megatron_nft.evaluate.protocol import FORMAT, Sampling, differences
+from megatron_nft.evaluate.questions import QuestionResult, evaluate_questions
+from megatron_nft.evaluate.records import AnswerFile
+from megatron_nft.evaluate.summary import to_markdown
+from megatron_nft.evaluate.tasks import Task, by_answer_room
+from megatron_nft.types import Prompt
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot start or go on. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What asks and grades; made only if something is left to ask."""
+
+    engine: Any  # rollout.engine.Engine
+    verifier: Any  # verify.VerifierPool
+
+
+def answer_path(out: Path, task_name: str) -> Path:
+    """Where the answers to a benchmark are kept."""
+    return Path(out) / "answers" / f"{task_name}.jsonl"
+
+
+@contextmanager
+def claim_folder(out: Path, protocol: Mapping[str, Any]) -> Iterator[None]:
+    """`out` for this run alone, with its protocol written. EvaluationError where it belongs to another evaluation."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("a")
+    except OSError as e:
+        raise EvaluationError(f"--out {out} cannot be written: {e.strerror or e}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EvaluationError(f"another evaluation is writing to {out}; choose another --out") from None
+        path = out / "protocol.json"
+        if path.exists():
+            _check_same(out, read_json(path), protocol)
+        else:
+            write_atomically(path, json.dumps(protocol, indent=2, ensure_ascii=False) + "\n")
+        yield
+
+
+def _check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    if old.get("format") != FORMAT:
+        raise EvaluationError(
+            f"{out} holds an evaluation of format {old.get('format')!r}, this version writes {FORMAT}; "
+            "choose another --out"
+        )
+    if old["run_hash"] != new["run_hash"]:
+        raise EvaluationError(
+            f"{out} holds an evaluation with other settings; choose another --out, or give the same settings to go on "
+            "with it:\n  " + "\n  ".join(differences(old, new, with_model=True))
+        )
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    prompts: Mapping[str, Sequence[Prompt]],
+    sampling: Sampling,
+    max_positions: int,
+    tokenizer: Any,
+    out: Path,
+    open_parts: Callable[[], AbstractContextManager[Parts]],
+) -> dict[str, list[QuestionResult]]:
+    """All answers by benchmark; what is left to ask is asked and kept as it comes."""
+    for task in tasks:  # before the engine starts
+        by_answer_room(prompts[task.name], sampling, max_positions)
+    files = {t.name: AnswerFile(answer_path(out, t.name), len(t.questions), t.samples) for t in tasks}
+    total = sum(len(t.questions) * t.samples for t in tasks)
+    done = sum(len(files[t.name].done) * t.samples for t in tasks)
+    if done < total:
+        with open_parts() as parts, progress("answers", total, done) as counter:
+            for task in tasks:
+                _ask(task, prompts[task.name], files[task.name], sampling, max_positions, tokenizer, parts, counter)
+    return {name: file.results() for name, file in files.items()}
+
+
+def _ask(
+    task: Task,
+    prompts: Sequence[Prompt],
+    file: AnswerFile,
+    sampling: Sampling,
+    max_positions: int,
+    tokenizer: Any,
+    parts: Parts,
+    counter: Counter,
+) -> None:
+    """Asks what the file lacks."""
+    missing = [p for p in prompts if p.index not in file.done]
+
+    def keep(result: QuestionResult) -> None:
+        prompt = prompts[result.index]
+        file.append(result, id=task.questions[result.index].id, prompt=prompt_text(prompt), answer=prompt.answer)
+
+    with file:
+        for room, group in by_answer_room(missing, sampling, max_positions).items():
+            evaluate_questions(
+                parts.engine,
+                group,
+                tokenizer,
+                parts.verifier,
+                samples=task.samples,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=room,
+                seed=sampling.seed,
+                on_answer=lambda _: counter.advance(),
+                on_question=keep,
+            )
+
+
+def make_results(
+    tasks: Sequence[Task],
+    prompts: Mapping[str, Sequence[Prompt]],
+    answers: Mapping[str, Sequence[QuestionResult]],
+    protocol: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What results.json holds."""
+    benchmarks = {}
+    for task in tasks:
+        limit = protocol["sampling"]["max_prompt_tokens"]
+        over_long = sum(len(p.token_ids) > limit for p in prompts[task.name])
+        benchmarks[task.name] = {**benchmark_figures(answers[task.name]), "over_long_prompts": over_long}
+    scores = {task.name: question_scores(answers[task.name]) for task in tasks}
+    return {
+        "format": FORMAT,
+        "benchmarks": benchmarks,
+        "average": asdict(macro_average(scores)) if len(tasks) > 1 else None,
+        "protocol": dict(protocol),
+    }
+
+
+def write_results(out: Path, results: Mapping[str, Any]) -> None:
+    """results.json, results.md and results.html."""
+    from megatron_nft.report.evaluation import evaluation_page
+
+    write_atomically(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(out / "results.md", to_markdown(results))
+    evaluation_page(out, results, out / "results.html")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """EvaluationError where the file is absent or no JSON object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise EvaluationError(f"{path}: {e.strerror or e}") from None
+    except ValueError as e:
+        raise EvaluationError(f"{path} is damaged: {e}") from None
+    if not isinstance(value, dict):
+        raise EvaluationError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole file or the old one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

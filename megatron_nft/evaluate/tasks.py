@@ -1,0 +1,99 @@
+"""Benchmarks by name, and question files by path, ready to be asked."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_nft.data.benchmarks import BENCHMARKS, BenchmarkError, Question, find_file, read_benchmark, read_prepared
+from megatron_nft.data.prompts import render
+from megatron_nft.evaluate.protocol import Sampling
+from megatron_nft.types import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One benchmark of an evaluation."""
+
+    name: str
+    title: str
+    questions: list[Question]  # Q
+    samples: int  # answers per question
+
+
+def load_tasks(names: Sequence[str], data: Path | None, *, samples: int | None, limit: int | None) -> list[Task]:
+    """Benchmarks and question files (.jsonl or .parquet in verl's layout) in the order of `names`.
+
+    `samples` None takes the paper's number, 1 for files; `limit` keeps the first questions of each. Everything is
+    looked for before anything is asked: BenchmarkError lists all that is unknown.
+    """
+    unknown = [n for n in names if n not in BENCHMARKS and Path(n).suffix not in (".jsonl", ".parquet")]
+    if unknown:
+        raise BenchmarkError(
+            f"unknown benchmark {', '.join(map(repr, unknown))}; known are {', '.join(BENCHMARKS)}, "
+            "or the path of a .jsonl or .parquet file of questions"
+        )
+    tasks = [_load(name, data, samples, limit) for name in names]
+    repeated = {t.name for t in tasks if sum(t.name == other.name for other in tasks) > 1}
+    if repeated:
+        raise BenchmarkError(f"benchmark {', '.join(sorted(repeated))} is named more than once")
+    return tasks
+
+
+def _load(name: str, data: Path | None, samples: int | None, limit: int | None) -> Task:
+    if name in BENCHMARKS:
+        benchmark = BENCHMARKS[name]
+        questions = read_benchmark(benchmark, find_file(benchmark, data))
+        return Task(name, benchmark.title, questions[:limit], samples or benchmark.samples)
+    path = Path(name)
+    return Task(path.stem, path.name, read_prepared(path)[:limit], samples or 1)
+
+
+def make_prompts(task: Task, tokenizer: Any, system_prompt: str | None) -> list[Prompt]:
+    """One prompt per question; `Prompt.index` is the question's place in the task."""
+    conversations = [_with_system(q, system_prompt) for q in task.questions]
+    ids = render(tokenizer, conversations)
+    return [
+        Prompt(index, q.data_source, messages, q.answer, token_ids, q.extra)
+        for index, (q, messages, token_ids) in enumerate(zip(task.questions, conversations, ids))
+    ]
+
+
+def _with_system(question: Question, system_prompt: str | None) -> tuple[dict[str, str], ...]:
+    if system_prompt is None or question.messages[0]["role"] == "system":
+        return question.messages
+    return ({"role": "system", "content": system_prompt}, *question.messages)
+
+
+def by_answer_room(prompts: Sequence[Prompt], sampling: Sampling, max_positions: int) -> dict[int, list[Prompt]]:
+    """Prompts by the number of tokens that their answers may have.
+
+    A prompt over `max_prompt_tokens` is asked whole; its answer gets what is left of max_prompt_tokens +
+    max_response_tokens. ValueError where nothing is left, or where the model's positions do not suffice.
+    """
+    total = sampling.max_prompt_tokens + sampling.max_response_tokens
+    groups: dict[int, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        length = len(prompt.token_ids)
+        room = min(sampling.max_response_tokens, total - length)
+        if room < 1:
+            raise ValueError(
+                f"question {prompt.index} has {length} tokens, which leaves no room for an answer in "
+                f"max_prompt_tokens ({sampling.max_prompt_tokens}) + max_response_tokens "
+                f"({sampling.max_response_tokens}); raise --max-prompt-tokens"
+            )
+        if length >= max_positions:
+            raise ValueError(
+                f"question {prompt.index} alone has {length} tokens, and the model has {max_positions} positions: "
+                "no answer has room; leave the question out, or take a model with more positions"
+            )
+        if length + room > max_positions:
+            raise ValueError(
+                f"question {prompt.index} has {length} tokens; with answers of up to {room} that is more than the "
+                f"model's {max_positions} positions; lower --max-response-tokens to {max_positions - length}"
+            )
+        groups[room].append(prompt)
+    return dict(groups)

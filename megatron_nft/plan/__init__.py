@@ -1,0 +1,1 @@
+"""`megatron-nft plan`: memory, time and layout of a run, worked out before it is queued. Pure Python."""

@@ -1,0 +1,229 @@
+"""Memory of one device by part, in the three phases that a device goes through.
+
+weights     e bytes per parameter of the rank (e = 2 in bf16, 4 in fp32); FP8 adds one byte for each of the two
+            layouts in which Transformer Engine caches a quantized matrix
+gradients   4 bytes per parameter: Megatron's DDP buffer is fp32
+optimizer   Adam's two moments in fp32, 8 bytes, and in bf16 the fp32 master weights, 4 more; over `dp` ranks with
+            the distributed optimizer
+activations `activations.py`, times the micro-batches in flight: min(pp - stage, m) for 1F1B, and for the
+            interleaved schedule min(2 (pp - stage - 1) + (vpp - 1) pp + 1, m vpp) chunks (Megatron's warm-up count)
+logits      logprob_chunk_tokens C x V/tp: the head's output e, its fp32 copy 4, one fp32 temporary 4, the gradient e;
+            the fp32 gradient of the output weight 4 h V/tp and its e-byte copy; and T h e each for the hidden states
+            (whole, also under sequence parallel) and their gradient. In bf16 on a GPU (policy/logprobs_triton.py): half
+            as many logits, in fp32, and their gradient e; the weight's gradient e h V/tp alone; and T h 4 more
+engine      SGLang and vLLM hold mem_fraction_static of the device: weights, and KV cache with the rest
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_nft.config import Config
+from megatron_nft.plan.activations import cpu_ends, cpu_layer, gpu_layer, packed_attention_workspace
+from megatron_nft.plan.architecture import (
+    dense_params,
+    embedding_params,
+    kv_bytes_per_token,
+    layer_matrices,
+    local_expert_params,
+    local_layer_matrices,
+    total_params,
+)
+from megatron_nft.plan.layout import Layout, Machine, longest_sequence
+from megatron_nft.policy.family import ModelSpec
+
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits chunk",
+    "packed attention",
+    "export buckets",
+    "engine weights",
+    "engine KV cache",
+    "reserve",
+)
+PHASES = ("train", "sync", "generate")
+
+
+@dataclass
+class DeviceMemory:
+    """Bytes on one device: `phases[phase][part]`, parts that are not there left out."""
+
+    role: str
+    capacity: int
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def total(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        return self.total(self.peak_phase)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.capacity
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """One inference device. `kv_tokens` is the capacity of a whole engine."""
+
+    weights: int
+    kv_cache: int
+    kv_tokens: int
+
+
+def element_bytes(config: Config) -> int:
+    return 2 if config.policy.precision == "bf16" else 4
+
+
+def engine_memory(a: ModelSpec, config: Config, machine: Machine) -> EngineMemory:
+    """Weights and KV cache per device of an engine."""
+    e = element_bytes(config)
+    if config.rollout.engine == "embedded":
+        tokens = config.rollout.embedded_batch_tokens
+        kv = tokens * kv_bytes_per_token(a) * e // 2
+        return EngineMemory(total_params(a) * e, kv, tokens)
+    server = config.rollout.server
+    tp = server.tensor_parallel_size
+    if server.dtype != "auto":
+        e = {"float32": 4, "bfloat16": 2}[server.dtype]
+    matrix_e = 1 if server.quantization == "fp8" else e
+    matrices = layer_matrices(a)
+    weights = (matrices * matrix_e + (total_params(a) - matrices) * e) // tp
+    heads_per_device = max(1, a.num_query_groups // tp)  # replicated where tp exceeds the key/value heads
+    token_bytes = 2 * a.num_layers * heads_per_device * a.kv_channels * e
+    if server.max_total_tokens is not None:
+        return EngineMemory(weights, server.max_total_tokens * token_bytes, server.max_total_tokens)
+    kv = max(0, int(server.mem_fraction_static * machine.chip.memory_bytes) - weights)
+    return EngineMemory(weights, kv, kv // token_bytes)
+
+
+def optimizer_shard(a: ModelSpec, config: Config, layout: Layout, machine: Machine, stage: int) -> int:
+    """Parameters whose Adam state a rank of `stage` holds: its share over the ranks that hold the same ones."""
+    dense = dense_params(a, layout.tp, layout.pp, stage)
+    experts = local_expert_params(a, layout.tp, layout.pp, layout.ep)
+    if not config.policy.use_distributed_optimizer:
+        return dense + experts
+    expert_replicas = machine.trainer_devices // (layout.pp * (layout.ep if layout.ep > 1 else layout.tp))
+    return -(-dense // layout.dp(machine)) - (-experts // expert_replicas)
+
+
+def optimizer_bytes(a: ModelSpec, config: Config, layout: Layout, machine: Machine, stage: int) -> int:
+    """Adam's state on one rank of `stage`."""
+    return optimizer_shard(a, config, layout, machine, stage) * (12 if config.policy.precision == "bf16" else 8)
+
+
+def in_flight_layers(a: ModelSpec, layout: Layout, stage: int, num_micro_batches: int) -> int:
+    """Layers x micro-batches whose activations stage `stage` keeps at its fullest."""
+    pp, vpp = layout.pp, layout.vpp
+    if vpp == 1:
+        return min(pp - stage, num_micro_batches) * (a.num_layers // pp)
+    chunks = min(2 * (pp - stage - 1) + (vpp - 1) * pp + 1, num_micro_batches * vpp)
+    return chunks * (a.num_layers // (pp * vpp))
+
+
+def _training(a: ModelSpec, config: Config, layout: Layout, machine: Machine, stage: int, m: int) -> dict[str, int]:
+    """Parts that only the training phase has. The CPU spec has no separate workspaces."""
+    tokens, e = layout.micro_batch_tokens, element_bytes(config)
+    on_cpu = machine.chip.name == "cpu" or config.policy.layer_spec == "local"
+    fp8 = config.policy.fp8.recipe != "none"
+    layer = cpu_layer(a, layout, e) if on_cpu else gpu_layer(a, layout, fp8)
+    kept = layer.kept[layout.recompute] * in_flight_layers(a, layout, stage, m)
+    ends = cpu_ends(a, layout, e, stage) if on_cpu else 0
+    parts = {"activations": int(tokens * (kept + ends + layer.recomputed[layout.recompute] + layer.gradients))}
+    if not on_cpu:
+        parts["packed attention"] = int(tokens * packed_attention_workspace(a, layout))
+    if stage == layout.pp - 1:
+        rows, vocab = min(config.policy.logprob_chunk_tokens, tokens), a.padded_vocab_size(layout.tp) // layout.tp
+        if on_cpu or e == 4:
+            chunk = rows * vocab * (2 * e + 8) + a.hidden_size * vocab * (4 + e)
+        else:
+            chunk = rows * vocab // 2 * (4 + e) + a.hidden_size * vocab * e + 4 * tokens * a.hidden_size
+        parts["logits chunk"] = chunk + 2 * tokens * a.hidden_size * e
+    return parts
+
+
+def export_bytes(a: ModelSpec, config: Config, layout: Layout) -> int:
+    """On a stage leader: two buckets, and room for shards on their way or a parameter larger than a bucket."""
+    e = element_bytes(config)
+    largest = max(embedding_params(a), 2 * a.hidden_size * a.ffn_hidden_size * (not a.num_experts)) * e
+    gathers = layout.tp > 1 or layout.ep > 1 or largest > config.sync.bucket_bytes
+    return min(2 * config.sync.bucket_bytes, total_params(a) * e) + largest * gathers
+
+
+def trainer_memory(
+    a: ModelSpec, config: Config, layout: Layout, machine: Machine, num_micro_batches: int
+) -> list[DeviceMemory]:
+    """One entry per pipeline stage."""
+    e = element_bytes(config)
+    engine = engine_memory(a, config, machine)
+    embedded = config.rollout.engine == "embedded"
+    shares_device = (machine.engine_nodes == 0 and not config.rollout.server.urls) or embedded
+    frees_device = config.rollout.server.memory_saver and not embedded
+    devices = []
+    for stage in range(layout.pp):
+        params = dense_params(a, layout.tp, layout.pp, stage)
+        params += local_expert_params(a, layout.tp, layout.pp, layout.ep)
+        quantized = local_layer_matrices(a, layout.tp, layout.pp, layout.ep)
+        fp8_copies = 2 * quantized if config.policy.fp8.recipe != "none" else 0
+        resident = {
+            "weights": params * e + fp8_copies,
+            "gradients": params * 4,
+            "optimizer": 0 if layout.offload else optimizer_bytes(a, config, layout, machine, stage),
+            "reserve": machine.chip.reserve_bytes,
+        }
+        weights, cache = {"engine weights": engine.weights}, {"engine KV cache": engine.kv_cache}
+        # The embedded engine allocates its cache per generation and gives it back.
+        always = {} if not shares_device or frees_device else weights | ({} if embedded else cache)
+        train = resident | always | _training(a, config, layout, machine, stage, num_micro_batches)
+        sync = (
+            resident | always | {"export buckets": export_bytes(a, config, layout)} | (weights if shares_device else {})
+        )
+        generate = resident | (weights | cache if shares_device else {})
+        devices.append(
+            DeviceMemory(
+                role=f"pipeline stage {stage}" if layout.pp > 1 else "every device",
+                capacity=machine.chip.memory_bytes,
+                phases={"train": train, "sync": sync, "generate": generate},
+            )
+        )
+    return devices
+
+
+def engine_device(a: ModelSpec, config: Config, machine: Machine) -> DeviceMemory | None:
+    """A device of an engine node; None when engines share the trainer's devices."""
+    if not machine.engine_nodes:
+        return None
+    engine = engine_memory(a, config, machine)
+    held = {"engine weights": engine.weights, "engine KV cache": engine.kv_cache, "reserve": machine.chip.reserve_bytes}
+    bucket = {"export buckets": min(config.sync.bucket_bytes, total_params(a) * element_bytes(config))}
+    return DeviceMemory("engine nodes", machine.chip.memory_bytes, {"sync": held | bucket, "generate": held})
+
+
+def host_bytes_per_node(a: ModelSpec, config: Config, layout: Layout, machine: Machine) -> int:
+    """Optimizer state in host memory of one node; 0 without offload."""
+    if not layout.offload:
+        return 0
+    largest = max(optimizer_bytes(a, config, layout, machine, stage) for stage in range(layout.pp))
+    return largest * machine.devices_per_node
+
+
+def engine_problem(a: ModelSpec, config: Config, machine: Machine) -> str | None:
+    """Why an engine cannot hold one longest answer, or None."""
+    engine, longest = engine_memory(a, config, machine), longest_sequence(config)
+    if engine.kv_tokens >= longest:
+        return None
+    return (
+        f"the engine's KV cache holds {engine.kv_tokens} tokens, one longest answer needs {longest}: "
+        "raise rollout.server.mem_fraction_static or rollout.server.tensor_parallel_size"
+        if config.rollout.engine != "embedded"
+        else f"rollout.embedded_batch_tokens ({engine.kv_tokens}) must hold the longest answer ({longest} tokens)"
+    )

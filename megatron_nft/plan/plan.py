@@ -1,0 +1,125 @@
+"""One plan: rules, memory and time of a layout; and the search over layouts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from megatron_nft.config import Config
+from megatron_nft.plan import layout as layouts
+from megatron_nft.plan.layout import Layout, Machine
+from megatron_nft.plan.memory import (
+    DeviceMemory,
+    engine_device,
+    engine_memory,
+    engine_problem,
+    host_bytes_per_node,
+    trainer_memory,
+)
+from megatron_nft.plan.timing import Workload, num_micro_batches, step_times, sync_bytes
+from megatron_nft.policy.family import ModelSpec
+
+DAY_S = 86400
+
+
+@dataclass
+class Plan:
+    """What came out for one layout. Memory and times are empty where a rule is broken."""
+
+    layout: Layout
+    problems: list[str]
+    devices: list[DeviceMemory] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
+    num_micro_batches: int = 0
+    kv_tokens: int = 0
+    sync_bytes: int = 0
+    host_bytes_per_node: int = 0
+    trained_tokens: int = 0
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.times.values())
+
+    @property
+    def tokens_per_day(self) -> float:
+        """Trained tokens."""
+        return self.trained_tokens / self.step_s * DAY_S if self.times else 0.0
+
+    @property
+    def fullest(self) -> DeviceMemory:
+        return max(self.devices, key=lambda d: d.peak / d.capacity)
+
+
+def make_plan(a: ModelSpec, config: Config, layout: Layout, machine: Machine, work: Workload) -> Plan:
+    """Check the rules; where they hold, work out memory and time."""
+    broken = layouts.problems(a, config, layout, machine)
+    if broken:
+        return Plan(layout, broken)
+    m = num_micro_batches(work, layout, layout.dp(machine))
+    devices = trainer_memory(a, config, layout, machine, m)
+    engine = engine_device(a, config, machine)
+    devices += [engine] if engine else []
+    problems = [
+        f"{d.role} needs {d.peak / 2**30:.1f} GiB in phase {d.peak_phase}, has {d.capacity / 2**30:.1f} GiB "
+        f"(most of it: {max(d.phases[d.peak_phase], key=d.phases[d.peak_phase].get)})"
+        for d in devices
+        if not d.fits
+    ]
+    problems += [p for p in [engine_problem(a, config, machine)] if p]
+    return Plan(
+        layout,
+        problems,
+        devices,
+        step_times(a, config, layout, machine, work),
+        m,
+        engine_memory(a, config, machine).kv_tokens,
+        sync_bytes(a, config),
+        host_bytes_per_node(a, config, layout, machine),
+        work.trained_tokens,
+    )
+
+
+def search(a: ModelSpec, config: Config, machine: Machine, work: Workload) -> list[Plan]:
+    """Every layout that fits, the shortest step first."""
+    found = []
+    for ladder in layouts.candidates(a, config, machine):
+        plans = (make_plan(a, config, layout, machine, work) for layout in ladder)
+        found += [p for p in [next((p for p in plans if p.fits), None)] if p]
+    return sorted(found, key=lambda p: p.step_s)
+
+
+def distance(one: Layout, other: Layout) -> float:
+    """How far apart two layouts are: a doubling of TP, PP or EP counts 1, any other change 0.5."""
+    levels = ("none", "selective", "full")
+    return (
+        abs(math.log2(one.tp / other.tp))
+        + abs(math.log2(one.pp / other.pp))
+        + 0.5 * abs(levels.index(one.recompute) - levels.index(other.recompute))
+        + abs(math.log2(one.ep / other.ep))
+        + 0.5 * (one.vpp != other.vpp)
+        + 0.5 * (one.offload != other.offload)
+        + 0.5 * (one.micro_batch_tokens != other.micro_batch_tokens)
+        + 0.1 * (one.sequence_parallel != other.sequence_parallel)
+    )
+
+
+@dataclass
+class Neighbour:
+    """A plan that fits, and the machine it fits on."""
+
+    plan: Plan
+    machine: Machine
+
+
+def nearest(a: ModelSpec, config: Config, layout: Layout, machine: Machine, work: Workload) -> Neighbour | None:
+    """The fitting plan with the fewest changes, the faster of two as near; else on 2, 4 … 64 times the nodes."""
+    for factor in (1, 2, 4, 8, 16, 32, 64):
+        larger = replace(machine, nodes=machine.nodes * factor, engine_nodes=machine.engine_nodes * factor)
+        fitting = search(a, config, larger, work)
+        if fitting:
+            return Neighbour(min(fitting, key=lambda p: (distance(p.layout, layout), p.step_s)), larger)
+    return None

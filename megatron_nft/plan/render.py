@@ -1,0 +1,165 @@
+"""A plan as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megatron_nft.config import Config
+from megatron_nft.plan.architecture import total_params
+from megatron_nft.plan.layout import Machine
+from megatron_nft.plan.memory import PARTS, DeviceMemory
+from megatron_nft.plan.plan import Neighbour, Plan
+from megatron_nft.plan.timing import Workload
+from megatron_nft.policy.family import ModelSpec
+
+GIB = 1 << 30
+
+
+def duration(seconds: float) -> str:
+    """Seconds with three digits that matter; minutes and hours where they read better."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 120:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
+
+
+def size(count: float) -> str:
+    """Bytes in GiB, or MiB below a tenth of one."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"
+
+
+def _memory_table(device: DeviceMemory) -> list[str]:
+    phases = list(device.phases)
+    lines = [f"Memory of {device.role} ({size(device.capacity)}):", f"  {'':<18}" + "".join(f"{p:>12}" for p in phases)]
+    for part in PARTS:
+        if any(part in device.phases[p] for p in phases):
+            cells = (size(device.phases[p][part]) if part in device.phases[p] else "-" for p in phases)
+            lines.append(f"  {part:<18}" + "".join(f"{c:>12}" for c in cells))
+    lines.append(f"  {'total':<18}" + "".join(f"{size(device.total(p)):>12}" for p in phases))
+    return lines
+
+
+def _head(a: ModelSpec, config: Config, machine: Machine, plan: Plan) -> list[str]:
+    chip = machine.chip
+    engines = f", {machine.engine_nodes} of them for engines" if machine.engine_nodes else ""
+    lines = [
+        f"Model: {a.family}, {total_params(a) / 1e9:.3f} B parameters ({a.num_layers} layers, hidden {a.hidden_size}, "
+        f"vocabulary {a.vocab_size})",
+        f"Machine: {machine.nodes} nodes x {machine.devices_per_node} {chip.name}{engines}",
+        f"Layout: {plan.layout.describe()}",
+    ]
+    if plan.devices:
+        dp = plan.layout.dp(machine)
+        lines.append(f"        DP {dp}, {plan.num_micro_batches} micro-batches per replica and optimizer step")
+    recipe = config.policy.fp8.recipe
+    return [*lines, f"Precision: {config.policy.precision}" + (f", FP8 {recipe}" if recipe != "none" else "")]
+
+
+def _time_table(plan: Plan, work: Workload) -> list[str]:
+    lines = [
+        "Time of one step (a model, see megatron_nft/plan/timing.py), assuming answers of "
+        f"{work.mean_response_tokens} tokens in the mean, {work.kept_share:.0%} of the questions kept:"
+    ]
+    lines += [f"  {name:<24}{duration(s):>10}{s / plan.step_s:>7.0%}" for name, s in plan.times.items()]
+    return [
+        *lines,
+        f"  {'step':<24}{duration(plan.step_s):>10}",
+        f"Weight sync: {size(plan.sync_bytes)} in {duration(plan.times['weight sync'])}",
+        f"Trained: {work.trained_tokens:,} tokens per step, {plan.tokens_per_day:.3g} per day",
+        f"Engine's KV cache: {plan.kv_tokens:,} tokens",
+    ]
+
+
+def as_text(a: ModelSpec, config: Config, machine: Machine, work: Workload, plan: Plan, near: Neighbour | None) -> str:
+    """The whole report; the last lines say whether the run fits, and the nearest layout that does."""
+    lines = _head(a, config, machine, plan)
+    if plan.devices:
+        shown = {d.role: d for d in [plan.fullest, *(d for d in plan.devices if d.role == "engine nodes")]}
+        for device in shown.values():
+            lines += ["", *_memory_table(device)]
+        if plan.host_bytes_per_node:
+            lines.append(f"  host memory per node for the optimizer: {size(plan.host_bytes_per_node)}")
+        lines += ["", *_time_table(plan, work)]
+    lines.append("")
+    if plan.fits:
+        return "\n".join([*lines, "FITS"])
+    lines += ["DOES NOT FIT:", *(f"  - {p}" for p in plan.problems)]
+    if near is None:
+        lines.append("No layout fits, with up to 64 times the nodes: other settings or larger GPUs are needed.")
+    else:
+        nodes = f" (on {near.machine.nodes} nodes)" if near.machine != machine else ""
+        layout = near.plan.layout
+        lines += [f"Nearest layout that fits{nodes}: {layout.describe()}", f"  {' '.join(layout.overrides())}"]
+    return "\n".join(lines)
+
+
+def search_table(plans: list[Plan], machine: Machine) -> str:
+    """One line per layout that fits, best first."""
+    if not plans:
+        return "No layout fits this machine."
+    head = f"{'TP':>3}{'PP':>4}{'EP':>4}{'VPP':>5}{'DP':>5}  {'recompute':<11}{'cap':>7}  {'offload':<9}"
+    lines = [head + f"{'fullest':>8}{'step':>10}{'tokens/day':>12}"]
+    for p in plans:
+        c = p.layout
+        lines.append(
+            f"{c.tp:>3}{c.pp:>4}{c.ep:>4}{c.vpp:>5}{c.dp(machine):>5}  {c.recompute:<11}{c.micro_batch_tokens:>7}  "
+            f"{'yes' if c.offload else 'no':<9}{p.fullest.peak / p.fullest.capacity:>8.0%}"
+            f"{duration(p.step_s):>10}{p.tokens_per_day:>12.3g}"
+        )
+    return "\n".join(lines)
+
+
+def plan_dict(plan: Plan, machine: Machine) -> dict[str, Any]:
+    """A plan in plain types; bytes and seconds."""
+    out: dict[str, Any] = {
+        "fits": plan.fits,
+        "layout": asdict(plan.layout),
+        "overrides": plan.layout.overrides(),
+        "problems": plan.problems,
+    }
+    if plan.devices:
+        out |= {
+            "data_parallel_size": plan.layout.dp(machine),
+            "num_micro_batches": plan.num_micro_batches,
+            "memory": [
+                {
+                    "role": d.role,
+                    "capacity_bytes": d.capacity,
+                    "peak_phase": d.peak_phase,
+                    "peak_bytes": d.peak,
+                    "phases": {p: {"parts_bytes": parts, "total_bytes": d.total(p)} for p, parts in d.phases.items()},
+                }
+                for d in plan.devices
+            ],
+            "step_s": plan.step_s,
+            "times_s": plan.times,
+            "sync_bytes": plan.sync_bytes,
+            "host_bytes_per_node": plan.host_bytes_per_node,
+            "engine_kv_tokens": plan.kv_tokens,
+            "trained_tokens_per_step": plan.trained_tokens,
+            "trained_tokens_per_day": plan.tokens_per_day,
+        }
+    return out
+
+
+def as_dict(
+    a: ModelSpec, machine: Machine, work: Workload, plan: Plan, near: Neighbour | None, found: list[Plan] | None
+) -> dict[str, Any]:
+    """The report for `--json`; `search` is there with `--search`."""
+    out = {
+        "model": asdict(a) | {"total_params": total_params(a)},
+        "machine": {
+            "gpu": machine.chip.name,
+            "nodes": machine.nodes,
+            "gpus_per_node": machine.devices_per_node,
+            "engine_nodes": machine.engine_nodes,
+        },
+        "assumptions": asdict(work),
+        "plan": plan_dict(plan, machine),
+        "nearest": plan_dict(near.plan, near.machine) | {"nodes": near.machine.nodes} if near else None,
+    }
+    if found is not None:
+        out["search"] = [plan_dict(p, machine) for p in found]
+    return out

@@ -1,0 +1,222 @@
+"""Seconds of one training step by phase, from FLOPs and bytes against the chip's figures. A model, not a measurement.
+
+Legend: N parameters that a token is multiplied with, L layers, q = heads x head_dim, n answers, l mean tokens of
+question and answer, W devices, D = TP x PP devices of one replica.
+
+    linear forward       2 N FLOPs per token (Kaplan et al., arXiv 2001.08361, section 2.1)
+    attention forward    2 q l L FLOPs per token, causal (4 q l L without the mask; Narayanan et al., arXiv 2104.04473)
+    behaviour log-probs  one forward
+    training             forward + 2 x forward for the backward; full recompute one forward more, selective the MLPs'
+    tensor parallel      per layer, micro-batch and pass 4 collectives of T h e (tp-1)/tp bytes; 2 passes, and one pass
+                         again with full recompute (Korthikanti et al., arXiv 2205.05198)
+    pipeline             (pp - 1) / (vpp m) of the compute stands idle (arXiv 2104.04473, section 2.2)
+    gradients            per optimizer step reduce-scatter 4 bytes and all-gather e bytes per parameter over DP
+    optimizer            28 + e bytes of device memory per parameter of the shard (g, m, v, w read, m, v, w and the
+                         model's own written); with offload, gradients out and weights back over the host link
+    generation           an engine emits one token for B answers in (weights + cache of B answers) / bandwidth, or in
+                         the time of its FLOPs if that is longer, plus 20 us per layer of launches and reductions;
+                         its answers take answers / B mean lengths, and then the longest one finishes alone
+    sync                 gather over the replica, then one write into each engine; engine nodes get the model by network
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_nft.config import Config
+from megatron_nft.plan.architecture import (
+    active_params,
+    dense_params,
+    local_expert_params,
+    mlp_width,
+    q_size,
+    total_params,
+)
+from megatron_nft.plan.layout import Layout, Machine
+from megatron_nft.plan.memory import element_bytes, engine_memory, optimizer_shard
+from megatron_nft.policy.family import ModelSpec
+
+DECODE_OVERHEAD_S_PER_LAYER = 20e-6
+VERIFY_S_PER_ANSWER = 5e-3  # math-verify, mean of a mixed set on one core
+ENGINE_SWITCH_S = 2.0  # release and resume of a colocated engine's memory
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one training step handles; the assumptions are printed beside the figures."""
+
+    mean_prompt_tokens: int
+    mean_response_tokens: int
+    kept_share: float  # questions whose answers differ, of those sampled
+    sampled_questions: int  # per step, in the mean
+    trained_questions: int
+    answers_per_question: int
+    optimizer_steps: int
+    num_epochs: int
+
+    @property
+    def mean_tokens(self) -> int:
+        return self.mean_prompt_tokens + self.mean_response_tokens
+
+    @property
+    def sampled_answers(self) -> int:
+        return self.sampled_questions * self.answers_per_question
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens through forward and backward in one step, questions included."""
+        return self.trained_questions * self.answers_per_question * self.mean_tokens * self.num_epochs
+
+    @classmethod
+    def of(cls, config: Config, mean_response_tokens: int | None, kept_share: float) -> Workload:
+        """Without a figure of the user's own, answers take a third of the limit."""
+        longest = config.rollout.max_response_tokens
+        response = mean_response_tokens or max(1, longest // 3)
+        if response > longest:
+            raise ValueError(f"--mean-response-tokens {response} exceeds rollout.max_response_tokens ({longest})")
+        needed = math.ceil(config.train.questions_per_step / kept_share)
+        batch = config.rollout.questions_per_batch
+        # Surplus groups serve the next step; without them whole generation batches are paid for.
+        sampled = needed if config.rollout.max_staleness else -(-needed // batch) * batch
+        return cls(
+            mean_prompt_tokens=min(128, config.data.max_prompt_tokens),
+            mean_response_tokens=response,
+            kept_share=kept_share,
+            sampled_questions=sampled,
+            trained_questions=config.train.questions_per_step,
+            answers_per_question=config.rollout.answers_per_question,
+            optimizer_steps=config.train.questions_per_step
+            // config.train.questions_per_optimizer_step
+            * config.train.num_epochs,
+            num_epochs=config.train.num_epochs,
+        )
+
+
+def num_micro_batches(work: Workload, layout: Layout, dp: int) -> int:
+    """Micro-batches of one replica in one optimizer step."""
+    per_step = work.trained_tokens / max(1, work.optimizer_steps) / dp
+    return max(1, math.ceil(per_step / layout.micro_batch_tokens))
+
+
+def forward_flops_per_token(a: ModelSpec, mean_tokens: float) -> float:
+    """Linear layers, output layer and causal attention, forward."""
+    return 2 * active_params(a) + 2 * q_size(a) * mean_tokens * a.num_layers
+
+
+def _flops_rate(config: Config, machine: Machine) -> float:
+    chip = machine.chip
+    if config.policy.fp8.recipe != "none":
+        return chip.fp8_flops * chip.fp8_share
+    return chip.bf16_flops * chip.train_share
+
+
+def _tensor_parallel_s(
+    a: ModelSpec, config: Config, layout: Layout, machine: Machine, tokens: float, passes: float
+) -> float:
+    """Collectives of `tokens` tokens of one replica through its share of the layers."""
+    tp, chip = layout.tp, machine.chip
+    if tp == 1:
+        return 0.0
+    volume = tokens * a.hidden_size * element_bytes(config) * (tp - 1) / tp
+    return 4 * passes * volume * (a.num_layers / layout.pp) / (chip.node_bandwidth * chip.bandwidth_share)
+
+
+def _compute_s(
+    a: ModelSpec, config: Config, layout: Layout, machine: Machine, tokens: float, passes: float, work: Workload
+) -> float:
+    """`passes` forward equivalents over `tokens` tokens of all replicas, with TP traffic and the pipeline's bubble."""
+    dp = layout.dp(machine)
+    flops = tokens * passes * forward_flops_per_token(a, work.mean_tokens)
+    busy = flops / (machine.trainer_devices * _flops_rate(config, machine))
+    busy += _tensor_parallel_s(a, config, layout, machine, tokens / dp, 1 if passes <= 1 else passes - 1)
+    bubble = (layout.pp - 1) / (layout.vpp * num_micro_batches(work, layout, dp))
+    return busy * (1 + bubble)
+
+
+def _training_passes(a: ModelSpec, layout: Layout) -> float:
+    if layout.recompute == "full":
+        return 4.0
+    mlp_share = 3 * a.hidden_size * mlp_width(a) * a.num_layers / active_params(a)
+    return 3.0 + (mlp_share if layout.recompute == "selective" else 0.0)
+
+
+def _optimizer_s(a: ModelSpec, config: Config, layout: Layout, machine: Machine) -> float:
+    """One optimizer step: gradients over data parallel, Adam, weights over data parallel."""
+    chip, dp, e = machine.chip, layout.dp(machine), element_bytes(config)
+    params = max(dense_params(a, layout.tp, layout.pp, s) for s in range(layout.pp))
+    params += local_expert_params(a, layout.tp, layout.pp, layout.ep)
+    shard = max(optimizer_shard(a, config, layout, machine, s) for s in range(layout.pp))
+    inside = layout.tp * layout.pp * dp <= machine.devices_per_node
+    link = (chip.node_bandwidth if inside else chip.network_bandwidth) * chip.bandwidth_share
+    seconds = params * (4 + e) * (dp - 1) / dp / link
+    seconds += shard * (28 + e) / (chip.memory_bandwidth * chip.bandwidth_share)
+    return seconds + (shard * (4 + e) / chip.host_bandwidth if layout.offload else 0.0)
+
+
+def num_engines(config: Config, machine: Machine) -> int:
+    """Engines that share a step's questions."""
+    server = config.rollout.server
+    if config.rollout.engine == "embedded":
+        return machine.trainer_devices
+    return len(server.urls) or (machine.engine_nodes or machine.nodes) * server.num_servers
+
+
+def generation_s(a: ModelSpec, config: Config, machine: Machine, work: Workload) -> float:
+    """Until the last answer of a step is there."""
+    chip, memory = machine.chip, engine_memory(a, config, machine)
+    tp = 1 if config.rollout.engine == "embedded" else config.rollout.server.tensor_parallel_size
+    engines = num_engines(config, machine)
+    answers = math.ceil(work.sampled_answers / engines)
+    kv_token = memory.kv_cache / max(1, memory.kv_tokens)
+    context = work.mean_prompt_tokens + work.mean_response_tokens / 2
+    limit = memory.kv_tokens // (work.mean_tokens if config.rollout.engine != "embedded" else work.mean_tokens * 2)
+    asked = config.rollout.server.max_running_requests or answers
+    batch = max(1, min(answers, int(limit), asked))
+    bandwidth = chip.memory_bandwidth * chip.bandwidth_share
+    flops = 2 * active_params(a) / tp / (chip.bf16_flops * chip.train_share)
+
+    def token_s(rows: float) -> float:
+        read = (memory.weights + rows * context * kv_token) / bandwidth
+        return max(read, rows * flops) + DECODE_OVERHEAD_S_PER_LAYER * a.num_layers
+
+    rounds = answers / batch
+    tail = config.rollout.max_response_tokens - work.mean_response_tokens
+    prefill = work.sampled_questions / engines * work.mean_prompt_tokens * flops
+    return prefill + rounds * work.mean_response_tokens * token_s(batch) + tail * token_s(1)
+
+
+def sync_bytes(a: ModelSpec, config: Config) -> int:
+    """The whole model in the precision it travels in."""
+    return total_params(a) * element_bytes(config)
+
+
+def sync_s(a: ModelSpec, config: Config, layout: Layout, machine: Machine) -> float:
+    """Megatron shards to HF tensors to engines."""
+    chip, replica = machine.chip, layout.tp * layout.pp
+    total = sync_bytes(a, config)
+    link = chip.node_bandwidth if replica <= machine.devices_per_node else chip.network_bandwidth
+    gather = total * (replica - 1) / replica / (link * chip.bandwidth_share)
+    tp = 1 if config.rollout.engine == "embedded" else config.rollout.server.tensor_parallel_size
+    if machine.engine_nodes:
+        return gather + total / (chip.network_bandwidth * chip.bandwidth_share)
+    return gather + 2 * total / tp / (chip.memory_bandwidth * chip.bandwidth_share)
+
+
+def step_times(a: ModelSpec, config: Config, layout: Layout, machine: Machine, work: Workload) -> dict[str, float]:
+    """Seconds by phase, in the order of the loop. Verification overlaps generation: only what is left counts."""
+    generation = generation_s(a, config, machine, work)
+    verification = work.sampled_answers * VERIFY_S_PER_ANSWER / (machine.trainer_devices * config.verify.workers)
+    kept_tokens = work.sampled_questions * work.kept_share * work.answers_per_question * work.mean_tokens
+    passes = _training_passes(a, layout)
+    times = {
+        "generation": generation,
+        "verification left over": max(0.0, verification - generation),
+        "behaviour log-probs": _compute_s(a, config, layout, machine, kept_tokens, 1.0, work),
+        "forward and backward": _compute_s(a, config, layout, machine, work.trained_tokens, passes, work),
+        "optimizer": work.optimizer_steps * _optimizer_s(a, config, layout, machine),
+        "weight sync": sync_s(a, config, layout, machine),
+    }
+    if config.rollout.server.memory_saver and config.rollout.engine != "embedded":
+        times["engine sleep and wake"] = ENGINE_SWITCH_S
+    return times

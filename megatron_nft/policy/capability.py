@@ -1,0 +1,140 @@
+"""What the GPU path needs of the chip, CUDA, cuDNN and Transformer Engine, checked before a model is built.
+
+Sources: Transformer Engine 2.11 (`quantization.py`: check_fp8_support and its neighbours; `fused_attn.cpp`: packed
+layouts) and megatron-core 0.16.1, which asks for Transformer Engine 2.9 or newer.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from packaging.version import Version
+
+from megatron_nft.config import FP8_ALIGNMENT, PolicyConfig
+
+Capability = tuple[int, int]
+
+MIN_TRANSFORMER_ENGINE = "2.9"
+UNFUSED_ATTENTION = "NVTE_UNFUSED_ATTN"  # read by Transformer Engine when it chooses how to attend
+MIN_CUDNN = (9, 6)  # packed (thd) attention with grouped queries, on compute capability 9.0 and above
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank finds on its device."""
+
+    chip: str  # the driver's name
+    capability: Capability
+    cuda: tuple[int, ...]  # that torch was built for
+    cudnn: tuple[int, ...]
+    transformer_engine: str
+    flash_attention: bool  # the package flash-attn (2 or 3) is installed
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Of one recipe."""
+
+    capability: Capability
+    below: Capability | None = None  # first capability without it
+    cuda: tuple[int, ...] = (12, 1)
+
+
+NEEDS = {
+    "delayed": _Needs((8, 9)),
+    "tensorwise": _Needs((8, 9)),
+    "blockwise": _Needs((9, 0), cuda=(12, 9)),
+    "mxfp8": _Needs((10, 0), below=(12, 0)),
+    "nvfp4": _Needs((10, 0)),
+}
+
+
+def read_machine(device: torch.device | int | None = None) -> Machine:
+    """Of `device`, by default the current one. Needs CUDA and Transformer Engine."""
+    cudnn = torch.backends.cudnn.version() or 0  # 91900: 9.19.0
+    return Machine(
+        chip=torch.cuda.get_device_name(device),
+        capability=torch.cuda.get_device_capability(device),
+        cuda=_numbers(torch.version.cuda or "0"),
+        cudnn=(cudnn // 10000, cudnn // 100 % 100, cudnn % 100),
+        transformer_engine=importlib.metadata.version("transformer-engine"),
+        flash_attention=any(importlib.util.find_spec(n) is not None for n in ("flash_attn", "flash_attn_3")),
+    )
+
+
+def recipe_problem(recipe: str, machine: Machine) -> str | None:
+    """Why the machine cannot run the recipe, or None."""
+    if recipe == "none":
+        return None
+    needs, has = NEEDS[recipe], machine.capability
+    if has < needs.capability or (needs.below and has >= needs.below):
+        wanted = f"{_dotted(needs.capability)} or above" + (f", below {_dotted(needs.below)}" if needs.below else "")
+        return f"needs compute capability {wanted}; {machine.chip} has {_dotted(has)}"
+    if machine.cuda < needs.cuda:
+        return f"needs CUDA {_dotted(needs.cuda)} or newer; torch was built for {_dotted(machine.cuda)}"
+    return None
+
+
+def allowed_recipes(machine: Machine) -> list[str]:
+    """What `policy.fp8.recipe` may be on this machine."""
+    return [recipe for recipe in FP8_ALIGNMENT if recipe_problem(recipe, machine) is None]
+
+
+def check_machine(policy: PolicyConfig, machine: Machine) -> None:
+    """ValueError where Transformer Engine layers cannot run as set, saying what is there and what to do."""
+    if Version(machine.transformer_engine) < Version(MIN_TRANSFORMER_ENGINE):
+        raise ValueError(
+            f"Transformer Engine {machine.transformer_engine} is installed; megatron-core 0.16.1 needs "
+            f"{MIN_TRANSFORMER_ENGINE} or newer: install the extra `te`, or set policy.layer_spec=local"
+        )
+    problem = recipe_problem(policy.fp8.recipe, machine)
+    if problem:
+        raise ValueError(
+            f"policy.fp8.recipe={policy.fp8.recipe} {problem}. Allowed here: {', '.join(allowed_recipes(machine))}"
+        )
+    fused = machine.capability >= (9, 0) and machine.cudnn >= MIN_CUDNN
+    if policy.precision == "bf16" and not (fused or machine.flash_attention):
+        raise ValueError(
+            f"packed attention needs cuDNN {_dotted(MIN_CUDNN)} or newer on compute capability 9.0 or above, or the "
+            f"package flash-attn; here are cuDNN {_dotted(machine.cudnn)}, {machine.chip} with "
+            f"{_dotted(machine.capability)} and no flash-attn. Without them Transformer Engine would build whole "
+            "[tokens, tokens] matrices: install flash-attn, or set policy.layer_spec=local"
+        )
+    if policy.attention_backend == "flash" and not machine.flash_attention:
+        raise ValueError(
+            "policy.attention_backend=flash needs the package flash-attn, which is not installed. Allowed here: auto, "
+            "fused"
+        )
+    if policy.attention_backend == "fused" and not fused:
+        raise ValueError(
+            f"policy.attention_backend=fused needs cuDNN {_dotted(MIN_CUDNN)} or newer on compute capability 9.0 or "
+            f"above; here are cuDNN {_dotted(machine.cudnn)} and {machine.chip} with {_dotted(machine.capability)}. "
+            "Allowed here: auto, flash"
+        )
+
+
+@contextmanager
+def attention_backends(policy: PolicyConfig, engine: bool) -> Iterator[None]:
+    """Around the building of the model. Afterwards Transformer Engine raises where neither cuDNN nor FlashAttention can
+    do a packed batch in 16 bits (a head size that they lack, say), in place of building [tokens, tokens] matrices.
+
+    Megatron sets the variable itself while it builds, and refuses a value that is not its own.
+    """
+    os.environ.pop(UNFUSED_ATTENTION, None)
+    yield
+    if engine and policy.precision == "bf16":
+        os.environ[UNFUSED_ATTENTION] = "0"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))

@@ -1,0 +1,216 @@
+"""What model a Hugging Face folder holds, read exactly from its config.json.
+
+Families: Qwen2 and 2.5 (`qwen2`), Qwen3 (`qwen3`), Llama 3 (`llama`), Qwen3 mixture of experts (`qwen3_moe`). A value
+that this code would not honour (another activation, a sliding window, an unknown RoPE scaling, quantized weights) is a
+ValueError that names the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_nft.config import PolicyConfig
+
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# What the code does; any other value of these keys is refused. Absent keys have transformers' default, which is listed.
+HONOURED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_dropout": (0.0, None),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+    "use_sliding_window": (False,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
+}
+ATTENTION_BIAS = {"qwen2": True, "qwen3": False, "llama": False, "qwen3_moe": False}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's `rope_type: llama3`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The figures of a model. Names are megatron-core's."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int  # key/value heads
+    kv_channels: int  # size of one head
+    ffn_hidden_size: int  # of the dense MLP; qwen3_moe has none and uses moe_ffn_hidden_size
+    vocab_size: int  # rows of the HF embedding, without our padding
+    tied: bool  # the output layer is the embedding
+    norm_epsilon: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    add_qkv_bias: bool
+    qk_layernorm: bool
+    num_experts: int = 0
+    moe_ffn_hidden_size: int = 0
+    num_experts_per_token: int = 0
+    normalize_expert_weights: bool = True  # HF's norm_topk_prob
+
+    def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
+        """Rows that Megatron's embedding has: the next multiple of the TP size."""
+        return -(-self.vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
+
+    def padding_note(self, tensor_model_parallel_size: int) -> str | None:
+        """What is said where the TP size does not divide the vocabulary; None where it does."""
+        padded = self.padded_vocab_size(tensor_model_parallel_size)
+        if padded == self.vocab_size:
+            return None
+        return (
+            f"vocabulary: tensor_model_parallel_size ({tensor_model_parallel_size}) does not divide the model's "
+            f"vocab_size ({self.vocab_size}); padded to {padded} rows, of which the last {padded - self.vocab_size} "
+            "never get probability and are not exported"
+        )
+
+
+def read_family(model_path: Path | str) -> ModelSpec:
+    """Read `model_path`/config.json. FileNotFoundError or ValueError, each saying what to do."""
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; model.path must be a folder in Hugging Face format")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    try:
+        return spec_from_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def spec_from_config(config: dict[str, Any]) -> ModelSpec:
+    """The ModelSpec of a parsed config.json, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`)."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type is {family!r}; allowed: {', '.join(FAMILIES)}")
+    _refuse_what_is_not_honoured(config, family)
+    heads, hidden = _positive(config, "num_attention_heads"), _positive(config, "hidden_size")
+    if config.get("head_dim") is None and hidden % heads:
+        raise ValueError(f"num_attention_heads ({heads}) must divide hidden_size ({hidden}) where head_dim is absent")
+    moe = family == "qwen3_moe"
+    theta, scaling = _rope(config)
+    experts = ("num_experts", "num_local_experts")
+    return ModelSpec(
+        family=family,
+        num_layers=_positive(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=_positive(config, "num_key_value_heads", default=heads),
+        kv_channels=_positive(config, "head_dim", default=hidden // heads),
+        ffn_hidden_size=_positive(config, "intermediate_size"),
+        vocab_size=_positive(config, "vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position_embeddings=_positive(config, "max_position_embeddings"),
+        add_qkv_bias=ATTENTION_BIAS[family],
+        qk_layernorm=family in ("qwen3", "qwen3_moe"),
+        num_experts=_positive(config, next((k for k in experts if k in config), experts[0])) if moe else 0,
+        moe_ffn_hidden_size=_positive(config, "moe_intermediate_size") if moe else 0,
+        num_experts_per_token=_positive(config, "num_experts_per_tok") if moe else 0,
+        normalize_expert_weights=bool(config.get("norm_topk_prob", False)) if moe else True,
+    )
+
+
+def tensor_parallel_sizes(spec: ModelSpec) -> dict[str, int]:
+    """What every tensor-parallel rank must have an equal part of, by its name in config.json."""
+    experts = spec.num_experts > 0
+    return {
+        "num_attention_heads": spec.num_attention_heads,
+        "num_key_value_heads": spec.num_query_groups,
+        "moe_intermediate_size" if experts else "intermediate_size": (
+            spec.moe_ffn_hidden_size if experts else spec.ffn_hidden_size
+        ),
+    }
+
+
+def check_layout(spec: ModelSpec, policy: PolicyConfig) -> None:
+    """ValueError where the model cannot be split as set, with the numbers. The vocabulary is padded, not refused."""
+    tp, pp, ep = (
+        policy.tensor_model_parallel_size,
+        policy.pipeline_model_parallel_size,
+        policy.expert_model_parallel_size,
+    )
+    vpp = policy.virtual_pipeline_model_parallel_size or 1
+    divided = tensor_parallel_sizes(spec)
+    for key, value in divided.items():
+        if value % tp:
+            allowed = [n for n in range(1, value + 1) if all(v % n == 0 for v in divided.values())]
+            raise ValueError(
+                f"tensor_model_parallel_size ({tp}) must divide the model's {key} ({value}); "
+                f"allowed for this model: {', '.join(map(str, allowed))}"
+            )
+    if spec.num_layers % (pp * vpp):
+        chunks = f"pipeline_model_parallel_size ({pp})"
+        chunks += f" x virtual_pipeline_model_parallel_size ({vpp}) = {pp * vpp}" if vpp > 1 else ""
+        raise ValueError(f"{chunks} must divide the model's num_hidden_layers ({spec.num_layers})")
+    if ep > 1 and not spec.num_experts:
+        raise ValueError(f"expert_model_parallel_size ({ep}) must be 1: {spec.family} has no experts")
+    if spec.num_experts % ep:
+        raise ValueError(f"expert_model_parallel_size ({ep}) must divide the model's num_experts ({spec.num_experts})")
+
+
+def _refuse_what_is_not_honoured(config: dict[str, Any], family: str) -> None:
+    for key, allowed in HONOURED.items():
+        if key in config and config[key] not in allowed:
+            values = " or ".join(map(repr, allowed))
+            raise ValueError(f"{key} is {config[key]!r}; allowed: {values}")
+    bias = config.get("attention_bias")
+    if bias is not None and bias != ATTENTION_BIAS[family]:
+        raise ValueError(f"attention_bias is {bias!r}; allowed for {family}: {ATTENTION_BIAS[family]}")
+    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        raise ValueError(f"layer_types holds {', '.join(sorted(kinds))}; allowed: full_attention in every layer")
+
+
+def _positive(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key} is {value!r}; it must be a positive whole number")
+    return value
+
+
+def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key) or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{key} is {rope!r}; it must be an object or null")
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise ValueError(f"rope_theta is {theta!r}; it must be a positive number")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3":
+        raise ValueError(f"{key}.rope_type is {kind!r}; allowed: 'default', 'llama3'")
+    missing = [name for name in LLAMA3_ROPE_KEYS if not isinstance(rope.get(name), int | float)]
+    if missing:
+        raise ValueError(f"{key} of rope_type llama3 lacks the number(s) {', '.join(missing)}")
+    if not rope["high_freq_factor"] > rope["low_freq_factor"]:
+        raise ValueError(
+            f"{key}.high_freq_factor ({rope['high_freq_factor']}) must exceed "
+            f"low_freq_factor ({rope['low_freq_factor']})"
+        )
+    return float(theta), RopeScaling(*(rope[name] for name in LLAMA3_ROPE_KEYS))

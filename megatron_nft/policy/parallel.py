@@ -1,0 +1,216 @@
+"""Joins the ranks and lays out tensor, pipeline, data and expert parallelism.
+
+Megatron's order of ranks is tp (fastest), ep, dp, pp (slowest):
+
+    world 8, TP 2, PP 2, DP 2:   stage 0: ranks 0 1 | 2 3     stage 1: ranks 4 5 | 6 7
+                                          replica 0 | replica 1         replica 0 | replica 1
+
+A *replica* is the TP x PP ranks that hold one copy of the model and train the same micro-batches. Its leader is TP rank
+0 of the first stage.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_nft.config import PolicyConfig
+from megatron_nft.policy import cpu
+
+LOOPBACK = "127.0.0.1"  # MASTER_ADDR of our own launcher
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # longer than the slowest rollout; the run's own watch is shorter
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Where this rank stands. Groups are torch process groups; on a GPU the default ones are NCCL."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    ep_rank: int
+    ep_size: int
+    vpp_size: int | None  # model chunks per pipeline rank; None without the interleaved schedule
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
+    world_gloo: dist.ProcessGroup  # every rank, host memory
+    replica_gloo: dist.ProcessGroup  # the TP x PP ranks of this replica, host memory
+    replica_ranks: tuple[tuple[int, ...], ...]  # [dp_size] global ranks of each replica, ascending: leader first
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_replica_leader(self) -> bool:
+        return self.tp_rank == 0 and self.pp_rank == 0
+
+    @property
+    def leader_rank(self) -> int:
+        """Global rank of this replica's leader."""
+        return self.replica_ranks[self.dp_rank][0]
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this rank's peer (same TP and DP rank) on the last pipeline stage."""
+        return dist.get_global_rank(self.pp_group, self.pp_size - 1)
+
+
+def initialize(policy: PolicyConfig, seed: int) -> ParallelLayout:
+    """Join torch.distributed (torchrun's environment, or one lone process) and build Megatron's groups and RNG.
+
+    May be called again with another layout of the same ranks. ValueError where the layout does not divide the world.
+    """
+    cpu.install()
+    device = _join()
+    from megatron.core import parallel_state as ps
+
+    world = dist.get_world_size()
+    _check_world(policy, world)
+    if ps.model_parallel_is_initialized():
+        _leave_groups()
+    groups = dist.distributed_c10d._world.pg_map
+    others = set(groups)
+    ps.initialize_model_parallel(
+        tensor_model_parallel_size=policy.tensor_model_parallel_size,
+        pipeline_model_parallel_size=policy.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=policy.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=policy.expert_model_parallel_size,
+        expert_tensor_parallel_size=1 if policy.expert_model_parallel_size > 1 else None,
+        create_gloo_process_groups=device.type == "cuda",  # without CUDA the groups are gloo anyway
+        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
+    )
+    seed_trackers(seed)
+    layout = _layout(policy, device)
+    _OWN_GROUPS.extend(group for group in groups if group not in others)
+    return layout
+
+
+def seed_trackers(seed: int) -> None:
+    """Seed Megatron's random states, which differ over tensor-, pipeline- and expert-parallel ranks as they must."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    with cpu.on_cpu():
+        model_parallel_cuda_manual_seed(seed + 1)  # Megatron refuses seed 0
+
+
+def shutdown() -> None:
+    """Leave Megatron's groups and torch.distributed; safe to call when nothing was joined."""
+    from megatron.core import parallel_state as ps
+
+    if ps.model_parallel_is_initialized():
+        ps.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _OWN_GROUPS.clear()  # destroyed with the rest; a later `initialize` must not destroy them again
+
+
+_OWN_GROUPS: list[dist.ProcessGroup] = []  # made by the last `initialize`
+
+
+def _leave_groups() -> None:
+    """Give up the groups of the layout before. Megatron only forgets them, and each gloo group keeps threads that wake
+    up a hundred times a second: after ten layouts a rank had 1,800 of them."""
+    from megatron.core import parallel_state as ps
+
+    ps.destroy_model_parallel()
+    while _OWN_GROUPS:
+        dist.destroy_process_group(_OWN_GROUPS.pop())
+
+
+def _join() -> torch.device:
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return device
+    backend = "nccl" if on_gpu else "gloo"
+    options = {"device_id": device} if on_gpu else {}
+    env = os.environ
+    if "RANK" not in env:
+        rank, world, store = 0, 1, _loopback_store(0, 0, 1)
+    elif env["MASTER_ADDR"] == LOOPBACK and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+        store = _loopback_store(int(env["MASTER_PORT"]), rank, world)
+    else:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **options)
+        return device
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT, **options)
+    return device
+
+
+def _loopback_store(port: int, rank: int, world: int) -> dist.TCPStore:
+    """The ranks' meeting point on this machine. torch's own listens on every interface."""
+    if rank != 0:
+        return dist.TCPStore(LOOPBACK, port, world, is_master=False)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((LOOPBACK, port))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(LOOPBACK, port, world, is_master=True, master_listen_fd=listener.detach())
+
+
+def _check_world(policy: PolicyConfig, world: int) -> None:
+    tp, pp = policy.tensor_model_parallel_size, policy.pipeline_model_parallel_size
+    if world % (tp * pp):
+        raise ValueError(
+            f"{world} processes cannot be divided into tensor_model_parallel_size ({tp}) x "
+            f"pipeline_model_parallel_size ({pp}) = {tp * pp}; use a multiple of {tp * pp} processes"
+        )
+
+
+def _layout(policy: PolicyConfig, device: torch.device) -> ParallelLayout:
+    from megatron.core import parallel_state as ps
+
+    world = dist.get_world_size()
+    everyone = list(range(world))
+    tp, pp = policy.tensor_model_parallel_size, policy.pipeline_model_parallel_size
+    dp_size = world // (tp * pp)
+    replicas = tuple(  # rank = tp_rank + tp * (dp_rank + dp_size * pp_rank)
+        tuple(t + tp * (d + dp_size * p) for p in range(pp) for t in range(tp)) for d in range(dp_size)
+    )
+    dp_rank = ps.get_data_parallel_rank()
+    world_gloo = dist.new_group(everyone, backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    groups = [dist.new_group(list(ranks), backend="gloo", timeout=COLLECTIVE_TIMEOUT) for ranks in replicas]
+    if dist.get_rank() not in replicas[dp_rank]:
+        raise RuntimeError(f"rank {dist.get_rank()} is not in replica {dp_rank} = {replicas[dp_rank]}")
+    return ParallelLayout(
+        rank=dist.get_rank(),
+        world_size=world,
+        tp_rank=ps.get_tensor_model_parallel_rank(),
+        tp_size=tp,
+        pp_rank=ps.get_pipeline_model_parallel_rank(),
+        pp_size=pp,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        ep_rank=ps.get_expert_model_parallel_rank(),
+        ep_size=policy.expert_model_parallel_size,
+        vpp_size=policy.virtual_pipeline_model_parallel_size,
+        device=device,
+        tp_group=ps.get_tensor_model_parallel_group(),
+        pp_group=ps.get_pipeline_model_parallel_group(),
+        dp_group=ps.get_data_parallel_group(),
+        ep_group=ps.get_expert_model_parallel_group(),
+        world_gloo=world_gloo,
+        replica_gloo=groups[dp_rank],
+        replica_ranks=replicas,
+    )

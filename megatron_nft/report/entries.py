@@ -1,0 +1,121 @@
+"""What the browser of answers shows: questions with their answers, from rollout files or from answer files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_nft.data.rollout_file import read_rollout_file
+from megatron_nft.evaluate.records import read_answers
+
+TOKEN_COLUMNS = ("response_ids", "rollout_logprobs", "trainer_logprobs")
+
+
+@dataclass(slots=True)
+class AnswerEntry:
+    """One answer. The token arrays are None where they were not recorded."""
+
+    text: str
+    num_tokens: int
+    finish_reason: str
+    verdict: str
+    fate: str = ""
+    extracted: str | None = None
+    grader_verdicts: dict[str, str] = field(default_factory=dict)
+    weight_version: int | None = None
+    verify_s: float = 0.0
+    token_ids: np.ndarray | None = None  # int32 [R]
+    rollout_logprobs: np.ndarray | None = None  # float32 [R]
+    trainer_logprobs: np.ndarray | None = None  # float32 [R]
+
+    @property
+    def graders_disagree(self) -> bool:
+        """Whether some grader says correct and another does not."""
+        correct = [verdict == "correct" for verdict in self.grader_verdicts.values()]
+        return any(correct) and not all(correct)
+
+
+@dataclass(slots=True)
+class QuestionEntry:
+    """One question with its answers."""
+
+    step: int | None  # training step; None in an evaluation
+    number: int  # draw, or place in the benchmark
+    source: str
+    prompt: str
+    answer: str
+    answers: list[AnswerEntry]
+
+    @property
+    def correct_rate(self) -> float:
+        """Share of correct answers, those left out of the loss aside, as training counts it."""
+        counted = [a.verdict == "correct" for a in self.answers if a.fate != "ignored"]
+        return sum(counted) / len(counted) if counted else 0.0
+
+
+def rollout_entries(path: Path) -> Iterator[QuestionEntry]:
+    """The questions of one rollout file, in its order."""
+    table = read_rollout_file(path)
+    rows = table.select([name for name in table.column_names if name not in (*TOKEN_COLUMNS, "prompt_ids")]).to_pylist()
+    tokens = zip(*(_arrays(table.column(name)) for name in TOKEN_COLUMNS))
+    for _, answers in groupby(zip(rows, tokens), key=lambda pair: pair[0]["draw"]):
+        yield _question(list(answers))
+
+
+def answer_entries(path: Path, source: str) -> Iterator[QuestionEntry]:
+    """The questions of one answer file of an evaluation."""
+    for _, record in read_answers(path):
+        answers = [
+            AnswerEntry(
+                text=a.text,
+                num_tokens=a.num_tokens,
+                finish_reason=a.finish_reason,
+                verdict=str(a.verdict),
+                extracted=a.extracted,
+                grader_verdicts={name: str(verdict) for name, verdict in a.grader_verdicts.items()},
+                verify_s=a.verify_s,
+            )
+            for a in record.result.answers
+        ]
+        yield QuestionEntry(None, record.result.index, source, record.prompt, record.answer, answers)
+
+
+def _question(rows: list[tuple[dict[str, Any], tuple]]) -> QuestionEntry:
+    first = rows[0][0]
+    answers = [
+        AnswerEntry(
+            text=row["text"],
+            num_tokens=len(ids),
+            finish_reason=row["finish_reason"],
+            verdict=row["verdict"] or "not graded",
+            fate=row["fate"],
+            extracted=row["extracted"],
+            grader_verdicts=json.loads(row["grader_verdicts"]) if row["grader_verdicts"] else {},
+            weight_version=row["weight_version"],
+            verify_s=row["verify_s"],
+            token_ids=ids,
+            rollout_logprobs=engine,
+            trainer_logprobs=trainer,
+        )
+        for row, (ids, engine, trainer) in rows
+    ]
+    return QuestionEntry(
+        first["step"], first["draw"], first["data_source"], first["prompt_text"], first["answer"], answers
+    )
+
+
+def _arrays(column: pa.ChunkedArray) -> list[np.ndarray | None]:
+    """Each row of a list column as a numpy array, None for null."""
+    found: list[np.ndarray | None] = []
+    for chunk in column.chunks:
+        values, offsets = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+        valid = chunk.is_valid().to_numpy(zero_copy_only=False)
+        found += [values[a:b] if ok else None for a, b, ok in zip(offsets, offsets[1:], valid)]
+    return found

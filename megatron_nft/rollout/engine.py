@@ -1,0 +1,94 @@
+"""What the rest of the project sees of an inference engine.
+
+An engine takes all questions of a phase at once and hands answers back one by one as they finish, so that grading runs
+while generation goes on. The calls are plain blocking ones: an engine behind HTTP keeps its many requests in flight on
+a thread of its own, the embedded engine decodes between two answers.
+
+    for request, sample, completion in engine.generate(requests, sampling):
+        ...  # requests[request], answer number `sample` of it
+
+Leaving the loop early (an exception, Ctrl-C) abandons what is under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+class EngineError(RuntimeError):
+    """An engine that does not come up, dies, or answers with an error once the retries are used up."""
+
+
+class WeightVersionError(EngineError):
+    """An answer that was made under other weights than asked for."""
+
+
+class WeightUpdateError(EngineError):
+    """Weights that an engine cannot take: an unknown, missing or repeated tensor, another shape or dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How answers are drawn. The defaults draw from the model's plain distribution."""
+
+    max_tokens: int  # response tokens, end token included
+    temperature: float = 1.0  # 0 is greedy; log-probs are then those at temperature 1
+    top_p: float = 1.0
+    top_k: int = -1  # -1 means all tokens
+    stop_token_ids: tuple[int, ...] = ()  # end an answer too, beside the model's own; they belong to it
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be in (0, 1]")
+        if self.top_k == 0 or self.top_k < -1:
+            raise ValueError(f"top_k={self.top_k}: must be -1 (all tokens) or at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question, and how many answers it gets."""
+
+    prompt_ids: np.ndarray  # int32 [P]
+    num_samples: int  # K
+    seed_key: tuple[int, ...]  # with the sample's number it fixes the random numbers, where the engine allows it
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer as the engine gave it."""
+
+    token_ids: np.ndarray  # int32 [R], end token included where it was produced
+    logprobs: np.ndarray  # float32 [R], at the sampling temperature, before any top-p or top-k cut
+    finish_reason: str  # stop | length
+    weight_version: int  # version under which the answer ended
+    weight_version_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) where an update fell inside
+
+
+class Engine(Protocol):
+    """An engine that holds some version of the policy's weights."""
+
+    weight_version: int
+    """Version that answers must come from; set by the weight sync. -1 before the first weights."""
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
+        """Yields (number of the request, number of the sample, answer), in the order in which answers finish.
+
+        Every sample of every request comes exactly once. EngineError where that cannot be had.
+        """
+        ...
+
+    def prompt_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
+        """Log-probs of token_ids[1:] given what stands before each, temperature 1: int32 [L] -> float32 [L - 1]."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the engine started. May be called twice."""
+        ...

@@ -1,0 +1,118 @@
+"""What flows through one step, with shapes and dtypes on every field.
+
+Legend: P prompt tokens, R response tokens, K answers per question, T tokens of a packed micro-batch, S segments.
+Host-side records hold numpy arrays; only `PackedBatch` holds torch tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+class Verdict(StrEnum):
+    """What the verifier says of an answer. Only `correct` is a positive."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNPARSEABLE = "unparseable"
+    TIMEOUT = "timeout"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question as the engine sees it."""
+
+    index: int  # row in the prompt data, in file order: stable over runs
+    data_source: str
+    messages: tuple[dict[str, str], ...]  # [{role, content}]
+    answer: str  # ground truth for the grader
+    token_ids: np.ndarray  # int32 [P], chat template applied
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One answer to one question."""
+
+    draw: int  # running number of the question in the prompt stream; with sample_index it keys the sampling seed
+    sample_index: int  # 0 .. K-1
+    response_ids: np.ndarray  # int32 [R], end token included when it was produced
+    rollout_logprobs: np.ndarray  # float32 [R], the engine's, at the sampling temperature
+    finish_reason: str  # stop | length
+    weight_version: int  # version under which the answer was finished
+    text: str  # response_ids decoded, special tokens left out
+    weight_version_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) where a sync fell inside
+    verdict: Verdict | None = None
+    extracted: str | None = None  # what the grader read as the answer
+    grader_verdicts: dict[str, Verdict] = field(default_factory=dict)  # by grader, where several were asked
+    verify_s: float = 0.0
+    ignored: bool = False  # left out of the loss (truncated=drop, graders disagree)
+    trainer_logprobs: np.ndarray | None = None  # float32 [R], behaviour policy, by the trainer
+
+    @property
+    def correct(self) -> bool:
+        return self.verdict is Verdict.CORRECT
+
+
+@dataclass(slots=True)
+class RolloutGroup:
+    """A question and its K answers."""
+
+    draw: int
+    prompt: Prompt
+    rollouts: list[Rollout]  # K
+    step: int  # training step in which it was generated
+
+    @property
+    def correct_rate(self) -> float:
+        """Mean of the verdicts of the answers that count, in [0, 1]."""
+        counted = [r.correct for r in self.rollouts if not r.ignored]
+        return sum(counted) / len(counted) if counted else 0.0
+
+
+@dataclass(slots=True)
+class TrainingSample:
+    """One answer ready for the loss."""
+
+    draw: int
+    sample_index: int
+    input_ids: np.ndarray  # int32 [P + R]
+    prompt_length: int  # P
+    rollout_logprobs: np.ndarray  # float32 [R]
+    behaviour_logprobs: np.ndarray | None  # float32 [R]; None until the trainer has computed them
+    correct: bool
+    correct_rate: float  # r of the group, in (0, 1), as the loss sees it
+    advantage: float = 0.0  # GRPO family
+    step: int = 0  # training step in which it was generated
+
+    @property
+    def response_length(self) -> int:
+        return len(self.input_ids) - self.prompt_length
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """One packed (thd) micro-batch. Position t predicts labels[t] = tokens[t + 1] of the same segment.
+
+    Padding, if any, is further segments at the end with loss_mask 0.
+    """
+
+    tokens: torch.Tensor  # int64 [T]
+    position_ids: torch.Tensor  # int64 [T], restart at 0 per segment
+    labels: torch.Tensor  # int64 [T], 0 where there is nothing to predict
+    loss_mask: torch.Tensor  # float32 [T], 1 where labels is a response token that is trained
+    cu_seqlens: torch.Tensor  # int32 [S + 1]
+    max_seqlen: int
+    behaviour_logprobs: torch.Tensor  # float32 [T], 0 outside the mask
+    rollout_logprobs: torch.Tensor  # float32 [T], 0 outside the mask
+    correct: torch.Tensor  # float32 [T]
+    correct_rate: torch.Tensor  # float32 [T], 0.5 outside the mask
+    advantage: torch.Tensor  # float32 [T]
+    segment_ids: torch.Tensor  # int64 [T], which segment a token belongs to
+    sample_ids: list[int]  # per real segment: position in the list that was packed; empty for a filler

@@ -1,0 +1,308 @@
+r"""The structure of an answer: lists, tuples, intervals, sets, matrices, relations, quantities, words."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+
+from megatron_nft.verify.layout import plain_layout
+from megatron_nft.verify.parse import Parser
+from megatron_nft.verify.tidy import squash
+from megatron_nft.verify.tokens import tokenize
+from megatron_nft.verify.tree import NotUnderstood, TooMuch, Tree
+from megatron_nft.verify.units import SHORT_WORDS, UNIT_WORDS, canonical, is_unit, scale_of
+from megatron_nft.verify.wording import is_fluff, is_words, word_tree
+
+MAX_CHARS = 10_000
+_OPENING = frozenset(("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil", r"\beginmatrix"))
+_CLOSING = frozenset((")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil", r"\endmatrix"))
+_BRACKETS = frozenset(("(", "[", r"\{", r"\langle"))
+_MODULI = (r"\pmod", r"\mod", r"\bmod", '"mod')
+_RING = [r"\circ", "}"]
+_RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", r"\in", r"\approx", r"\equiv"))
+_thousands = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_slash = re.compile(r"/\s?([A-Za-z](?:_\{?\w+\}?)?)\s?([A-Za-z](?:_\{?\w+\}?)?)(?![A-Za-z(_^])")
+_bare_log = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
+_choice = re.compile(r"\(?([A-J])\)?[.:)]?$")
+_choice_start = re.compile(
+    r"(?:\\text\{\s*)(?:\(([A-J])\)|([A-J])[.:)])\s*\}\s*(?=\S)|(?:\(([A-J])\)|([A-J])[.:)])\s*(?=\S)"
+)
+_short_unit = re.compile(rf"(?<![A-Za-z\\])(?:{'|'.join(sorted(SHORT_WORDS))})(?![A-Za-z])")
+_number_sets = frozenset(("Z", "N", "R", "Q", "C"))
+
+
+def read(text: str, *, loosely: bool = True) -> tuple[Tree, ...]:
+    """The readings of a tidy answer, the likeliest first. NotUnderstood when there is none.
+
+    More than one where the writing is ambiguous: `1,200` is a number or a list, `(C) 12` a choice with its content. Not
+    `loosely`, as for a reference: `(12,102)` is a pair only.
+    """
+    if len(text) > MAX_CHARS:
+        raise TooMuch(f"longer than {MAX_CHARS} characters")
+    readings: list[Tree] = []
+    error: NotUnderstood | None = None
+    choice = _choice_start.match(text)
+    if is_words(text):
+        readings.append(word_tree(text))
+    text = plain_layout(text)
+    vocabularies = [UNIT_WORDS] if not _short_unit.search(text) else [UNIT_WORDS, UNIT_WORDS - SHORT_WORDS]
+    for variant, unit_words in itertools.product(_variants(text, loosely), vocabularies):
+        try:
+            readings.append(_item_or_list(tokenize(variant, unit_words)))
+        except NotUnderstood as caught:
+            error = error or caught
+        except RecursionError:
+            raise TooMuch("nested too deeply") from None
+    if choice:
+        readings.append(("s", next(filter(None, choice.groups()))))
+        with contextlib.suppress(NotUnderstood):
+            readings.extend(read(text[choice.end() :], loosely=loosely))
+    if not readings:
+        raise error or NotUnderstood("empty")
+    return tuple(readings)
+
+
+def _variants(text: str, loosely: bool) -> list[str]:
+    r"""The text in the ways it can be meant: `1,200` as one number or two, `\log` as natural or to the base of ten.
+
+    If `loosely`, `t/RC` is t/(RC) too.
+    """
+    variants = _with_thousands(text, loosely)
+    if _bare_log.search(text):
+        variants += [_bare_log.sub(r"\\lg ", variant) for variant in variants]
+    if loosely and _slash.search(text):
+        variants += [_slash.sub(r"/(\1 \2)", variant) for variant in variants]
+    return variants
+
+
+def _with_thousands(text: str, loosely: bool) -> list[str]:
+    """The text with `1,200` as one number: outside brackets and, if `loosely`, within; last as it stands."""
+    if "," not in text or not _thousands.search(text):
+        return [text]
+
+    def outside_brackets(match: re.Match[str]) -> str:
+        before = text[: match.start()]
+        depth = sum(map(before.count, "([")) - sum(map(before.count, ")]")) + before.count(r"\{") - before.count(r"\}")
+        return match[0] if depth else match[0].replace(",", "")
+
+    variants = [_thousands.sub(outside_brackets, text)]
+    if loosely:
+        variants.append(_thousands.sub(lambda match: match[0].replace(",", ""), text))
+    if loosely or not re.search(r"\d,0", text):  # 40,000 is no list of 40 and 000
+        variants.append(text)
+    return list(dict.fromkeys(variants))
+
+
+def _item_or_list(tokens: list[str]) -> Tree:
+    if not tokens:
+        raise NotUnderstood("empty")
+    if r"\Rightarrow" in tokens:
+        tokens = tokens[len(tokens) - tokens[::-1].index(r"\Rightarrow") :]
+    parts = _split(tokens, (",", ";"))
+    parts = [part for part in parts if part]  # `1, and 2` has two separators
+    if not parts:
+        raise NotUnderstood("empty")
+    if len(parts) == 1:
+        return _item(parts[0])
+    items: list[Tree] = []
+    for part in parts:
+        item = _item(part)
+        items.extend(item[1:] if item[0] == "list" else [item])
+    kept = [item for item in items if not _is_number_set(item)]  # k \pi, k \in \mathbb{Z}
+    return ("list", *kept) if len(kept) > 1 else kept[0] if kept else items[0]
+
+
+def _is_number_set(item: Tree) -> bool:
+    r"""Whether an item only says what kind of number a letter is: `k \in \mathbb{Z}`."""
+    if item[0] != "rel" or item[1] != (r"\in",):
+        return False
+    return item[3] == ("reals",) or (item[3][0] == "s" and item[3][1].removeprefix(r"mathbb:") in _number_sets)
+
+
+def _split(tokens: list[str], separators: tuple[str, ...]) -> list[list[str]]:
+    """Parts between `separators` that stand outside all brackets."""
+    parts: list[list[str]] = [[]]
+    depth = 0
+    for token in tokens:
+        if token in _OPENING:
+            depth += 1
+        elif token in _CLOSING:
+            depth -= 1
+        if depth == 0 and token in separators:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    if depth != 0:
+        raise NotUnderstood("brackets that do not match")
+    return parts
+
+
+def _item(tokens: list[str]) -> Tree:
+    """One answer of a list."""
+    while len(tokens) > 1 and tokens[0][:1] == '"' and is_fluff(tokens[0]):
+        tokens = tokens[2 if tokens[1] == ":" and len(tokens) > 2 else 1 :]
+    if any(token in _RELATIONS for token in tokens):
+        return _relation(tokens)
+    return _braced(tokens) or _quantity(tokens)
+
+
+def _relation(tokens: list[str]) -> Tree:
+    parts: list[list[str]] = [[]]
+    signs: list[str] = []
+    depth = 0
+    for token in tokens:
+        depth += (token in _OPENING) - (token in _CLOSING)
+        if depth == 0 and token in _RELATIONS:
+            signs.append(token)
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    if not signs:
+        return _braced(tokens) or _quantity(tokens)
+    if not parts[0] and signs in (["="], [r"\approx"]):  # `= 5`
+        return _item(parts[1])
+    sides = tuple(_braced(part) or _quantity(part) for part in parts)
+    return ("rel", tuple(signs), *sides)
+
+
+def _braced(tokens: list[str]) -> Tree | None:
+    """A tuple, interval, set, union, matrix or the name of a set; None for a plain expression."""
+    parts = _split(tokens, (r"\cup",))
+    if len(parts) == 1 and "U" in tokens:
+        parts = _split(tokens, ("U",))
+        if not all(part and part[0] in _BRACKETS and part[-1] in _CLOSING for part in parts):
+            parts = [tokens]
+    if len(parts) > 1:
+        return ("union", *(_braced(part) or _quantity(part) for part in parts))
+    if tokens in ([r"\mathbb", "{", "R", "}"], [r"\mathbb", "R"]):
+        return ("reals",)
+    if tokens == [r"\emptyset"]:
+        return ("set",)
+    if tokens and tokens[0] == r"\beginmatrix":
+        return _matrix(tokens)
+    if len(tokens) < 2 or tokens[0] not in _BRACKETS or tokens[-1] not in _CLOSING or not _is_one_bracket(tokens):
+        return None
+    inner = tokens[1:-1]
+    if tokens[0] == r"\{":
+        return _by_condition(inner) or ("set", *_items(inner))
+    parts = _split(inner, (",", ";"))
+    if len(parts) == 1:
+        return None
+    return ("tuple", tokens[0], tokens[-1], *_items(inner))
+
+
+def _by_condition(tokens: list[str]) -> Tree | None:
+    r"""What stands behind the bar of `\{x \mid x > 2\}`; None for elements."""
+    bar = next((index for index, token in enumerate(tokens) if token in ("|", ":")), 0)
+    if not bar or any(token[0].isdigit() or token == "," for token in tokens[:bar]):
+        return None
+    condition = tokens[bar + 1 :]
+    return _item_or_list(condition) if any(token in _RELATIONS for token in condition) else None
+
+
+def _items(tokens: list[str]) -> list[Tree]:
+    return [_item(part) for part in _split(tokens, (",", ";"))] if tokens else []
+
+
+def _is_one_bracket(tokens: list[str]) -> bool:
+    """Whether the first token's bracket is closed by the last token."""
+    depth = 0
+    for index, token in enumerate(tokens):
+        depth += (token in _OPENING) - (token in _CLOSING)
+        if depth == 0:
+            return index == len(tokens) - 1
+    return False
+
+
+def _matrix(tokens: list[str]) -> Tree:
+    if tokens[-1] != r"\endmatrix" or not _is_one_bracket(tokens):
+        raise NotUnderstood("a matrix within an expression")
+    rows = [row for row in _split(tokens[1:-1], ("\\\\",)) if row]
+    tree = tuple(tuple(_quantity(cell) for cell in _split(row, ("&",))) for row in rows)
+    if len({len(row) for row in tree}) != 1:
+        raise NotUnderstood("a matrix with rows of different lengths")
+    return ("matrix", *tree)
+
+
+def _quantity(tokens: list[str]) -> Tree:
+    """An expression with its unit, or words."""
+    if not tokens:
+        raise NotUnderstood("empty")
+    if all(token[0] == '"' for token in tokens):
+        return _text(" ".join(token[1:] for token in tokens))
+    tokens, modulus = _split_modulus(tokens)
+    if modulus:
+        return ("unit", _quantity(tokens), f"mod {modulus}")
+    value, unit = _split_unit(tokens)
+    if parts := _compound(value, tokens[len(value) :]):
+        return parts
+    if any(token[0] == '"' and (" " in token or not is_unit(token[1:])) for token in value):
+        return ("prose", squash("".join(tokens)))
+    tree = Parser(list(value)).parse()
+    if unit and r"\%" not in unit:
+        factor, unit = scale_of(unit)
+        if factor != 1:
+            tree = ("*", tree, ("n", factor))
+    if value[0] == r"\dollar" and not unit:
+        unit = "$"
+    if tree[0] == "deg" or (tree[0] == "-" and tree[1][0] == "deg"):
+        tree, unit = (tree[1] if tree[0] == "deg" else ("-", tree[1][1])), f"deg {unit or ''}"
+    return ("unit", tree, canonical(unit)) if unit else tree
+
+
+def _split_modulus(tokens: list[str]) -> tuple[list[str], str]:
+    r"""The tokens before `\pmod{7}` or `(mod 7)`, and 7: it may be left out and not be another, as a unit."""
+    at = next((index for index, token in enumerate(tokens) if token in _MODULI), 0)
+    if not at:
+        return tokens, ""
+    modulus = "".join(token for token in tokens[at + 1 :] if token not in ("{", "}", "(", ")"))
+    if tokens[at] != r"\pmod":
+        at -= 1
+    plain = modulus.isalnum() and (tokens[at] in ("(", r"\pmod"))
+    return (tokens[:at], modulus) if plain and at else (tokens, "")
+
+
+def _compound(value: list[str], unit: list[str]) -> Tree | None:
+    """`2 hours 30 minutes` as its parts; None for an ordinary quantity."""
+    if not unit or len(value) < 3 or not all(token[0].isdigit() or _is_unit(token) for token in value):
+        return None
+    words = [index for index, token in enumerate(value) if token[0] == '"']
+    if not words or not all(value[index - 1][0].isdigit() for index in words):
+        return None
+    starts = [0, *(index + 1 for index in words)]
+    parts = [value[start:end] for start, end in itertools.pairwise(starts)] + [value[starts[-1] :] + unit]
+    return ("tuple", "", "", *map(_quantity, parts))
+
+
+def _text(phrase: str) -> Tree:
+    choice = _choice.match(phrase)
+    if choice:
+        return ("s", choice[1])
+    return ("s", phrase) if len(phrase) == 1 else word_tree(phrase)
+
+
+def _is_unit(token: str) -> bool:
+    return token[0] == '"' and is_unit(token[1:])
+
+
+def _split_unit(tokens: list[str]) -> tuple[list[str], str]:
+    r"""The tokens before a unit, and the unit: `\text{cm}^2`, `\text{m}/\text{s}`, `dollars`."""
+    end = len(tokens)
+    while end > 1:
+        token = tokens[end - 1]
+        between = token in ("/", "*") and tokens[end - 2][0] == '"' and end < len(tokens)
+        if between or _is_unit(token) or token == r"\Omega" or (token == r"\mu" and end < len(tokens)):
+            end -= 1
+        elif token in ("C", "F") and (tokens[end - 2] in (r"\circ", r"\degrees") or tokens[end - 3 : end - 1] == _RING):
+            end -= 1  # 25^\circ C
+        elif end > 2 and token.isdigit() and tokens[end - 2] == "^" and tokens[end - 3][0] == '"':
+            end -= 2
+        elif end > 4 and token == "}" and tokens[end - 4 : end - 2] == ["^", "{"] and tokens[end - 5][0] == '"':
+            end -= 4
+        elif end > 5 and token == "}" and tokens[end - 5 : end - 2] == ["^", "{", "-"] and tokens[end - 6][0] == '"':
+            end -= 5
+        else:
+            break
+    unit = " ".join(token.lstrip('"') for token in tokens[end:]).replace(" ^ ", "^")
+    return tokens[:end], re.sub(r"(?<=[{-]) | (?=\})", "", unit)

@@ -1,0 +1,228 @@
+"""Whether two answers, as read by answer.py, are the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from megatron_nft.verify.evaluate import OutOfRange, Undecided, close, symbols, values_at_points
+from megatron_nft.verify.quantity import same_quantity
+from megatron_nft.verify.regions import FLIPPED, ORDERS, joined, region, variable
+from megatron_nft.verify.tree import Tree
+
+_MAX_ITEMS = 200
+_MAX_SIGNS = 6
+_STRUCTURES = frozenset(("list", "tuple", "set", "union", "matrix", "reals"))
+
+
+def same(gold: Tree, found: Tree) -> bool:
+    """Whether `found` answers what `gold` does. Undecided where a value cannot be computed."""
+    if gold == found:
+        return True
+    return any(_same_expanded(*pair) for pair in itertools.product(_expansions(gold), _expansions(found)))
+
+
+def _same_expanded(gold: Tree, found: Tree) -> bool:
+    if gold[0] in ("text", "prose") or found[0] in ("text", "prose"):
+        return gold == found
+    if gold[0] == "rel" or found[0] == "rel":
+        return _same_relation(gold, found)
+    if gold[0] in _STRUCTURES or found[0] in _STRUCTURES:
+        return _same_structure(gold, found)
+    return same_quantity(gold, found)
+
+
+# ---------------------------------------------------------------------- lists, tuples, intervals, sets, matrices
+
+
+def _same_structure(gold: Tree, found: Tree) -> bool:
+    kinds = (gold[0], found[0])
+    if kinds == ("matrix", "matrix"):
+        return len(gold) == len(found) and all(_in_order(g, f) for g, f in zip(gold[1:], found[1:], strict=True))
+    if "matrix" in kinds:
+        return _is_vector_of(gold, found) or _is_vector_of(found, gold)
+    if "reals" in kinds:
+        other = gold if found[0] == "reals" else found
+        return other[0] == "tuple" and other[3:] == (("-", ("inf",)), ("inf",))
+    if kinds == ("tuple", "tuple"):
+        return _same_brackets(gold, found) and _in_order(gold[3:], found[3:])
+    if kinds == ("union", "union"):
+        return _in_any_order(gold[1:], found[1:])
+    if "union" in kinds:  # (1, 2), (3, 4) for the union of both
+        other = gold if found[0] == "union" else found
+        return other[0] == "list" and _in_any_order(gold[1:], found[1:])
+    if "tuple" in kinds:
+        listed = gold if found[0] == "tuple" else found
+        ordered = gold if gold[0] == "tuple" else found
+        plain = ordered[1:3] in (("(", ")"), (r"\langle", r"\rangle"), ("", ""))
+        return plain and listed[0] in ("list", "set") and _in_order(gold[-_count(gold) :], found[-_count(found) :])
+    if kinds == ("list", "list") or kinds == ("set", "set"):
+        return _in_any_order(gold[1:], found[1:])
+    if "set" in kinds:  # {1, 2} for 1, 2 and {5} for 5
+        gold, found = (tree if tree[0] in ("list", "set") else ("list", tree) for tree in (gold, found))
+        return _in_any_order(gold[1:], found[1:])
+    return found[0] == "list" and all(same(gold, item) for item in found[1:])  # 5/3 or 1 2/3; else several for one
+
+
+def _count(tree: Tree) -> int:
+    return len(tree) - (3 if tree[0] == "tuple" else 1)
+
+
+def _same_brackets(gold: Tree, found: Tree) -> bool:
+    """Brackets matter where the tuple can be an interval; (1, 2, 3) and [1, 2, 3] are one vector."""
+    angle = {r"\langle": "(", r"\rangle": ")"}
+    brackets = [tuple(angle.get(bracket, bracket) for bracket in tree[1:3]) for tree in (gold, found)]
+    return brackets[0] == brackets[1] or len(gold) != 5
+
+
+def _is_vector_of(matrix: Tree, other: Tree) -> bool:
+    """Whether `other` lists the entries of a matrix of one row or column."""
+    if matrix[0] != "matrix" or other[0] not in ("tuple", "list"):
+        return False
+    rows = matrix[1:]
+    if len(rows) > 1 and len(rows[0]) > 1:
+        return False
+    return _in_order([cell for row in rows for cell in row], other[-_count(other) :])
+
+
+def _in_order(gold: Sequence[Tree], found: Sequence[Tree]) -> bool:
+    return len(gold) == len(found) and all(same(g, f) for g, f in zip(gold, found, strict=True))
+
+
+def _in_any_order(gold: Sequence[Tree], found: Sequence[Tree]) -> bool:
+    """Whether the two have the same elements equally often."""
+    if len(gold) != len(found):
+        return False
+    if len(gold) > _MAX_ITEMS:
+        raise OutOfRange(f"more than {_MAX_ITEMS} answers")
+    left = list(found)
+    for item in gold:
+        match = next((index for index, candidate in enumerate(left) if same(item, candidate)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True
+
+
+def _expansions(tree: Tree) -> list[Tree]:
+    r"""`tree` without `\pm`; two readings of `(\pm 3, \pm 2)`, which may be four points or two."""
+    if tree[0] in ("tuple", "list", "set") and _has_sign(tree):
+        return [_expand(tree, linked=False), _expand(tree, linked=True)]
+    return [_expand(tree)]
+
+
+def _expand(tree: Tree, linked: bool = True) -> Tree:
+    r"""`1 \pm x` as the list of its two values; in lists and sets in their place.
+
+    linked: whether all signs in a tuple are the upper ones, or all the lower ones.
+    """
+    if tree[0] == "tuple" and _has_sign(tree):
+        sides = [[_signed(part, sign) for part in tree[3:]] for sign in (1, -1)]
+        if linked:
+            return ("list", *((*tree[:3], *side) for side in sides))
+        choices = [(a, b) if a != b else (a,) for a, b in zip(*sides, strict=True)]
+        if len(choices) > _MAX_SIGNS:
+            raise OutOfRange(f"a tuple of more than {_MAX_SIGNS} parts with signs")
+        return ("list", *((*tree[:3], *point) for point in itertools.product(*choices)))
+    if tree[0] in ("list", "set"):
+        items: list[Tree] = []
+        for item in tree[1:]:
+            expanded = _expand(item, linked)
+            items.extend(expanded[1:] if expanded[0] == "list" else [expanded])
+        found = (tree[0], *items)
+        return joined(found[1:]) or found if tree[0] == "list" else found
+    if tree[0] == "rel" and tree[1] == ("=",) and _has_sign(tree[3]):
+        return ("list", *(("rel", ("=",), tree[2], _signed(tree[3], sign)) for sign in (1, -1)))
+    if tree[0] not in ("tuple", "union", "matrix", "rel", "text", "prose") and _has_sign(tree):
+        return ("list", _signed(tree, 1), _signed(tree, -1))
+    return tree
+
+
+def _has_sign(tree: Tree) -> bool:
+    return tree[0] in ("pm", "mp") or any(_has_sign(part) for part in tree[1:] if isinstance(part, tuple))
+
+
+def _signed(tree: Tree, sign: int) -> Tree:
+    parts = tuple(_signed(part, sign) if isinstance(part, tuple) else part for part in tree)
+    if tree[0] in ("pm", "mp"):
+        plus = (tree[0] == "pm") == (sign > 0)
+        return ("+", parts[1], parts[2] if plus else ("-", parts[2]))
+    return parts
+
+
+# ---------------------------------------------------------------------- equations and inequalities
+
+
+def _same_relation(gold: Tree, found: Tree) -> bool:
+    if gold[0] == "rel" and found[0] == "rel":
+        return _same_relations(gold, found)
+    relation = gold if gold[0] == "rel" else found
+    signs = relation[1]
+    if signs == (r"\in",) or signs[0] in ORDERS or signs == ("!=",):
+        values = [region(relation)]
+    elif gold[0] == "rel" and not _is_name(gold[2]):
+        values = []  # 0 does not answer 2x + 3y = 0
+    elif set(signs) <= {"=", r"\approx", r"\equiv"}:
+        values = [relation[-1]]
+        if r"\approx" in signs:
+            values.append(relation[signs.index(r"\approx") + 2])
+    else:
+        values = []
+    for value in values:
+        if value is not None and (same(value, found) if relation is gold else same(gold, value)):
+            return True
+    return False
+
+
+def _same_relations(gold: Tree, found: Tree) -> bool:
+    gold_signs, found_signs = set(gold[1]), set(found[1])
+    if gold_signs == found_signs == {"="}:
+        if _is_name(gold[2]) and _is_name(found[2]) and gold[2] != found[2] and len(gold) == len(found) == 4:
+            return _proportional(gold, found, sign_matters=False)
+        if _is_name(gold[2]) and gold[2] == found[2]:
+            return same(gold[-1], found[-1])
+        return len(gold) == len(found) == 4 and _proportional(gold, found, sign_matters=False)
+    first, second = region(gold), region(found)
+    if first is not None and second is not None:
+        return variable(gold) == variable(found) and same(first, second)
+    if len(gold) == len(found) == 4 and gold_signs | found_signs <= set(FLIPPED):
+        if gold[1] == found[1]:
+            return _proportional(gold, found, sign_matters=gold[1][0] in ORDERS)
+        if FLIPPED[gold[1][0]] == found[1][0]:
+            return _proportional(gold, ("rel", gold[1], found[3], found[2]), sign_matters=True)
+        return False
+    return gold[1] == found[1] and _in_order(gold[2:], found[2:])
+
+
+def _is_name(tree: Tree) -> bool:
+    """Whether a left side only names what the right side gives: x, f(x), m_{max}, ABC."""
+    if tree[0] == "*":
+        return all(part[0] in ("s", "app") for part in tree[1:])
+    if tree[0] == "tuple":  # (x, y)
+        return all(part[0] == "s" for part in tree[3:])
+    return tree[0] in ("s", "app", "text", "unit") or (tree[0] == "/" and bool(symbols(tree)) and _is_derivative(tree))
+
+
+def _is_derivative(tree: Tree) -> bool:
+    return all(side[0] == "*" and side[1] == ("s", "d") for side in tree[1:])
+
+
+def _proportional(gold: Tree, found: Tree, *, sign_matters: bool) -> bool:
+    """Whether the differences of the two sides are equal up to a constant factor."""
+    if any(side[0] in _STRUCTURES | {"text", "prose", "unit"} for side in (*gold[2:], *found[2:])):
+        turned = not sign_matters and _in_order(gold[2:], found[:1:-1])
+        return turned or _in_order(gold[2:], found[2:])
+    differences = [("+", tree[2], ("-", tree[3])) for tree in (gold, found)]
+    names = [symbols(difference) for difference in differences]
+    if names[0] != names[1] or not names[0]:
+        return False
+    ratios = []
+    for gold_value, found_value in zip(*values_at_points(*differences), strict=True):
+        if gold_value is None or found_value is None:
+            continue
+        if found_value == 0 or gold_value == 0:
+            return False
+        ratios.append(gold_value / found_value)
+    if len(ratios) < 2:
+        raise Undecided("an equation that cannot be evaluated")
+    return all(close(ratio, ratios[0]) for ratio in ratios) and (not sign_matters or ratios[0] > 0)

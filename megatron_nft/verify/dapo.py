@@ -1,0 +1,39 @@
+r"""The strict rules of DAPO: an answer counts only in the demanded form and spelling.
+
+`dapo_boxed` takes the last `\boxed{}`, `dapo_minerva` what follows the last "Answer:"; both compare strings after the
+spelling is evened out (`\dfrac12` is `\frac{1}{2}`, spaces and dollars go), never values: 0.5 is not 1/2.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from megatron_nft.types import Verdict
+from megatron_nft.verify.extract import last_box
+from megatron_nft.verify.outcome import Outcome
+from megatron_nft.verify.tidy import squash, tidy
+
+_answer_line = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
+
+
+def grade_boxed(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
+    r"""The content of the last `\boxed{}` against the reference, as normalised strings."""
+    return _same_string(last_box(response), answer, r"no \boxed{} in the response")
+
+
+def grade_minerva(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
+    """What follows the last "Answer:" on its line against the reference, as normalised strings."""
+    lines = _answer_line.findall(response)
+    return _same_string(lines[-1] if lines else None, answer, 'no "Answer:" line in the response')
+
+
+def _same_string(found: str | None, answer: str, missing: str) -> Outcome:
+    gold = squash(tidy(last_box(answer) or answer))
+    if not gold:
+        return Outcome(Verdict.UNPARSEABLE, reason="the reference answer is empty")
+    if found is None:
+        return Outcome(Verdict.UNPARSEABLE, reason=missing)
+    box = last_box(found)  # "Answer: \boxed{5}"
+    text = squash(tidy(found if box is None else box))
+    return Outcome(Verdict.CORRECT if text == gold else Verdict.WRONG, found.strip())

@@ -1,0 +1,58 @@
+r"""How an answer is laid out, changed to what it says: environments, conditions behind it, brackets of other countries.
+
+Texts are tidy already (tidy.py). Unlike there, what is dropped here was said: `f(x) = x^2 \text{ for all } x` becomes
+`f(x) = x^2`.
+"""
+
+from __future__ import annotations
+
+import re
+
+_environment = re.compile(
+    r"\\begin\s*\{(aligned|align\*?|gathered|split|cases|array)\}(?:\{[lcr|\s]*\})?(.*)\\end\s*\{\1\}", re.DOTALL
+)
+_condition = re.compile(
+    r"""[\s,;]*
+        (?: \\text\s*\{\s*for\ (?:all|every|any|each|some|an?)[^{}]*\}\s*[A-Za-z]?
+          | \\forall\s*[A-Za-z] | \\text\s*\{\s*(?:for|where|with)\s*\}\s*[A-Za-z](?=\s*\\in) )
+        (?:\s*\\in\s*(?:\\mathbb\s*\{?[ZNRQC]\}?|[ZNRQ])(?:\^[+*])?)?
+        \s*(?:\\text\s*\{[^{}=<>\d]*\})?$""",
+    re.VERBOSE,
+)
+_membership = re.compile(r"\s*\(\s*([A-Za-z](?:\s*,\s*[A-Za-z])*\s*\\in\s*(?:\\mathbb\s*\{?[ZNRQC]\}?|[ZNRQ]))\s*\)$")
+_outward_bracket = re.compile(r"(^|\\cup|\\in)(\s*)([\[\](])([^\[\]()]*[,;][^\[\]()]*)([\[\])])(?=\s*(?:\\cup|$))")
+
+
+def plain_layout(text: str) -> str:
+    """`text` without its layout; conditions behind an answer that hold anyway are dropped."""
+    if "\\begin" in text:
+        text = _without_environment(text)
+    if "\\in" in text or "\\text" in text or "\\forall" in text:
+        condition = _condition.search(text)
+        if condition and condition.start():
+            text = text[: condition.start()]
+        text = _membership.sub(r" , \1", text)
+    if text.count("[") != text.count("]") or text.lstrip().startswith("]"):
+        text = _outward_bracket.sub(_inward, text)
+    return text
+
+
+def _without_environment(text: str) -> str:
+    r"""`\begin{cases} x = 1 \\ y = 2 \end{cases}` as `x = 1 , y = 2`; a row that starts with `=` goes on."""
+    match = _environment.fullmatch(text.strip())
+    if match is None:
+        return text
+    rows = [row.replace("&", " ").strip() for row in match[2].split("\\\\")]
+    rows = [row.rstrip(" ,;") for row in rows if row]
+    if len(rows) > 1 and not all("=" in row for row in rows):  # a vector, or a function by cases
+        return text
+    result = rows[0] if rows else ""
+    for row in rows[1:]:
+        result += f" {row}" if row.startswith("=") else f" , {row}"
+    return result
+
+
+def _inward(match: re.Match[str]) -> str:
+    """`]2, 5[` as `(2, 5)`: the French way to write an open interval."""
+    opening, closing = match[3].replace("]", "("), match[5].replace("[", ")")
+    return f"{match[1]}{match[2]}{opening}{match[4]}{closing}"

@@ -1,0 +1,143 @@
+r"""The default grader: mathematical equality of the final answer of a response with the reference answer.
+
+1. The answer is found (extract.py) and put into one spelling (tidy.py). Equal spellings are equal answers.
+2. Both are read (answer.py) and compared by structure and value (compare.py): exact for rational numbers, at random
+   points to 25 digits for expressions. This decides nearly all answers in well under a millisecond.
+3. What our parser does not read (integrals, sums, logic) goes to math-verify, which works symbolically.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import lru_cache
+from typing import Any
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+from megatron_nft.types import Verdict
+from megatron_nft.verify.answer import read
+from megatron_nft.verify.compare import same
+from megatron_nft.verify.evaluate import OutOfRange, Undecided
+from megatron_nft.verify.extract import find_answer, last_boxes
+from megatron_nft.verify.outcome import Outcome
+from megatron_nft.verify.tidy import squash, tidy
+from megatron_nft.verify.tree import NotUnderstood, TooMuch, Tree
+from megatron_nft.verify.units import is_unit, scale_of
+from megatron_nft.verify.wording import is_words, same_wording, word_tree
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # its own timeouts are off: the worker is killed instead
+
+MAX_CHARS = 200_000  # of an extracted answer
+MAX_SYMBOLIC_CHARS = 1000  # of an answer that math-verify is asked about
+_gsm8k = re.compile(r"####\s*(.+)")
+_unit_at_end = re.compile(r"\\text\{([^{}]*)\}(?:\^\{?\d\}?)?$")
+_symbolic = re.compile(  # what math-verify reads and we do not
+    r"\\(?:i{0,3}int|oint|sum|prod|lim|det|gcd|lcm|max|min|bmod|mod|setminus|cap|partial|frac\s*\{\s*d"
+    r"|begin\s*\{[a-z]*matrix\}(?=.*\\end))(?![a-z])"
+)
+_negation = re.compile(r"\b(?:not|no|never|isn't|none)\b", re.IGNORECASE)
+
+
+@lru_cache(maxsize=8192)
+def gold_text(answer: str) -> str:
+    r"""The reference answer in one spelling: a bare answer, or a solution that ends in `\boxed{}` or `#### n`."""
+    if "\\boxed" in answer:
+        answer = last_boxes(answer) or answer
+    elif "####" in answer:
+        answer = _gsm8k.findall(answer)[-1]
+    return tidy(answer)
+
+
+def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
+    """Whether the final answer of `response` is equal to `answer`."""
+    gold = gold_text(answer)
+    if not gold:
+        return Outcome(Verdict.UNPARSEABLE, reason="the reference answer is empty")
+    extracted = find_answer(response)
+    if extracted is None:
+        return Outcome(Verdict.UNPARSEABLE, reason="no answer found in the response")
+    if len(extracted) > MAX_CHARS:
+        return Outcome(Verdict.UNPARSEABLE, extracted, f"the answer has {len(extracted)} characters")
+    found = tidy(extracted)
+    if squash(found) == squash(gold):
+        return Outcome(Verdict.CORRECT, extracted)
+    if not found:
+        return Outcome(Verdict.UNPARSEABLE, extracted, "the answer is empty")
+    return _compare(gold, found, extracted)
+
+
+def _compare(gold: str, found: str, extracted: str) -> Outcome:
+    gold_readings, gold_problem = _readings(gold, loosely=False)
+    found_readings, found_problem = _readings(found, loosely=True)
+    undecided = None
+    for gold_tree in gold_readings:
+        for found_tree in found_readings:
+            try:
+                if same(gold_tree, found_tree):
+                    return Outcome(Verdict.CORRECT, extracted)
+            except OutOfRange as error:
+                return Outcome(Verdict.UNPARSEABLE, extracted, str(error))
+            except Undecided as error:
+                undecided = error
+    if _repeats_with_unit(gold, found):
+        return Outcome(Verdict.CORRECT, extracted)
+    if (gold_problem or gold_readings[0][0] in ("text", "prose")) and same_wording(gold, found):
+        return Outcome(Verdict.CORRECT, extracted)
+    if gold_problem:
+        return _symbolically(gold, found, extracted, gold_problem, "the reference answer")
+    if found_problem or undecided:
+        return _symbolically(gold, found, extracted, found_problem or undecided, "the answer")
+    if gold_readings[0][0] == "prose":
+        return Outcome(Verdict.UNPARSEABLE, extracted, "the reference answer mixes words and mathematics")
+    return Outcome(Verdict.WRONG, extracted)
+
+
+def _repeats_with_unit(gold: str, found: str) -> bool:
+    r"""Whether `found` is `gold` and a unit behind it, whatever `gold` is: `(3, 4] \text{ cm}`."""
+    unit = _unit_at_end.search(found)
+    return (
+        unit is not None
+        and is_unit(unit[1])
+        and scale_of(unit[1])[0] == 1
+        and squash(found[: unit.start()].rstrip()) == squash(gold)
+    )
+
+
+@lru_cache(maxsize=8192)
+def _readings(text: str, loosely: bool) -> tuple[tuple[Tree, ...], NotUnderstood | None]:
+    """Readings of a tidy text, or why there are none."""
+    try:
+        return read(text, loosely=loosely), None
+    except NotUnderstood as error:
+        return (), error
+
+
+def _symbolically(gold: str, found: str, extracted: str, problem: Exception, whose: str) -> Outcome:
+    """Ask math-verify about what our own parser does not read."""
+    if is_words(gold) or is_words(found) or _negation.search(found):
+        same_words = word_tree(gold) == word_tree(found) != ("text", "")
+        return Outcome(Verdict.CORRECT if same_words else Verdict.WRONG, extracted)
+    unreadable = Outcome(Verdict.UNPARSEABLE, extracted, f"{whose} cannot be read: {problem}")
+    if isinstance(problem, TooMuch) or max(len(gold), len(found)) > MAX_SYMBOLIC_CHARS:
+        return unreadable
+    if not (isinstance(problem, Undecided) or _symbolic.search(gold) or _symbolic.search(found)):
+        return unreadable  # math-verify leaves out what it does not know: 2 hours 30 for 2 hours 20
+    gold_parsed, found_parsed = _parse(gold), _parse(found)
+    if not gold_parsed or not found_parsed:
+        return unreadable
+    correct = verify(list(gold_parsed), list(found_parsed), timeout_seconds=None)
+    return Outcome(Verdict.CORRECT if correct else Verdict.WRONG, extracted)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> tuple[Any, ...]:
+    """math-verify's reading of a formula as a whole."""
+    parsed = parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None, fallback_mode="no_fallback")
+    return tuple(part for part in parsed if not isinstance(part, str))
+
+
+def warm_up() -> None:
+    """Fill caches before workers are forked."""
+    for response, answer in (("\\boxed{\\sqrt{2}x^2}", "0.5"), ("\\boxed{\\int x dx}", "\\int_0^1 x dx")):
+        grade(response, answer, "", None)

@@ -1,0 +1,64 @@
+"""A grader for numbers that need not be exact: equal within a relative tolerance.
+
+`numeric` allows 1e-3; `numeric:0.01` sets another tolerance. Units, percent signs and powers of ten are read as by the
+default grader.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from megatron_nft.types import Verdict
+from megatron_nft.verify.answer import read
+from megatron_nft.verify.evaluate import Undecided, values_at_points
+from megatron_nft.verify.extract import find_answer
+from megatron_nft.verify.maths import gold_text
+from megatron_nft.verify.outcome import Outcome
+from megatron_nft.verify.tidy import tidy
+from megatron_nft.verify.tree import NotUnderstood, Tree
+
+DEFAULT_TOLERANCE = 1e-3
+
+
+def with_tolerance(tolerance: float) -> Callable[[str, str, str, dict[str, Any] | None], Outcome]:
+    """A grader that accepts |answer - reference| <= tolerance * |reference|."""
+    return functools.partial(grade, tolerance=tolerance)
+
+
+def grade(
+    response: str,
+    answer: str,
+    data_source: str,
+    extra: dict[str, Any] | None,
+    tolerance: float = DEFAULT_TOLERANCE,
+) -> Outcome:
+    """Whether the final answer of `response` is a number close to the reference."""
+    gold = _number(gold_text(answer))
+    if gold is None:
+        return Outcome(Verdict.UNPARSEABLE, reason=f"the reference answer {answer!r:.80} is not a number")
+    extracted = find_answer(response)
+    if extracted is None:
+        return Outcome(Verdict.UNPARSEABLE, reason="no answer found in the response")
+    found = _number(tidy(extracted))
+    if found is None:
+        return Outcome(Verdict.UNPARSEABLE, extracted, "the answer is not a number")
+    return Outcome(Verdict.CORRECT if abs(found - gold) <= tolerance * abs(gold) else Verdict.WRONG, extracted)
+
+
+def _number(text: str) -> Any:
+    """The value of a tidy text as an mpmath number; None if it is not one number."""
+    try:
+        return _value(read(text)[0])
+    except (NotUnderstood, Undecided):
+        return None
+
+
+def _value(tree: Tree) -> Any:
+    if tree[0] == "unit":
+        return _value(tree[1])
+    if tree[0] == "rel" and set(tree[1]) <= {"=", r"\approx"}:
+        return _value(tree[-1])
+    values = values_at_points(tree)[0]
+    return values[0] if len(values) == 1 else None  # several points: it has symbols

@@ -1,0 +1,65 @@
+"""What a grader says of one answer, and how several graders make one verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_nft.types import Verdict
+
+MAX_EXTRACTED_CHARS = 2000  # a megabyte "answer" is not worth keeping
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One grader's verdict on one answer."""
+
+    verdict: Verdict
+    extracted: str | None = None  # what the grader read as the answer
+    reason: str = ""  # why the verdict is neither correct nor wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """The verdict that training and evaluation use.
+
+    With several graders `verdict`, `extracted`, `grader` and `reason` are the first one's.
+    """
+
+    verdict: Verdict
+    extracted: str | None
+    grader: str
+    seconds: float  # in the worker, all graders together
+    by_grader: dict[str, Verdict]
+    ignored: bool  # left out of the loss: the graders disagree and `on_disagreement` says so
+    reason: str = ""
+
+
+def combine(
+    names: tuple[str, ...], outcomes: list[Outcome], seconds: float, on_disagreement: str = "trust_first"
+) -> Graded:
+    """One `Graded` from the outcomes of `names`, in the same order.
+
+    Graders disagree when one says correct and another does not: only that changes what is learned.
+    """
+    correct = [outcome.verdict is Verdict.CORRECT for outcome in outcomes]
+    disagree = any(correct) != all(correct)
+    ignored = disagree and (on_disagreement == "drop" or (on_disagreement == "not_negative" and not correct[0]))
+    first = outcomes[0]
+    return Graded(
+        verdict=first.verdict,
+        extracted=first.extracted,
+        grader=names[0],
+        seconds=seconds,
+        by_grader={name: outcome.verdict for name, outcome in zip(names, outcomes, strict=True)},
+        ignored=ignored,
+        reason=first.reason,
+    )
+
+
+def shorten(text: str | None) -> str | None:
+    """`text` as it can be written to a file: valid UTF-8 and not longer than MAX_EXTRACTED_CHARS."""
+    if text is None:
+        return None
+    if len(text) > MAX_EXTRACTED_CHARS:
+        text = text[:MAX_EXTRACTED_CHARS] + " [cut]"
+    return text.encode("utf-8", "replace").decode("utf-8")

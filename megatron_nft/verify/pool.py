@@ -1,0 +1,92 @@
+"""Grading in worker processes that can be killed.
+
+Invariants:
+- every submitted row gets exactly one `Graded`, or an exception that says why grading is impossible at all;
+- a row that runs past its time or memory, or takes its worker down, costs that worker and nothing else: the rows that
+  were queued behind it are graded by another worker;
+- no process outlives the pool's owner, however the owner ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from megatron_nft.verify.dispatch import START_TIMEOUT_S, Dispatcher
+from megatron_nft.verify.inbox import Inbox, Row, VerifierError
+from megatron_nft.verify.outcome import Graded
+from megatron_nft.verify.registry import split_names
+
+if TYPE_CHECKING:
+    from megatron_nft.config import VerifyConfig
+
+
+class VerifierPool:
+    """Worker processes for the graders of `config`.
+
+    `submit` may be called from any thread; in asyncio, await `asyncio.wrap_future(pool.submit(...))`.
+    GraderError for an unknown grader name. A dotted path that cannot be imported shows as VerifierError in the futures
+    and in `wait_ready`, because only the worker processes import it.
+    """
+
+    def __init__(self, config: VerifyConfig) -> None:
+        self._names = split_names(config.grader)
+        self._config = config
+        self._ids = itertools.count()
+        self._inbox = Inbox()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="verifier-pool", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, response: str, answer: str, data_source: str = "", extra: dict[str, Any] | None = None
+    ) -> Future[Graded]:
+        """Queue one answer for grading.
+
+        TypeError unless both texts are strings, pickle's error for an `extra` that cannot be sent to another process,
+        VerifierError once closed.
+        """
+        if not isinstance(response, str) or not isinstance(answer, str):
+            raise TypeError(
+                f"response and answer must be strings, not {type(response).__name__} and {type(answer).__name__}"
+            )
+        row = Row(next(self._ids), pickle.dumps((response, answer, data_source, extra)), Future())
+        self._inbox.put(row)
+        return row.future
+
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait until the graders are loaded. VerifierError when they cannot be."""
+        if not self._ready.wait(timeout_s):
+            raise VerifierError(f"the verifier's processes were not up after {timeout_s:g} s")
+        if self._inbox.failure is not None:
+            raise VerifierError(str(self._inbox.failure)) from self._inbox.failure
+
+    def close(self) -> None:
+        """End all processes. Futures that are not done get a VerifierError. Closing twice does no harm."""
+        self._inbox.close()
+        self._thread.join()
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        """The pool's thread, which also is the parent of its processes."""
+        dispatcher = Dispatcher(self._config, self._names, self._inbox, self._ready)
+        try:
+            dispatcher.run()
+            failure = VerifierError("the verifier pool was closed before this answer was graded")
+        except VerifierError as error:
+            failure = error
+        except Exception as error:
+            failure = VerifierError(f"the verifier pool failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+        rows = dispatcher.rows_under_way()
+        dispatcher.close()
+        self._inbox.fail(failure, rows)
+        self._ready.set()

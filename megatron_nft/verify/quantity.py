@@ -1,0 +1,130 @@
+r"""Whether two quantities are the same: numbers or expressions, with what may stand beside them.
+
+A unit, a percent sign or a base may be left out, and never be another one. A decimal of six digits and more stands for
+every number that it rounds.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from megatron_nft.verify.evaluate import exact, same_value, symbols, values_at_points
+from megatron_nft.verify.tree import Tree
+from megatron_nft.verify.units import canonical
+
+_LETTER_UNITS = frozenset("mgshJNWVKL")
+_PI: Tree = ("s", "\\pi")
+MIN_DIGITS = 6  # significant digits from which a decimal stands for the number that it rounds
+
+
+def same_quantity(gold: Tree, found: Tree) -> bool:
+    r"""Numbers or expressions, each perhaps with a unit, a percent sign or a base."""
+    gold_unit, found_unit = _unit(gold), _unit(found)
+    if gold_unit and found_unit and gold_unit != found_unit:
+        return gold[0] == "unit" and found[0] == "unit" and _doubled_unit(gold, found)
+    gold_value, found_value = _without_unit(gold), _without_unit(found)
+    if _same_number(gold_value, found_value):
+        return True
+    if (gold_value[0] == "pct") != (found_value[0] == "pct"):
+        return _same_but_for_percent(gold_value, found_value)
+    if gold_value[0] == "base" and found_value[0] == "n":  # 52 for 52_8, as for a unit that is left out
+        return str(found_value[1]) == gold_value[1]
+    if (gold_unit == "deg") != (found_unit == "deg") and _same_angle(gold, found):
+        return True
+    if not found_unit and exact(gold_value) is not None:
+        with_unit = with_letter_unit(found_value)  # 5 m for 5, and for 5 \text{m}
+        return with_unit is not None and gold_unit in ("", with_unit[2]) and _same_number(gold_value, with_unit[1])
+    if gold_value[0] == "*" and found[0] == "unit" and len(found_unit) == 1:  # 5 \text{m} for 5 m
+        return _same_number(gold_value, ("*", found_value, ("s", found_unit)))
+    return False
+
+
+def _unit(tree: Tree) -> str:
+    return tree[2] if tree[0] == "unit" else ""
+
+
+def _without_unit(tree: Tree) -> Tree:
+    return tree[1] if tree[0] == "unit" else tree
+
+
+def with_letter_unit(tree: Tree) -> Tree | None:
+    """`5 m`, read as five times m, as the quantity 5 m, and `3 m/s^2` likewise; None if it cannot be one."""
+    below = _letter(tree[2]) if tree[0] == "/" else ""
+    product = tree[1] if below else tree
+    if product[0] != "*" or not (above := _letter(product[-1])) or any(symbols(part) for part in product[1:-1]):
+        return None
+    number = product[1] if len(product) == 3 else product[:-1]
+    return ("unit", number, canonical(f"{above}/{below}" if below else above))
+
+
+def _letter(tree: Tree) -> str:
+    """`m` or `s^2` where the tree is a letter that can be a unit, else the empty string."""
+    name, power = tree, None
+    if tree[0] == "^":
+        name, power = tree[1], exact(tree[2])
+        if power is None or power.denominator != 1:
+            return ""
+    if name[0] != "s" or name[1] not in _LETTER_UNITS:
+        return ""
+    return name[1] if power is None else f"{name[1]}^{power}"
+
+
+def _same_angle(gold: Tree, found: Tree) -> bool:
+    r"""`\frac{\pi}{6}` for `30^\circ`, and the other way round. A plain number is no angle in radians here."""
+    degrees, radians = (gold, found) if gold[0] == "unit" else (found, gold)
+    if radians[0] == "unit" or not _has_pi(radians):
+        return False
+    return same_value(("/", ("*", degrees[1], _PI), ("n", Fraction(180))), radians)
+
+
+def _has_pi(tree: Tree) -> bool:
+    return tree == _PI or any(_has_pi(part) for part in tree[1:] if isinstance(part, tuple))
+
+
+def _same_but_for_percent(gold: Tree, found: Tree) -> bool:
+    """62.5 for 62.5%, or 62.5% for 62.5: the sign may be left out, and be added where it can have been left out."""
+    if gold[0] == "pct":
+        return _same_number(gold[1], found)
+    number = exact(gold)
+    return number is not None and abs(number) > 1 and _same_number(gold, found[1])
+
+
+def _doubled_unit(gold: Tree, found: Tree) -> bool:
+    r"""`90^\circ \text{ degrees}` for `90^\circ`: the unit, and then something that repeats it."""
+    return found[2].startswith(f"{gold[2]} ") and _same_number(gold[1], found[1])
+
+
+def _same_number(gold: Tree, found: Tree) -> bool:
+    return same_value(gold, found) or _rounds_to(gold, found) or _rounds_to(found, gold)
+
+
+def _rounds_to(value: Tree, decimal: Tree) -> bool:
+    """Whether `decimal` is a decimal number of at least MIN_DIGITS digits that `value`, a constant, rounds to."""
+    number = exact(decimal)
+    if number is None or number == 0 or number.denominator == 1 or symbols(value):
+        return False
+    digits, places = _decimal_digits(number)
+    if digits < MIN_DIGITS:
+        return False
+    number_of_value = values_at_points(value)[0][0]
+    if number_of_value is None:
+        return False
+    from_exact = exact(value)
+    if from_exact is not None:
+        return abs(from_exact - number) <= Fraction(1, 2 * 10**places)
+    return abs(number_of_value * 10**places - int(number * 10**places)) <= 0.5
+
+
+def _decimal_digits(number: Fraction) -> tuple[int, int]:
+    """Significant digits and decimal places of a number; (0, 0) for one such as 1/3 that has no end."""
+    places = 0
+    denominator = number.denominator
+    for prime in (2, 5):
+        power = 0
+        while denominator % prime == 0 and power < 400:
+            denominator //= prime
+            power += 1
+        places = max(places, power)
+    if denominator != 1:
+        return 0, 0
+    return len(str(abs(int(number * 10**places)))), places

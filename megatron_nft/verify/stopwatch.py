@@ -1,0 +1,72 @@
+"""How long a worker has been at one row, without the time that it waited for a processor.
+
+On a busy machine an honest row may take ten times its time; only what it used itself counts against it. Linux tells the
+time that a process ran and waited (/proc/PID/schedstat); where that is missing, the clock on the wall decides alone.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+FIRST_LOOK = 0.1  # part of the bound after which /proc is read: quick rows cost no look
+MIN_EXTENSION_S = 0.02
+
+
+class Usage(NamedTuple):
+    """What a process has used since its start."""
+
+    ran_s: float
+    waited_s: float  # ready to run, without a processor; complete only while it is not waiting
+    ready: bool  # running or waiting for a processor now, rather than asleep
+
+
+class Stopwatch:
+    """Started for each row. `deadline` (time.monotonic) is when to ask `expired`."""
+
+    def __init__(self, bound_s: float) -> None:
+        self.bound_s = bound_s
+        self.deadline = float("inf")
+        self._start = 0.0
+        self._look: tuple[float, Usage] | None = None  # seconds from the start to the first look, usage then
+
+    def start(self) -> None:
+        self._start = time.monotonic()
+        self._look = None
+        self.deadline = self._start + FIRST_LOOK * self.bound_s
+
+    def stop(self) -> None:
+        self.deadline = float("inf")
+
+    def expired(self, pid: int) -> bool:
+        """Whether the row has used up its time; moves `deadline` on if not."""
+        now = time.monotonic()
+        if now < self.deadline:
+            return False
+        usage = usage_of(pid)
+        elapsed = now - self._start
+        if self._look is None:
+            self._look = (min(elapsed, self.bound_s / 2), usage or Usage(0.0, 0.0, False))
+        before_look, at_look = self._look
+        if usage is None:
+            used = elapsed
+        elif usage.ready:
+            used = before_look + usage.ran_s - at_look.ran_s
+        else:
+            used = elapsed - (usage.waited_s - at_look.waited_s)
+        if used >= self.bound_s:
+            return True
+        self.deadline = now + max(self.bound_s - used, MIN_EXTENSION_S)
+        return False
+
+
+def usage_of(pid: int) -> Usage | None:
+    """The usage of a process of one thread; None where the system does not tell."""
+    try:
+        with open(f"/proc/{pid}/schedstat") as file:
+            ran, waited, _ = file.read().split()
+        with open(f"/proc/{pid}/stat") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+    except (OSError, ValueError, IndexError):
+        return None
+    return Usage(int(ran) / 1e9, int(waited) / 1e9, state == "R")

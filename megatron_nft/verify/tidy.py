@@ -1,0 +1,158 @@
+r"""One spelling for what LaTeX, Unicode and people write in many ways.
+
+`tidy` changes the look and never the value: `\dfrac12`, `$\frac{1}{2}$` and `½` become `\frac{1}{2}`. Two answers whose
+`squash(tidy(...))` are equal are the same answer; everything else is left to the parser.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from megatron_nft.verify.vocabulary import CHARACTERS, COMMANDS, DROPPED, TEXTS
+
+_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
+_SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
+_superscripts = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
+_subscripts = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
+_fraction_characters = re.compile("(\\d*)([¼-¾⅐-⅞])")
+_unicode_root = re.compile(r"\\sqrt\s+([\d.]+|\\pi)")  # √10, where TeX would take one digit
+
+_command = re.compile(r"\\([A-Za-z]+)\s*")
+_spacing = re.compile(r"(\\\\)|\\[ ,;:>!\n]|~")  # a row's end, `\\ `, is no space
+_thousands_comma = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!|\\!\s*,)\s*(?=\d{3})")  # `10,\!080`, `10{,}080`
+_thousands_space = re.compile(r"(?<![\d.,])\d{1,3}(?:\s\d{3})+(?!\d)")  # `10 080`
+_text = re.compile(r"\\text\s*\{([^{}]*)\}")
+_power_in_text = re.compile(r"(\\text\s*\{[^{}]*)\^\{(-?\d+)\}")  # \text{m s^{-2}}
+_number_in_text = re.compile(r"([-+]?\d[\d.,/:]*)\s*([^\d]*)$")
+_unit = r"\{\s*(\\text\{[^{}]*\}(?:\^\{?\d\}?)?)\s*\}"
+_unit_fraction = re.compile(rf"\\frac\s*{_unit}\s*{_unit}")
+_bracketed_base = re.compile(r"\((\d+)\)(?=\s*_)")  # (204)_5
+_hours_and = re.compile(r"(?<=\w)\s+and$")
+_ordinal = re.compile(r"\^\s*\{?\s*\\text\{(?:st|nd|rd|th)\}\s*\}?")
+_ratio = re.compile(r"(?<=\d)\s*\\text\{to\}\s*(?=\d)")
+_infix = re.compile(r"\{([^{}\\]*)\\(over|choose)(?![A-Za-z])\s*([^{}\\]*)\}")
+_bold_letter = re.compile(r"\\(?:mathbf|boldsymbol|bm|pmb|symbf|mathit)\s*\{\s*([A-Za-z])\s*\}")
+_color = re.compile(r"\\(?:textcolor|color)\s*\{[^{}]*\}")
+_repeating = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))(?![\d\\])")
+_currency = re.compile(r"([€£])\s*(\d[\d.,]*)")
+MAX_PERIOD_DIGITS = 100
+_digits_of_fraction = re.compile(r"\\frac\s*(\d)\s*(\d)")  # TeX takes one digit each: \frac12
+_digit_argument = re.compile(r"(\\frac|\\sqrt)\s*(\d)")
+_times_ten = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
+_trailing = re.compile(r"(?:[\s.,;:]|\\\\|\\$)+$")
+_inner_trailing = re.compile(r"[\s.,;:]+\}$")
+_double_backslash = re.compile(r"\\\\(?=[A-Za-z])")
+_space_run = re.compile(r"\s+")
+_space = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|(?<=[\d.]) (?=[\d.]))| ")
+_python_power = re.compile(r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({+-])")
+_old_font = re.compile(r"\{\s*\\(?:rm|bf|it|sf|tt)\b([^{}]*)\}")
+_markdown = re.compile(r"\*\*|__(?=\S)|`")
+
+
+def tidy(text: str) -> str:
+    """`text` in one spelling; what it stands for is unchanged."""
+    if text.isascii():
+        if text.isalnum():
+            return text
+    else:
+        text = _plain_characters(text)
+    if "**" in text or "`" in text:
+        text = _markdown.sub("", _python_power.sub("^", text))
+    if ")_" in text:
+        text = _bracketed_base.sub(r"\1", text)
+    if "\\" in text or "$" in text or "~" in text or "{,}" in text:
+        text = _plain_latex(text)
+    text = _thousands_space.sub(lambda match: re.sub(r"\s", "", match[0]), text)
+    text = _times_ten.sub(r"\\times ", text)
+    return _strip_end(_space_run.sub(" ", text).strip())
+
+
+def squash(text: str) -> str:
+    """A tidy text without the spaces that mean nothing (`1 2` stays two numbers)."""
+    return _space.sub(lambda match: match[1] or "", text) if " " in text else text
+
+
+def _plain_characters(text: str) -> str:
+    text = _fraction_characters.sub(_vulgar_fraction, text)
+    text = _currency.sub(r"\2 \1", text)
+    text = _superscripts.sub(lambda match: "^{" + "".join(map(_SUPERSCRIPTS.get, match[0])) + "}", text)
+    text = _subscripts.sub(lambda match: "_{" + "".join(map(_SUBSCRIPTS.get, match[0])) + "}", text)
+    text = "".join(CHARACTERS.get(character, character) for character in text)
+    text = _unicode_root.sub(r"\\sqrt{\1}", text)
+    text = unicodedata.normalize("NFKC", text)  # full-width digits, mathematical letters
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
+
+
+def _vulgar_fraction(match: re.Match[str]) -> str:
+    top, _, bottom = unicodedata.normalize("NFKC", match[2]).partition("\N{FRACTION SLASH}")
+    return f"{match[1]}\\frac{{{top}}}{{{bottom}}}" if bottom else match[0]
+
+
+def _plain_latex(text: str) -> str:
+    if "matrix" not in text and "array" not in text and "cases" not in text:
+        text = _double_backslash.sub(r"\\", text)
+    text = text.replace(r"\$", r"\dollar ").replace("$", " ")
+    for bracket in (r"\(", r"\)", r"\[", r"\]"):  # of formulas
+        text = text.replace(bracket, " ")
+    text = _bold_letter.sub(r" \1 ", _color.sub(" ", text))
+    text = _repeating.sub(_repeating_decimal, _infix.sub(_before, text))
+    text = _thousands_comma.sub(",", text)
+    text = _spacing.sub(lambda match: match[1] or " ", text)
+    text = _old_font.sub(r"\\text{\1}", text)
+    text = _command.sub(_plain_command, text)
+    text = _power_in_text.sub(r"\1^\2", text)
+    text = _text.sub(_plain_text, text)
+    if "\\text" in text:
+        text = _ratio.sub(":", _ordinal.sub("", _unit_fraction.sub(r"\1/\2", text)))
+    if "\\frac" in text or "\\sqrt" in text:
+        text = _digits_of_fraction.sub(r"\\frac{\1}{\2}", text)
+        text = _digit_argument.sub(r"\1{\2}", text)
+    return text
+
+
+def _before(match: re.Match[str]) -> str:
+    r"""`{3 \over 4}` as `\frac{3}{4}`, `{n \choose k}` as `\binom{n}{k}`."""
+    return rf"\{'frac' if match[2] == 'over' else 'binom'}{{{match[1].strip()}}}{{{match[3].strip()}}}"
+
+
+def _repeating_decimal(match: re.Match[str]) -> str:
+    r"""`0.1\overline{6}` as `\frac{15}{90}`: what stands before the period is taken from all up to its end."""
+    before, period = (match[1] or "0") + match[2], match[3] or match[4]
+    if len(before) + len(period) > MAX_PERIOD_DIGITS:
+        return match[0]
+    top, bottom = int(before + period) - int(before), int("9" * len(period) + "0" * len(match[2]))
+    return rf"(\frac{{{top}}}{{{bottom}}})"
+
+
+def _plain_command(match: re.Match[str]) -> str:
+    name = match[1]
+    if name in DROPPED:
+        return " "
+    if name in TEXTS:
+        return r"\text"
+    replacement = COMMANDS.get(name, f"\\{name}")
+    letter_follows = match.string[match.end() : match.end() + 1].isalpha()
+    return f"{replacement} " if letter_follows and replacement[-1].isalpha() else replacement
+
+
+def _plain_text(match: re.Match[str]) -> str:
+    r"""`\text{ and }` separates answers, `\text{e}` is e, `\text{5}` is 5; other words stay marked as words."""
+    words = match[1].strip()
+    words = _hours_and.sub("", words)
+    lowered = words.lower().strip(" ,;")
+    if lowered in ("and", "or", "&"):
+        return ","
+    if not words or lowered in ("e", "i", "d") or not any(character.isalpha() for character in words):
+        return f" {words} "
+    if words[0].isdigit() and (number := _number_in_text.match(words)):  # \text{4 ways}
+        return f" {number[1]} \\text{{{number[2]}}}"
+    if lowered in ("%", "percent", "per cent", "pct", "percentage"):
+        return r"\%"
+    return f"\\text{{{words}}}"
+
+
+def _strip_end(text: str) -> str:
+    """Without full stops, commas and line breaks at the end, inside a last `\\text{}` as well."""
+    text = _trailing.sub("", text)
+    return _inner_trailing.sub("}", text) if text.endswith("}") else text

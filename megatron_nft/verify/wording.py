@@ -1,0 +1,75 @@
+"""Words as answers: what of them is compared, and which stand for a number or a set."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from megatron_nft.verify.tree import Tree
+from megatron_nft.verify.vocabulary import words
+
+_NUMBERS = words(
+    """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen twenty
+    """
+)
+NUMBER_WORDS = {word: number for number, word in enumerate(_NUMBERS)}
+_FLUFF = frozenset(
+    words(
+        """
+        the a an value values answer answers final is are equals equal to of so therefore thus hence approximately
+        approx roughly about
+        """
+    )
+)
+_SYNONYMS = {"dne": "doenotexist", "limitdoenotexist": "doenotexist"}
+_REALS = frozenset(words("allrealnumber allreal realnumber setofallrealnumber setofrealnumber allrealvalue"))
+_EMPTY = frozenset(words("emptyset nullset"))
+_opening = re.compile(r"(?:it is|it's|they are|the answer is|answer:)\s+")
+_words_only = re.compile(r"[^\d\\{}^_=<>+*/|]*[^\W\d_]{2,}[^\d\\{}^_=<>+*/|]*$")
+_letters = re.compile(r"[^\W\d_]+")
+_text = re.compile(r"\\text\{([^{}]*)\}")
+_point = re.compile(r"(?<!\d)[.,]|[.,](?!\d)")
+
+
+def is_words(text: str) -> bool:
+    """Whether a tidy answer is words and punctuation only, such as `no solution`."""
+    return bool(_words_only.match(text))
+
+
+def is_fluff(phrase: str) -> bool:
+    """Whether words before an answer say nothing about it: `The answer is`."""
+    found = _letters.findall(phrase.lower())
+    return bool(found) and all(word in _FLUFF for word in found)
+
+
+def normal_text(phrase: str) -> str:
+    """Words as they are compared: small letters and digits, in the singular, without articles."""
+    phrase = phrase.casefold().strip()
+    opening = _opening.match(phrase)
+    kept = re.findall(r"[^\W_]+", phrase[opening.end() :] if opening else phrase)
+    singular = [word[:-1] if len(word) > 3 and word.endswith("s") else word for word in kept]
+    text = "".join(word for word in singular if word not in ("the", "a", "an")) or "".join(kept)
+    return _SYNONYMS.get(text, text)
+
+
+def word_tree(phrase: str) -> Tree:
+    """Words as a tree: a number (`twelve`), a set (`all real numbers`), or text."""
+    text = normal_text(phrase)
+    if phrase.strip().lower() in NUMBER_WORDS:
+        return ("n", Fraction(NUMBER_WORDS[phrase.strip().lower()]))
+    if text in _REALS:
+        return ("reals",)
+    return ("set",) if text in _EMPTY else ("text", text)
+
+
+def same_wording(gold: str, found: str) -> bool:
+    r"""Whether two tidy answers read alike, the marks of LaTeX aside: `\text{8:30 a.m.}` and `8:30 \text{ a.m.}`."""
+    gold, found = _as_read(gold), _as_read(found)
+    return gold == found != ""
+
+
+def _as_read(text: str) -> str:
+    text = _text.sub(r"\1", text).casefold()
+    return re.sub(r"\s", "", _point.sub("", text))

@@ -1,0 +1,216 @@
+"""The processes behind `VerifierPool`: a template that imports the graders once, and workers forked from it.
+
+    python -m megatron_nft.verify.worker CONTROL_FD OWNER_PID MEMORY_BYTES GRADERS
+
+The template listens on CONTROL_FD (JSON lines, a worker's socket attached to `fork`):
+  in:   {"fork": id}, {"kill": id}
+  out:  {"ready": true} or {"error": text}; {"exit": id, "status": wait status}
+It has one thread and never touches CUDA, so that forking is safe. When the owner is gone, the control socket ends (and
+Linux sends SIGKILL): no process stays behind. Signals meant for the owner's process group are ignored: the owner
+decides.
+
+A worker reads pickled rows (they come from its owner; nothing that a worker says is unpickled) and answers each verdict
+with one JSON line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import pickle
+import resource
+import selectors
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+from megatron_nft.types import Verdict
+from megatron_nft.verify.nursery import HEADER
+from megatron_nft.verify.outcome import Outcome, shorten
+from megatron_nft.verify.registry import Grader, GraderError, call, load, split_names
+
+GROWTH_CHECK_ROWS = 64  # rows between two looks at the worker's size
+
+
+def main(argv: list[str]) -> int:
+    control_fd, owner, memory_bytes = (int(word) for word in argv[:3])
+    _die_with(owner)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    control = socket.socket(fileno=control_fd)
+    try:
+        graders = [load(name) for name in split_names(argv[3])]
+    except GraderError as error:
+        _say(control, {"error": str(error)})
+        return 1
+    if "megatron_nft.verify.maths" in sys.modules:
+        sys.modules["megatron_nft.verify.maths"].warm_up()
+    gc.collect()
+    gc.freeze()  # forked workers share these pages as long as nobody writes to them
+    _Template(control, graders, memory_bytes).serve()
+    return 0
+
+
+def _die_with(parent: int) -> None:
+    """Ask Linux to kill this process when `parent` dies."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _say(control: socket.socket, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # the owner may be gone
+        control.sendall(json.dumps(message).encode() + b"\n")
+
+
+class _Template:
+    """Forks workers, kills them when told, reports their ends."""
+
+    def __init__(self, control: socket.socket, graders: list[Grader], memory_bytes: int) -> None:
+        self.control = control
+        self.graders = graders
+        self.memory_bytes = memory_bytes
+        self.children: dict[int, int] = {}  # pid -> worker id
+        self.unread = b""
+        self.sockets: list[int] = []  # received, in the order of the `fork` lines
+
+    def serve(self) -> None:
+        """Until the owner is gone."""
+        wake_r, wake_w = socket.socketpair()
+        wake_w.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_w.fileno())
+        _say(self.control, {"ready": True})
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.control, selectors.EVENT_READ)
+            selector.register(wake_r, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is wake_r:
+                        wake_r.recv(4096)
+                        self._reap()
+                    elif not self._obey():
+                        self._end_workers()
+                        return
+
+    def _obey(self) -> bool:
+        """Read and follow commands; False when the owner is gone."""
+        try:
+            data, sockets, _, _ = socket.recv_fds(self.control, 65536, 64)
+        except ConnectionError:
+            return False
+        if not data:
+            return False
+        self.sockets.extend(sockets)
+        *lines, self.unread = (self.unread + data).split(b"\n")
+        for line in lines:
+            command = json.loads(line)
+            if "fork" in command:
+                self._fork(command["fork"], self.sockets.pop(0))
+            else:
+                for pid, worker in self.children.items():
+                    if worker == command["kill"]:
+                        os.kill(pid, signal.SIGKILL)  # not reaped yet, so the pid is still ours
+        return True
+
+    def _fork(self, worker: int, fd: int) -> None:
+        template = os.getpid()
+        pid = os.fork()
+        if pid:
+            os.close(fd)
+            self.children[pid] = worker
+            return
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _die_with(template)
+            self.control.close()
+            for other in self.sockets:
+                os.close(other)
+            _Worker(socket.socket(fileno=fd), self.graders, self.memory_bytes).serve()
+            status = 0
+        finally:
+            os._exit(status)
+
+    def _end_workers(self) -> None:
+        for pid in self.children:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self.children:
+            os.waitpid(pid, 0)  # no zombies, even where process 1 does not collect them
+
+    def _reap(self) -> None:
+        while self.children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            if pid in self.children:
+                _say(self.control, {"exit": self.children.pop(pid), "status": status})
+
+
+class _Worker:
+    """Grades the rows of its socket, one after another.
+
+    It says [pid] when it is up, and answers each grader of a row with
+    [row id, grader index, verdict, extracted, reason, seconds, retiring].
+    """
+
+    def __init__(self, rows: socket.socket, graders: list[Grader], memory_bytes: int) -> None:
+        self.rows = rows
+        self.graders = graders
+        self.memory_bytes = memory_bytes
+        self.base_bytes = _address_space()
+        if sys.platform == "linux":
+            limit = self.base_bytes + memory_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def serve(self) -> None:
+        self.rows.sendall(json.dumps([os.getpid()]).encode() + b"\n")
+        stream = self.rows.makefile("rb")
+        graded = 0
+        while header := stream.read(HEADER.size):
+            row_id, first, num_bytes = HEADER.unpack(header)
+            payload = stream.read(num_bytes)
+            for index in range(first, len(self.graders)):
+                graded += 1
+                if self._grade(row_id, index, payload, check_size=graded % GROWTH_CHECK_ROWS == 0):
+                    return
+
+    def _grade(self, row_id: int, index: int, payload: bytes, check_size: bool) -> bool:
+        """Grade and answer; True when this worker has to end."""
+        start = time.perf_counter()
+        try:
+            outcome = call(self.graders[index], *pickle.loads(payload))
+            retiring = False
+        except MemoryError:
+            outcome = Outcome(Verdict.TIMEOUT, reason=f"needed more than {self.memory_bytes} bytes of memory")
+            retiring = True
+        except Exception as error:  # `extra` holds a class that this process does not know
+            outcome = Outcome(Verdict.UNPARSEABLE, reason=f"the row cannot be read: {type(error).__name__}: {error}")
+            retiring = False
+        seconds = time.perf_counter() - start
+        if not retiring and (check_size or seconds > 0.05):
+            retiring = _address_space() - self.base_bytes > self.memory_bytes // 4  # the next row finds its room
+        reply = [row_id, index, outcome.verdict, shorten(outcome.extracted), shorten(outcome.reason), seconds, retiring]
+        self.rows.sendall(json.dumps(reply).encode() + b"\n")
+        return retiring
+
+
+def _address_space() -> int:
+    """Bytes of address space of this process."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    os._exit(main(sys.argv[1:]))  # the workers are gone; nothing is left to tidy up

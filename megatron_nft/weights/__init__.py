@@ -1,0 +1,1 @@
+"""Weights on their way between HF folders, Megatron shards and running engines."""

@@ -1,0 +1,97 @@
+"""A process group of one trainer rank (rank 0) and the engines' ranks, beside torch.distributed's own groups.
+
+The engines join with torch.distributed's helpers under a group name (SGLang: init_weights_update_group), which fixes
+under which keys of the store the members find each other; `open_group` uses the same keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import socket
+import threading
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the members of a group find each other. The port is the system's choice, so there is no race for it."""
+
+    store: dist.TCPStore
+    address: str
+    name: str
+    world_size: int
+    backend: str  # gloo | nccl
+
+    @classmethod
+    def open(cls, address: str, name: str, world_size: int, device: torch.device, timeout_s: float) -> Meeting:
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store = dist.TCPStore(
+            address, 0, None, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
+        return cls(store, address, name, world_size, "nccl" if device.type == "cuda" else "gloo")
+
+    @property
+    def port(self) -> int:
+        return self.store.port
+
+
+class BroadcastGroup:
+    """Sends from this rank to all other members. Made when all have been told to join; blocks until they have."""
+
+    def __init__(self, meeting: Meeting, timeout_s: float) -> None:
+        timeout = datetime.timedelta(seconds=timeout_s)
+        device = "cuda" if meeting.backend == "nccl" else "cpu"
+        store = dist.PrefixStore(meeting.name, meeting.store)
+        store = dist.PrefixStore(f"{device}/", dist.PrefixStore(f"{meeting.name}/", store))
+        if meeting.backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(store, 0, meeting.world_size, options)
+        else:
+            self._group = dist.ProcessGroupGloo(store, 0, meeting.world_size, timeout)
+        self._store = meeting.store  # the server of the keys; it lives as long as the group
+        self._work: dist.Work | None = None
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Starts to send. One at a time: `wait` comes before the next."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        self._work = self._group.broadcast([tensor], options)
+
+    def is_sent(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+        return self._work.is_completed()
+
+    def wait(self) -> None:
+        """Until the tensor may be written again. RuntimeError if a member left."""
+        self._work.wait()
+        self._work = None  # it holds the tensor: one larger than a bucket must be gone before the next is made
+
+    def close(self, wait_s: float = 0.0) -> None:
+        """Leave: members that still wait for data get an error. Returns once the group is gone, or after `wait_s`.
+
+        The connections close with the last reference, that of a broadcast under way included. Dropping it waits for
+        that broadcast, which an engine that never takes part holds up until the timeout: hence the thread.
+        """
+        held = [self._group, self._work]
+        self._group = self._work = None
+        dropping = threading.Thread(target=_drop, args=(held,), name="broadcast-group-close", daemon=True)
+        dropping.start()
+        dropping.join(wait_s)
+
+
+def _drop(held: list) -> None:
+    with contextlib.suppress(AttributeError, RuntimeError):
+        held[0].abort()
+    held.clear()
+
+
+def address_towards(host: str, port: int) -> str:
+    """This machine's address as `host` sees it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing: only picks the interface
+        return probe.getsockname()[0]

@@ -1,0 +1,109 @@
+"""How SGLang keeps the weights: fused tensors, split over its tensor-parallel ranks, vocabulary padded.
+
+The trainer hashes its HF tensors in that form while they stream by, to compare with what /weights_checker says.
+
+    qkv_proj      [q rows | k rows | v rows] of the rank's heads; with more ranks than key/value heads, heads repeat
+    gate_up_proj  [gate rows | up rows] of the rank
+    w13_weight    per expert [gate | up], all experts of a layer; w2_weight: their down projections
+    embed_tokens, lm_head   rows padded with zeros to a multiple of 64
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+import torch
+
+from megatron_nft.weights.buckets import Bucket
+from megatron_nft.weights.engine_side.nft_checksum import Sha256, WordHash, hasher
+from megatron_nft.weights.names import Geometry
+
+VOCAB_MULTIPLE = 64
+BLOCK_BYTES = 4 << 20
+"""Columns are hashed in blocks of rows of about this size, since hashing copies what is not contiguous."""
+_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+_FUSED["up_proj"] = "gate_up_proj"
+_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
+_FUSED_PART = re.compile(r"\.(" + "|".join(_FUSED) + r")\.")
+
+
+def engine_name(hf_name: str) -> str:
+    """Name of the engine's tensor that holds this HF tensor."""
+    if expert := _EXPERT.search(hf_name):
+        return hf_name[: expert.start()] + (".experts.w2_weight" if expert[1] == "down" else ".experts.w13_weight")
+    return _FUSED_PART.sub(lambda part: f".{_FUSED[part[1]]}.", hf_name)
+
+
+def shards(hf_name: str, tensor: torch.Tensor, geometry: Geometry, tp_size: int) -> Iterator[list[torch.Tensor]]:
+    """What each of the engine's `tp_size` ranks holds of one full HF tensor, in rank order: its parts, one behind the
+    other. All but the rows that pad the vocabulary are views."""
+    for rank in range(tp_size):
+        yield _shard(hf_name, tensor, geometry, rank, tp_size)
+
+
+def _shard(name: str, tensor: torch.Tensor, geometry: Geometry, rank: int, size: int) -> list[torch.Tensor]:
+    if re.search(r"(embed_tokens|lm_head)\.weight$", name):
+        rows = padded_vocab(tensor.shape[0]) // size
+        own = tensor[rank * rows : (rank + 1) * rows]
+        return [own, tensor.new_zeros(rows - own.shape[0], *tensor.shape[1:])]
+    if re.search(r"\.(k_proj|v_proj)\.", name):
+        heads = tensor.view(geometry.num_query_groups, geometry.kv_channels, *tensor.shape[1:])
+        per_rank = max(1, geometry.num_query_groups // size)
+        first = rank * geometry.num_query_groups // size
+        return [heads[first : first + per_rank].flatten(0, 1)]
+    if re.search(r"\.(q_proj|gate_proj|up_proj)\.", name):
+        return [tensor.chunk(size)[rank]]
+    if size > 1 and re.search(r"\.(o_proj|down_proj)\.", name):
+        columns = tensor.chunk(size, dim=1)[rank]
+        return list(columns.split(2 * max(1, BLOCK_BYTES // (2 * columns[0].nbytes))))  # even: whole 32-bit words
+    return [tensor]
+
+
+def padded_vocab(rows: int) -> int:
+    return math.ceil(rows / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class EngineReference:
+    """Checksums of the engine's tensors, from the trainer's: fed with every bucket of a stage, in order.
+
+    With several engine ranks a key is `name@rank`.
+    """
+
+    def __init__(self, geometry: Geometry, tp_size: int) -> None:
+        self._geometry, self._tp_size = geometry, tp_size
+        self._hashes: dict[str, Sha256 | WordHash] = {}
+
+    def add(self, bucket: Bucket) -> None:
+        for name, tensor in bucket.tensors:
+            for rank, parts in enumerate(shards(name, tensor, self._geometry, self._tp_size)):
+                key = engine_key(engine_name(name), rank, self._tp_size)
+                if key not in self._hashes:
+                    nbytes = self._fused_bytes(name, sum(part.nbytes for part in parts))
+                    self._hashes[key] = hasher(tensor.device, nbytes)
+                for part in parts:
+                    self._hashes[key].update(part)
+
+    def _fused_bytes(self, name: str, nbytes: int) -> int:
+        """Bytes of the engine's whole tensor, from those of its first HF tensor."""
+        if ".q_proj." in name:
+            g = self._geometry
+            key_value_heads = max(1, g.num_query_groups // self._tp_size)
+            query_heads = g.num_attention_heads // self._tp_size
+            return nbytes * (query_heads + 2 * key_value_heads) // query_heads
+        parts = 2 if ".gate_proj." in name else 1
+        return nbytes * parts * (self._geometry.num_experts if ".experts." in name else 1)
+
+    def result(self) -> dict[str, str]:
+        return {key: hashed.hexdigest() for key, hashed in self._hashes.items()}
+
+
+def engine_key(name: str, rank: int, tp_size: int) -> str:
+    return name if tp_size == 1 else f"{name}@{rank}"
+
+
+def hf_names_of(engine_tensor: str, hf_names: list[str]) -> list[str]:
+    """The HF tensors that make an engine's tensor (with or without @rank)."""
+    wanted = engine_tensor.partition("@")[0]
+    return [name for name in hf_names if engine_name(name) == wanted]

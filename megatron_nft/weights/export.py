@@ -1,0 +1,222 @@
+"""The weights as a stream of buckets of HF-named tensors, gathered from tensor, expert and pipeline ranks.
+
+Each pipeline stage has a *leader* (tensor rank 0 of data-parallel replica 0). For one bucket the other ranks of the
+stage send their shards to the leader in messages (`messages.py`), and it writes them into their place in a flat buffer
+of full HF tensors. With `everywhere` the leader then broadcasts the buffer to the world.
+
+Memory on a leader: two buffers of a bucket each, so that one is filled while the other is in use, and room for the
+messages, which is no larger than the largest parameter. A parameter larger than a bucket gets a buffer for itself,
+alone, with the room in one of the two. So never more than two buckets and the largest parameter; no rank holds the
+model. A sender holds its own shards of one bucket.
+
+Invariants:
+- every rank of the world runs the iterator to its end; all ranks of a stage compute the same plan
+- the order of tensors is the same in every export: stage by stage, dense parameters, then experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+
+import torch
+import torch.distributed as dist
+
+from megatron_nft.policy.parallel import ParallelLayout
+from megatron_nft.weights.buckets import Bucket, BucketPlan, TensorMeta, plan_stage
+from megatron_nft.weights.messages import Piece, cut_messages, index_of, pack, unpack
+from megatron_nft.weights.names import Geometry
+from megatron_nft.weights.splits import place, unmerge
+
+Allocate = Callable[[int], torch.Tensor]
+"""Number of bytes -> uint8 [bytes] on the trainer's device, e.g. in shared memory."""
+
+
+def export_buckets(
+    chunks: list[torch.nn.Module],
+    spec: Geometry,
+    layout: ParallelLayout,
+    buffers: Buffers,
+    *,
+    dtype: torch.dtype | None = None,
+    everywhere: bool,
+) -> Iterator[Bucket]:
+    """Stream the policy's weights. A collective call: every rank runs it to the end.
+
+    buffers           where the buckets lie, which also says how large they are and how long they are valid.
+    dtype             of the exported tensors; None keeps the parameters' own.
+    everywhere=True   every rank gets every bucket, in one order (embedded engines).
+    everywhere=False  stage leaders get the buckets of their own stage, the other ranks get none.
+    """
+    plans = plan_stage(chunks, spec, layout, buffers.bucket_bytes, dtype)
+    gathered = _gather(plans, spec, buffers, everywhere)
+    if everywhere:
+        yield from _broadcast(gathered, plans, buffers, layout)
+    else:
+        for bucket in gathered:
+            if bucket is not None:
+                yield bucket
+            del bucket  # one that is larger than a bucket must be gone before the next is made
+    buffers.settle()
+
+
+class Buffers:
+    """The memory that buckets are written into.
+
+    Without `used` there is one buffer, and a bucket is valid until the next one is asked for. With it there are two:
+    before the memory of a bucket is written again or given back, `used` is called, once per bucket and in their order,
+    and returns when nobody uses that bucket any more.
+    """
+
+    def __init__(
+        self,
+        bucket_bytes: int,
+        device: torch.device,
+        allocate: Allocate | None = None,
+        used: Callable[[], None] | None = None,
+    ) -> None:
+        self.bucket_bytes = bucket_bytes
+        self._device, self._used = device, used
+        self._allocate = allocate or self._empty
+        self._normal: list[torch.Tensor | None] = [None] * (2 if used else 1)
+        self._turn = 0  # which of them is written next
+        self._in_use = 0  # buckets that were given out and not settled
+        self._large = False  # the last one is larger than a bucket
+        self._room: torch.Tensor | None = None
+
+    def bucket(self, metas: list[TensorMeta], own: bool = True) -> Bucket:
+        """An uninitialized bucket for these tensors."""
+        nbytes = metas[-1].end
+        large = nbytes > self.bucket_bytes
+        self.settle(0 if large or self._large else len(self._normal) - 1)
+        self._large, self._in_use = large, self._in_use + 1
+        if large:
+            self._room = None
+            return Bucket(metas, self._allocate(nbytes), own)
+        self._turn = (self._turn + 1) % len(self._normal)
+        return Bucket(metas, self._buffer(self._turn)[:nbytes], own)
+
+    def room(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] for messages that belong to the bucket that was given out last; nbytes <= bucket_bytes."""
+        if self._large:  # nobody uses the normal buffers
+            return self._buffer(0)[:nbytes]
+        if self._room is None:
+            self._room = self._empty(nbytes)
+        return self._room[:nbytes]
+
+    def settle(self, but: int = 0) -> None:
+        """Wait until at most `but` buckets are in use."""
+        while self._in_use > but:
+            self._in_use -= 1
+            if self._used:
+                self._used()
+
+    def release(self) -> None:
+        """Give the memory back; it is allocated again when it is needed."""
+        self.settle()
+        self._normal, self._room = [None] * len(self._normal), None
+
+    def _empty(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def _buffer(self, i: int) -> torch.Tensor:
+        if self._normal[i] is None:
+            self._normal[i] = self._allocate(self.bucket_bytes)
+        return self._normal[i]
+
+
+def _gather(plans: list[BucketPlan], geometry: Geometry, buffers: Buffers, everywhere: bool) -> Iterator[Bucket | None]:
+    """Per bucket of this stage: the bucket on the leader; on a sender an empty one if `everywhere`; else None."""
+    largest = max((e.hf_bytes(geometry) for plan in plans for e in plan.entries), default=0)
+    room_bytes = min(largest, buffers.bucket_bytes)
+    for plan in plans:
+        yield _gather_one(plan, room_bytes, geometry, buffers, everywhere)  # nothing here holds it beyond that
+
+
+def _gather_one(
+    plan: BucketPlan, room_bytes: int, geometry: Geometry, buffers: Buffers, everywhere: bool
+) -> Bucket | None:
+    if not plan.gathers:
+        return None
+    rank, size = dist.get_rank(plan.group), dist.get_world_size(plan.group)
+    bucket = buffers.bucket(plan.metas, own=rank == 0) if everywhere or rank == 0 else None
+    room = buffers.room(room_bytes) if size > 1 else None
+    if rank == 0:
+        _receive(plan, bucket, size, room, geometry)
+    else:
+        _send(plan, rank, size, room, geometry)
+    return bucket
+
+
+def _send(plan: BucketPlan, rank: int, size: int, room: torch.Tensor, geometry: Geometry) -> None:
+    """This rank's shards of a bucket, to the leader."""
+    for message in cut_messages(plan, rank, _share(room, size), geometry):
+        packed = _part_of(room, sum(piece.nbytes for piece in message))
+        pack(message, packed, geometry)
+        for work in _post(dist.isend, {0: packed}, plan.group):
+            work.wait()
+
+
+def _receive(plan: BucketPlan, bucket: Bucket, size: int, room: torch.Tensor | None, geometry: Geometry) -> None:
+    """Fill the leader's bucket: with its own shards, and with those of all senders side by side, message by message."""
+    tensors = dict(bucket.tensors)
+    for entry in plan.shards_of(0):
+        parts = unmerge(entry.place.row.kind, entry.parameter.detach(), geometry)
+        for name, part in zip(entry.place.hf_names, parts, strict=True):
+            target = place(tensors[name], index_of(entry, 0, tuple(tensors[name].shape)), part)
+            target.copy_(part[: len(target)])
+    senders = range(1, size)
+    for messages in zip_longest(*(cut_messages(plan, sender, _share(room, size), geometry) for sender in senders)):
+        arriving = {sender: message for sender, message in zip(senders, messages, strict=True) if message}
+        sizes = [sum(piece.nbytes for piece in message) for message in arriving.values()]
+        packed = dict(zip(arriving, _part_of(room, sum(sizes)).split(sizes), strict=True))
+        for work in _post(dist.irecv, packed, plan.group):
+            work.wait()
+        for sender, message in arriving.items():
+            _place(message, sender, packed[sender], tensors, geometry)
+
+
+def _share(room: torch.Tensor, size: int) -> int:
+    """Bytes of one sender's message: all `size` - 1 of them have room at once."""
+    return len(room) // (size - 1)
+
+
+def _part_of(room: torch.Tensor, nbytes: int) -> torch.Tensor:
+    """For messages. Only a single row that is larger than a sender's share does not fit."""
+    return room[:nbytes] if nbytes <= len(room) else room.new_empty(nbytes)
+
+
+def _place(
+    message: list[Piece], sender: int, packed: torch.Tensor, tensors: dict[str, torch.Tensor], geometry: Geometry
+) -> None:
+    """Write a message into the full HF tensors it is made of."""
+    for piece, rows in zip(message, unpack(message, packed), strict=True):
+        tensor = tensors[piece.entry.place.hf_names[piece.part]]
+        target = place(tensor, index_of(piece.entry, sender, tuple(tensor.shape)), rows)
+        target[piece.start : piece.stop].copy_(rows)
+
+
+def _post(
+    operation: Callable[..., object], tensors: dict[int, torch.Tensor], group: dist.ProcessGroup
+) -> list[dist.Work]:
+    """One grouped call for {rank of the group: tensor}."""
+    peers = {rank: dist.get_global_rank(group, rank) for rank in tensors}
+    return dist.batch_isend_irecv([dist.P2POp(operation, t, peers[rank], group) for rank, t in tensors.items()])
+
+
+def _broadcast(
+    gathered: Iterator[Bucket | None], plans: list[BucketPlan], buffers: Buffers, layout: ParallelLayout
+) -> Iterator[Bucket]:
+    """Every bucket of every stage on every rank."""
+    stages: list[list] = [None] * layout.pp_size
+    dist.all_gather_object(stages, [plan.metas for plan in plans], group=layout.pp_group)
+    ranks_per_stage = layout.world_size // layout.pp_size  # stages are the outermost axis: the first rank leads
+    for stage, buckets in enumerate(stages):
+        for metas in buckets:
+            bucket = next(gathered) if stage == layout.pp_rank else None
+            if bucket is None:
+                bucket = buffers.bucket(metas, own=False)
+            if layout.world_size > 1:
+                dist.broadcast(bucket.flat, src=stage * ranks_per_stage)
+            yield bucket
+            del bucket

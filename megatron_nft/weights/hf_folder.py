@@ -1,0 +1,128 @@
+"""A model folder in Hugging Face format, read slice by slice. Only safetensors: nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_nft.weights.file_array import BLOCK_BYTES, FileArray
+
+INDEX_NAME = "model.safetensors.index.json"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class HFFolder:
+    """Names, shapes and dtypes of all tensors of a folder, from the file headers; data on demand.
+
+    ValueError where the folder has no safetensors, a file is damaged, or the index and the files disagree.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            found = sorted(p.name for p in self.path.glob("*.bin"))
+            hint = f"; it has {', '.join(found[:3])}, which are pickles and are not read" if found else ""
+            raise ValueError(f"{self.path} holds no *.safetensors file{hint}")
+        self._files: dict[str, Path] = {}
+        self._offsets: dict[str, int] = {}  # of the data in its file, bytes
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for file in files:
+            self._read_header(file)
+        self._check_index()
+
+    def _read_header(self, file: Path) -> None:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+                    if name in self._files:
+                        raise ValueError(f"{name} stands in two files: {self._files[name].name} and {file.name}")
+                    view = tensors.get_slice(name)
+                    self._files[name] = file
+                    self.shapes[name] = tuple(view.get_shape())
+                    if view.get_dtype() not in DTYPES:
+                        raise ValueError(f"{file}: {name} is {view.get_dtype()}; known: {', '.join(DTYPES)}")
+                    self.dtypes[name] = DTYPES[view.get_dtype()]
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or cut off: {error}") from None
+        with file.open("rb") as plain:  # safe_open has checked the header, but does not tell where the data lie
+            size = int.from_bytes(plain.read(8), "little")
+            header = json.loads(plain.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                self._offsets[name] = 8 + size + entry["data_offsets"][0]
+
+    def _check_index(self) -> None:
+        index = self.path / INDEX_NAME
+        if not index.exists():
+            return
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is no index of safetensors: {type(error).__name__}: {error}") from None
+        wrong = [name for name, file in listed.items() if name not in self._files or self._files[name].name != file]
+        if wrong:
+            raise ValueError(f"{index} lists tensors that its files do not hold: {name_list(wrong)}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def names_by_file(self) -> dict[Path, list[str]]:
+        grouped: dict[Path, list[str]] = {}
+        for name, file in self._files.items():
+            grouped.setdefault(file, []).append(name)
+        return grouped
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
+        """One tensor, or the part of it at `index`. The file is mapped only while this runs."""
+        with safe_open(self._files[name], framework="pt") as tensors:
+            if index is None:
+                return tensors.get_tensor(name)
+            return tensors.get_slice(name)[index]
+
+    def array(self, name: str) -> FileArray:
+        """Where a tensor lies, to be read part by part."""
+        return FileArray(self._files[name], self._offsets[name], self.dtypes[name], self.shapes[name])
+
+    def equal(self, a: str, b: str) -> bool:
+        """Whether two tensors have the same shape and values, compared block by block."""
+        if self.shapes[a] != self.shapes[b]:
+            return False
+        count = math.prod(self.shapes[a])
+        arrays = [self.array(name).view(count) for name in (a, b)]
+        step = BLOCK_BYTES // 8
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+            values = [torch.empty(part.stop - start, dtype=array.dtype) for array in arrays]
+            for value, array in zip(values, arrays, strict=True):
+                array.read_into(value, (part,))
+            if not torch.equal(*values):
+                return False
+        return True
+
+
+def name_list(names: Iterable[str], limit: int = 10) -> str:
+    """`a, b, c and 7 more`, for error messages."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more

@@ -1,0 +1,65 @@
+"""The Megatron parameters that this rank holds, each with its place in the whole model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_nft.policy.parallel import ParallelLayout
+from megatron_nft.weights.names import Geometry, Place, all_places, place_of
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One parameter on this rank."""
+
+    place: Place
+    parameter: torch.nn.Parameter  # this rank's shard
+
+
+def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def held_parameters(chunks: list[torch.nn.Module], geometry: Geometry, layout: ParallelLayout) -> list[Held]:
+    """Every parameter of this rank's model chunks, in the order of a forward pass.
+
+    ValueError for a parameter that the name table does not know.
+    """
+    held = [Held(place_of(name, geometry), p) for chunk in chunks for name, p in _named_globally(unwrap(chunk), layout)]
+    order = {place: i for i, place in enumerate(all_places(geometry))}
+    return sorted(held, key=lambda h: order[h.place])
+
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(?<=experts\.local_experts\.)\d+|(?<=weight)\d+$")
+
+
+def _named_globally(model: torch.nn.Module, layout: ParallelLayout) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Names with layer and expert counted over the whole model instead of over this rank."""
+    experts_before = (model.config.num_moe_experts or 0) // layout.ep_size * layout.ep_rank
+    for name, parameter in model.named_parameters():
+        layer = _LAYER.match(name)
+        if layer:
+            number = model.decoder.layers[int(layer[1])].layer_number - 1
+            name = f"decoder.layers.{number}." + name[layer.end() :]
+        if ".experts." in name:
+            name = _EXPERT.sub(lambda index: str(experts_before + int(index[0])), name)
+        yield name, parameter
+
+
+def split_of(place: Place, layout: ParallelLayout) -> tuple[int, int]:
+    """(rank, size) of the group that divides this parameter: tensor parallel, or expert tensor parallel."""
+    if place.row.expert:
+        return (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+    return layout.tp_rank, layout.tp_size

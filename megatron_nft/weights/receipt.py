@@ -1,0 +1,39 @@
+"""What a weight sync did, written to the run folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """One sync that was checked. An unchecked or failed one has no receipt."""
+
+    version: int
+    transport: str  # in-process | tensor | distributed | disk
+    engines: list[str]  # who has the version now
+    behind: dict[str, str]  # engine -> why it was lost and has not
+    nbytes: int  # of the weights, once
+    seconds: dict[str, float]  # per phase, the slowest rank's
+    checksums: dict[str, str]  # of the trainer's tensors, under HF names or, where it can tell, the engine's
+    engine_checked: int  # checksums of engines, over all engines and their ranks, that agreed with these
+    probe_difference: float | None  # largest |log-prob difference| between trainer and engines; None without a probe
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for the metrics: seconds per phase and bytes."""
+        figures = {f"{phase}_s": seconds for phase, seconds in self.seconds.items()}
+        figures |= {"bytes": float(self.nbytes), "engines_behind": float(len(self.behind))}
+        if self.probe_difference is not None:
+            figures["probe_difference"] = self.probe_difference
+        return figures
+
+    def write(self, run_dir: Path) -> Path:
+        """run_dir/sync/version_000012.json"""
+        path = run_dir / "sync" / f"version_{self.version:06d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        partial.rename(path)
+        return path

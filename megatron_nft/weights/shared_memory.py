@@ -1,0 +1,118 @@
+"""Buffers that another process on this machine reads in place, and the message that tells it where.
+
+On a CPU a buffer is a named shared-memory file, on a GPU it is device memory with a CUDA IPC handle. vLLM's worker
+extension is told where it is in JSON. SGLang's update_weights_from_tensor wants a pickle (a `flattened_bucket`) that
+rebuilds the tensor with torch's own functions. Nothing is ever unpickled on this side.
+
+torch keeps a helper process (torch_shm_manager) per process that makes shared-memory files; it removes them if we
+are killed. It would outlive us while an engine is connected, and keep our output open, so it is ended at exit.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import io
+import os
+import pickle
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import torch
+from torch.multiprocessing import reductions
+
+from megatron_nft.weights.buckets import Bucket
+
+_files: set[str] = set()  # names of the shared-memory files that this process made
+_folders: set[Path] = set()  # of torch's helper, with its socket; it leaves them behind when it is ended
+
+
+def shared_buffer(nbytes: int, device: torch.device) -> torch.Tensor:
+    """uint8 [nbytes] in memory that other processes of this machine can map."""
+    if device.type == "cuda":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if not _files:
+        atexit.register(clean_up)
+    storage = torch.UntypedStorage._new_using_filename_cpu(nbytes)
+    helper_socket, file, _ = storage._share_filename_cpu_()
+    _files.add(file.decode())
+    _folders.add(Path(helper_socket.decode()).parent)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+class _Message(pickle.Pickler):
+    """Writes tensors as references to shared memory. Each message may be read once: torch counts the readers."""
+
+    def reducer_override(self, obj: object):
+        if isinstance(obj, torch.Tensor) and obj.is_cuda:
+            rebuild, arguments = reductions.reduce_tensor(obj)
+            device_index = 6  # SGLang takes the device's UUID in this place: indices differ between processes
+            uuid = str(torch.cuda.get_device_properties(obj.device).uuid)
+            return rebuild, (*arguments[:device_index], uuid, *arguments[device_index + 1 :])
+        if isinstance(obj, torch.Tensor):
+            where = (obj.storage_offset(), obj.size(), obj.stride(), False)
+            return reductions.rebuild_tensor, (torch.Tensor, obj._typed_storage(), where)
+        if isinstance(obj, torch.TypedStorage):
+            return reductions.rebuild_typed_storage, (obj._untyped_storage, obj.dtype)
+        if isinstance(obj, torch.UntypedStorage):
+            manager, handle, size = obj._share_filename_cpu_()
+            obj._shared_incref()  # the reader takes it back
+            return reductions.rebuild_storage_filename, (torch.UntypedStorage, manager, handle, size)
+        return NotImplemented
+
+
+def flattened_bucket(bucket: Bucket) -> str:
+    """Base64 of the message for one SGLang rank; `bucket.flat` must come from `shared_buffer`."""
+    metadata = [
+        SimpleNamespace(
+            name=m.name,
+            shape=torch.Size(m.shape),
+            dtype=m.dtype,
+            start_idx=m.start,
+            end_idx=m.end,
+            numel=m.end - m.start,
+        )
+        for m in bucket.metas
+    ]
+    written = io.BytesIO()
+    _Message(written, protocol=4).dump({"flattened_tensor": bucket.flat, "metadata": metadata})
+    return _text(written.getvalue())
+
+
+def shared_memory(bucket: Bucket) -> dict[str, Any]:
+    """Where `bucket.flat` lies, as JSON for one reader (engine_side/nft_vllm_extension.py)."""
+    flat = bucket.flat
+    if not flat.is_cuda:
+        storage = flat.untyped_storage()
+        manager, handle, nbytes = storage._share_filename_cpu_()
+        storage._shared_incref()  # the reader takes it back
+        return {"file": [manager.decode(), handle.decode(), nbytes]}
+    names = "tensor_cls size stride tensor_offset storage_cls dtype device handle storage_bytes storage_offset"
+    names += " requires_grad ref_counter_handle ref_counter_offset event_handle event_sync_required"
+    handle = dict(zip(names.split(), reductions.reduce_tensor(flat)[1], strict=True))
+    plain = ("tensor_offset", "storage_bytes", "storage_offset", "ref_counter_offset", "event_sync_required")
+    data = ("handle", "ref_counter_handle", "event_handle")
+    told = {"uuid": str(torch.cuda.get_device_properties(flat.device).uuid), "nbytes": flat.numel()}
+    return {"cuda": told | {key: handle[key] for key in plain} | {key: _text(handle[key]) for key in data}}
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def clean_up() -> None:
+    """Remove our files, torch's helper and its folder. Only a child of ours is ended. At exit, or before that."""
+    for name in _files:
+        with contextlib.suppress(FileNotFoundError):  # torch has removed it with its tensor
+            os.unlink("/dev/shm" + name)
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+            if child.name() == "torch_shm_manager":
+                child.terminate()
+                child.wait(timeout=5)
+    for folder in _folders:
+        shutil.rmtree(folder, ignore_errors=True)

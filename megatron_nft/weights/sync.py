@@ -1,0 +1,319 @@
+"""Weights from the trainer into the engines after every step, and the proof that they arrived.
+
+    pause -> begin -> (gather bucket n+1 | send bucket n) ... -> finish -> checksums -> resume -> probe -> receipt
+
+A sync either ends on every rank with a receipt, or on every rank with a WeightSyncError that names the tensor or the
+engine. An error on one rank does not leave the others in a collective: the export is run to its end first.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+
+from megatron_nft.config import Config
+from megatron_nft.policy.family import ModelSpec
+from megatron_nft.policy.parallel import ParallelLayout
+from megatron_nft.weights.buckets import Bucket
+from megatron_nft.weights.export import Buffers, export_buckets
+from megatron_nft.weights.names import hf_shapes
+from megatron_nft.weights.receipt import Receipt
+from megatron_nft.weights.together import describe, gather_objects, raise_any
+from megatron_nft.weights.transport import Ledger, Reference, Transport, WeightSyncError
+
+if TYPE_CHECKING:
+    from megatron_nft.rollout.http import HttpEngine
+
+Probe = tuple[np.ndarray, np.ndarray]
+"""(token ids int32 [L], the trainer's log-probs of token_ids[1:] float32 [L - 1])"""
+
+PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.5, "fp8": 2.0}
+"""sync.probe_tolerance by the trainer's precision, or fp8 where the engine quantizes; wrong weights differ by more."""
+
+
+@dataclass
+class _Progress:
+    """What one rank knows of the sync under way."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    reference: Reference | None = None  # of the buckets that were put together here
+    nbytes: int = 0  # of those buckets
+    error: Exception | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time to `name`; keep the first error instead of raising it."""
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def attempt(self, name: str, work: Callable[[], object]) -> None:
+        """A phase that is left out after an error."""
+        if self.error is None:
+            with self.phase(name):
+                work()
+
+
+class WeightSync:
+    """One rank's end of the weight sync. All ranks make one and call `sync` together."""
+
+    def __init__(
+        self, config: Config, spec: ModelSpec, layout: ParallelLayout, transport: Transport, ledger: Ledger
+    ) -> None:
+        self._config, self._spec, self._layout = config, spec, layout
+        self._transport, self._ledger = transport, ledger
+        self._sending = ThreadPoolExecutor(1, "weight-send", _use_device, (layout.device,))
+        self._hashing = ThreadPoolExecutor(1, "weight-checksums")
+        self._under_way: deque[tuple[Future, ...]] = deque()  # of each bucket in use: what uses it
+        self._waited = 0.0  # seconds, for them
+        self._broken_off = False  # the last sync ended by neither a receipt nor a WeightSyncError
+        # Kept over all syncs where they are in host memory: touching fresh pages costs more than the copy.
+        self._buffers = Buffers(config.sync.bucket_bytes, layout.device, transport.allocate, self._used)
+
+    @classmethod
+    def create(cls, config: Config, spec: ModelSpec, layout: ParallelLayout, engine) -> WeightSync:
+        """The transport that `sync.transport` and the engine ask for."""
+        ledger = Ledger(hf_shapes(spec))
+        if config.rollout.engine == "embedded":
+            from megatron_nft.weights.in_process import InProcess
+
+            return cls(config, spec, layout, InProcess(engine, ledger, layout.device), ledger)
+        _check_quantized(config, spec)
+        transport = _server_transport(config, engine)(engine, config, spec, layout, ledger)
+        return cls(config, spec, layout, transport, ledger)
+
+    @torch.no_grad()
+    def sync(self, chunks: list[torch.nn.Module], version: int, probe: Probe | None = None) -> Receipt:
+        """Bring the engines to the weights of `chunks`, as `version`. Collective.
+
+        `probe`: a text with the trainer's log-probs under these weights (on every rank), which the engines must agree
+        with to within `sync.probe_tolerance`. WeightSyncError on every rank where anything is not as it should be.
+        """
+        self._broken_off = True
+        try:
+            receipt = self._sync(chunks, version, probe)
+        except WeightSyncError:
+            self._broken_off = False
+            raise
+        self._broken_off = False
+        return receipt
+
+    def _sync(self, chunks: list[torch.nn.Module], version: int, probe: Probe | None) -> Receipt:
+        progress, transport = _Progress(), self._transport
+        self._meet(progress)  # a paused engine would never answer a rank that still waits for it before this sync
+        progress.attempt("pause", transport.pause)
+        self._meet(progress)
+        sent = self._send_all(chunks, version, progress)
+        progress.attempt("finish", lambda: self._finish(sent, version))
+        self._meet(progress)
+        reference = self._whole_reference(progress)
+        checked, difference = 0, None
+        if progress.reference is not None:
+            with progress.phase("check"):
+                checked = transport.check(reference)
+        self._meet(progress)
+        progress.attempt("resume", lambda: transport.resume(version))
+        if probe is not None and progress.error is None:
+            with progress.phase("probe"):
+                difference = self._probe(probe)
+        self._meet(progress)
+        return self._receipt(progress, version, reference, checked, difference)
+
+    def _send_all(self, chunks: list[torch.nn.Module], version: int, progress: _Progress) -> set[str]:
+        """Stream to the engines, again without those that were lost if that tore the stream. Names sent here."""
+        while True:
+            progress.nbytes = 0
+            progress.reference = self._transport.reference() if self._config.sync.verify_checksums else None
+            self._ledger.open()
+            progress.attempt("begin", lambda: self._transport.begin(version))
+            self._meet(progress)
+            self._stream(chunks, progress)
+            sent = self._ledger.close()
+            if not self._meet(progress):
+                return sent
+
+    def close(self) -> None:
+        """Give back what the transport opened. A sync that was broken off is not waited for: the process is ending."""
+        for threads in (self._sending, self._hashing):
+            threads.shutdown(wait=not self._broken_off, cancel_futures=True)
+        if not self._broken_off:
+            self._transport.close()
+
+    def _stream(self, chunks: list[torch.nn.Module], progress: _Progress) -> None:
+        """Export, and send a bucket while the next one is gathered. After an error the export goes on without sending:
+        it is a collective."""
+        stream = export_buckets(
+            chunks,
+            self._spec,
+            self._layout,
+            self._buffers,
+            dtype=self._transport.dtype,
+            everywhere=self._transport.everywhere,
+        )
+        on_gpu = self._layout.device.type == "cuda"
+        done = object()
+        while True:
+            start, self._waited = time.perf_counter(), 0.0
+            bucket = next(stream, done)
+            spent = time.perf_counter() - start - self._waited
+            progress.seconds["gather"] = progress.seconds.get("gather", 0.0) + spent
+            progress.seconds["wait"] = progress.seconds.get("wait", 0.0) + self._waited
+            if bucket is done:
+                break
+            if on_gpu:
+                torch.cuda.current_stream().synchronize()  # readers do not know of our stream
+            progress.nbytes += bucket.nbytes if bucket.own else 0
+            hashed = self._hash(bucket, progress)
+            self._under_way.append((hashed, self._sending.submit(self._send, bucket, progress)))
+            del bucket  # one that is larger than a bucket must be gone before the next is made
+        if on_gpu:
+            self._buffers.release()
+        self._transport.end_stream()
+
+    @torch.no_grad()  # which holds for a thread, not for those it starts
+    def _send(self, bucket: Bucket, progress: _Progress) -> None:
+        progress.attempt("send", lambda: self._transport.send(bucket))
+
+    def _used(self) -> None:
+        """Wait for what uses the oldest bucket."""
+        start = time.perf_counter()
+        for future in self._under_way.popleft():
+            future.result()
+        self._waited += time.perf_counter() - start
+
+    def _hash(self, bucket: Bucket, progress: _Progress) -> Future[None]:
+        """Hash a bucket while it is sent: SHA-256 leaves Python's lock to others. The hash of a GPU is only queued
+        here."""
+
+        def work() -> None:
+            if bucket.own and progress.reference is not None:
+                with progress.phase("checksum"):
+                    progress.reference.add(bucket)
+
+        if not bucket.flat.is_cuda:
+            return self._hashing.submit(work)
+        work()
+        finished: Future[None] = Future()
+        finished.set_result(None)
+        return finished
+
+    def _finish(self, sent: set[str], version: int) -> None:
+        if not self._transport.everywhere:
+            sent = set().union(*gather_objects(sent, self._layout.world_gloo))
+        self._ledger.check_complete(sent)
+        self._transport.finish(version)
+
+    def _whole_reference(self, progress: _Progress) -> dict[str, str]:
+        """Checksums of all stages. Small: one short string per tensor."""
+        leads = self._layout.tp_rank == 0 and self._layout.dp_rank == 0
+        own = progress.reference.result() if leads and progress.reference is not None else {}
+        parts = gather_objects(own, self._layout.world_gloo)
+        return {name: value for part in parts for name, value in part.items()}
+
+    def _probe(self, probe: Probe) -> float | None:
+        precision = self._config.policy.precision
+        if self._config.rollout.engine != "embedded" and self._config.rollout.server.quantization == "fp8":
+            precision = "fp8"
+        tolerance = self._config.sync.probe_tolerance or PROBE_TOLERANCE[precision]
+        difference = self._transport.probe(*probe)
+        if difference is not None and not difference <= tolerance:
+            raise WeightSyncError(
+                f"the engine's log-probs of the probe differ from the trainer's by {difference:.3g}, more than "
+                f"sync.probe_tolerance ({tolerance:g})"
+            )
+        return difference
+
+    def _meet(self, progress: _Progress) -> bool:
+        """All ranks hear of errors and of engines that one of them lost. True if the stream was torn."""
+        known = (describe(progress.error, WeightSyncError), self._transport.behind, self._transport.torn)
+        ranks = gather_objects(known, self._layout.world_gloo)
+        for _, behind, _ in ranks:
+            self._transport.behind |= behind
+        raise_any([message for message, *_ in ranks], WeightSyncError, progress.error)
+        return any(torn for *_, torn in ranks)
+
+    def _receipt(
+        self, progress: _Progress, version: int, reference: dict[str, str], checked: int, difference: float | None
+    ) -> Receipt:
+        facts = (progress.seconds, progress.nbytes, checked, difference, self._transport.engines())
+        leads = self._layout.tp_rank == 0 and self._layout.dp_rank == 0
+        ranks = gather_objects((*facts, leads), self._layout.world_gloo)
+        phases = {name for seconds, *_ in ranks for name in seconds}
+        differences = [d for _, _, _, d, *_ in ranks if d is not None]
+        receipt = Receipt(
+            version=version,
+            transport=self._transport.name,
+            engines=sorted({engine for *_, engines, _ in ranks for engine in engines}),
+            behind=dict(self._transport.behind),
+            nbytes=sum(nbytes for _, nbytes, *_, is_leader in ranks if is_leader),
+            seconds={p: max(seconds.get(p, 0.0) for seconds, *_ in ranks) for p in sorted(phases)},
+            checksums=reference,
+            engine_checked=sum(count for _, _, count, *_ in ranks),
+            probe_difference=max(differences, default=None),
+        )
+        if self._config.sync.verify_checksums and not checked_or_probed(receipt):
+            raise WeightSyncError(
+                f"nobody can say whether the engines {', '.join(receipt.engines)} have the new weights: they give no "
+                "checksums, and no probe was made"
+            )
+        if self._layout.rank == 0:
+            receipt.write(self._config.run_dir)
+        return receipt
+
+
+def _check_quantized(config: Config, spec: ModelSpec) -> None:
+    """ValueError for models whose live update SGLang 0.5.17's quantizing loader gets wrong.
+
+    It quantizes every tensor that is not on a list of names: query and key norms, which stay bf16, would get FP8 values
+    without their scales, and it does not know the fused tensors of experts.
+    """
+    if config.rollout.engine != "sglang" or config.rollout.server.quantization == "none":
+        return
+    parts = ["query and key norms"] * spec.qk_layernorm + ["experts"] * bool(spec.num_experts)
+    if parts:
+        raise ValueError(
+            f"rollout.server.quantization={config.rollout.server.quantization} with rollout.engine=sglang: live "
+            f"updates of a model with {' and '.join(parts)} come out wrong. Allowed for this model: none"
+        )
+
+
+def _use_device(device: torch.device) -> None:
+    """For a thread of our own: the current GPU is a thread's, not the process's."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def checked_or_probed(receipt: Receipt) -> bool:
+    return receipt.engine_checked > 0 or receipt.probe_difference is not None
+
+
+def _server_transport(config: Config, engine: HttpEngine) -> type[Transport]:
+    """`auto`: shared memory where every server is on this machine (ours, or at a loopback address), else a group."""
+    kind = config.sync.transport
+    if kind == "auto":
+        local = {"127.0.0.1", "localhost", "::1", os.uname().nodename}
+        kind = "tensor" if all(urlsplit(url).hostname in local for url in engine.all_urls) else "distributed"
+    if kind == "tensor":
+        from megatron_nft.weights.tensor_transport import TensorTransport
+
+        return TensorTransport
+    if kind == "distributed":
+        from megatron_nft.weights.distributed_transport import DistributedTransport
+
+        return DistributedTransport
+    from megatron_nft.weights.disk_transport import DiskTransport
+
+    return DiskTransport

@@ -1,0 +1,143 @@
+"""What a transport is: the last stretch of a weight sync, from a bucket in the trainer to the engines' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from megatron_nft.weights.buckets import Bucket, TensorMeta
+from megatron_nft.weights.engine_side.nft_checksum import checksums
+from megatron_nft.weights.hf_folder import name_list
+
+
+class WeightSyncError(RuntimeError):
+    """A sync that cannot be trusted; the message names the tensor or the engine that is behind."""
+
+
+class EngineLost(Exception):
+    """An engine that cannot be reached."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(f"{url}: {reason}")
+        self.url, self.reason = url, reason
+
+
+class Reference(Protocol):
+    """Collects the trainer's checksums while buckets stream by, in the form in which the engines have theirs."""
+
+    def add(self, bucket: Bucket) -> None: ...
+
+    def result(self) -> dict[str, str]: ...
+
+
+class HFReference:
+    """One checksum per HF tensor."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, str] = {}
+
+    def add(self, bucket: Bucket) -> None:
+        self._found |= checksums(bucket.tensors)
+
+    def result(self) -> dict[str, str]:
+        return self._found
+
+
+class Transport(Protocol):
+    """Brings buckets into engines. Every rank has one; `sync.WeightSync` calls the methods in this order.
+
+    A method that fails raises; the sync then goes on with the collectives that other ranks wait in, and ends on every
+    rank with the error. An engine that is lost while others are left is no failure: it goes into `behind`.
+    """
+
+    name: str
+    everywhere: bool  # every rank receives every bucket, or only stage leaders those of their stage
+    dtype: torch.dtype | None  # what the engines want; None: as the trainer has it
+    behind: dict[str, str]  # engine -> why it does not have the version of this sync
+    torn: bool  # engines that are left got only part of the stream: it must be sent again
+
+    def pause(self) -> None:
+        """Requests under way are treated as `sync.in_flight` says; no new ones start."""
+
+    def begin(self, version: int) -> None:
+        """The engines get ready for new weights. Collective."""
+
+    def reference(self) -> Reference:
+        """For the checksums of one sync."""
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] for the export to write buckets into."""
+
+    def send(self, bucket: Bucket) -> None:
+        """Returns when the bucket's buffer may be written again."""
+
+    def end_stream(self) -> None:
+        """This rank has no more buckets, be it for an error. Never raises."""
+
+    def finish(self, version: int) -> None:
+        """All buckets were sent: the engines answer under `version` once resumed."""
+
+    def check(self, reference: dict[str, str]) -> int:
+        """Compare the engines' checksums with the trainer's; number of tensors that agreed.
+
+        WeightSyncError names the tensors that differ.
+        """
+
+    def resume(self, version: int) -> None:
+        """Requests go on; this rank's engine client now asks for `version`."""
+
+    def probe(self, token_ids: np.ndarray, logprobs: np.ndarray) -> float | None:
+        """Largest |log-prob difference| between this rank's engines and the trainer; None where it asks none."""
+
+    def engines(self) -> list[str]:
+        """Names of this transport's engines, for the receipt."""
+
+    def close(self) -> None:
+        """Give back what was opened."""
+
+
+class Ledger:
+    """Sees to it that every tensor is sent exactly once in a sync, in its shape."""
+
+    def __init__(self, expected: dict[str, tuple[int, ...]]):
+        """`expected`: HF name -> shape of the whole model."""
+        self._expected = expected
+        self._sent: set[str] | None = None
+
+    def open(self) -> None:
+        self._sent = set()
+
+    def note(self, metas: Iterable[TensorMeta]) -> None:
+        """WeightSyncError for a tensor that is unknown, misshapen, sent twice, or late."""
+        for meta in metas:
+            if self._sent is None:
+                raise WeightSyncError(f"tensor {meta.name}: came after the update was finished")
+            if meta.name not in self._expected:
+                raise WeightSyncError(f"tensor {meta.name}: the model has none of that name")
+            if meta.shape != self._expected[meta.name]:
+                raise WeightSyncError(
+                    f"tensor {meta.name}: came with shape {list(meta.shape)}, not {list(self._expected[meta.name])}"
+                )
+            if meta.name in self._sent:
+                raise WeightSyncError(f"tensor {meta.name}: came twice in one update")
+            self._sent.add(meta.name)
+
+    def close(self) -> set[str]:
+        """The names that were sent."""
+        sent, self._sent = self._sent or set(), None
+        return sent
+
+    def check_complete(self, sent: set[str]) -> None:
+        """`sent`: by all ranks together. WeightSyncError names what is missing."""
+        if missing := self._expected.keys() - sent:
+            raise WeightSyncError(f"{len(missing)} of {len(self._expected)} tensors did not come: {name_list(missing)}")
+
+
+def compare(reference: dict[str, str], engine: dict[str, str], who: str) -> int:
+    """Number of tensors that agree; WeightSyncError names those that differ or that the engine lacks."""
+    if wrong := {name for name, value in reference.items() if engine.get(name) != value}:
+        raise WeightSyncError(f"{who}: {name_list(wrong)} differ from the trainer's after the sync")
+    return len(reference)

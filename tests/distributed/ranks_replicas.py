@@ -1,0 +1,113 @@
+"""Samples between ranks: from those that generated them to the replicas that train them, and into micro-batches."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import torch.distributed as dist
+from launch import Ranks, run_checks
+
+from megatron_nft.collect import Collected, surplus_facts
+from megatron_nft.config import PolicyConfig
+from megatron_nft.exchange import gather, largest, route
+from megatron_nft.policy import parallel
+from megatron_nft.policy.policy import Policy
+from megatron_nft.replicas import pack_samples, send_to_replicas
+from megatron_nft.schedule import plan_step
+from megatron_nft.types import TrainingSample
+
+CAP, MULTIPLE = 48, 2
+LAYOUTS = (
+    {},
+    {"tensor_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2},
+)
+
+
+def make_sample(draw: int, index: int) -> TrainingSample:
+    rng = np.random.default_rng([draw, index])
+    prompt, response = (int(n) for n in rng.integers(1, 20, 2))
+    zeros = np.zeros(response, np.float32)
+    ids = rng.integers(0, 99, prompt + response).astype(np.int32)
+    return TrainingSample(draw, index, ids, prompt, zeros, zeros, bool(index % 2), 0.5, step=1 + draw % 2)
+
+
+def same(a: TrainingSample, b: TrainingSample) -> bool:
+    values = ((getattr(a, name), getattr(b, name)) for name in TrainingSample.__slots__)
+    return all(np.array_equal(x, y) for x, y in values)
+
+
+def trainer(layout: parallel.ParallelLayout) -> SimpleNamespace:
+    """What the functions under test touch of a Trainer, with the policy's own rule for the number of micro-batches."""
+    rule = partial(Policy.round_num_micro_batches, SimpleNamespace(layout=layout))
+    return SimpleNamespace(
+        layout=layout,
+        config=SimpleNamespace(policy=SimpleNamespace(micro_batch_tokens=CAP)),
+        policy=SimpleNamespace(pad_multiple=MULTIPLE, round_num_micro_batches=rule),
+    )
+
+
+def check_route_keeps_sender_and_order(ranks: Ranks) -> None:
+    world = dist.group.WORLD
+    sent = {to: [(ranks.rank, to, i, np.full(ranks.rank, i)) for i in range(ranks.rank * to)] for to in (0, 1, 3)}
+    received = route(sent, world)
+    me = ranks.rank
+    expected = [(sender, me, i) for sender in range(4) for i in range(sender * me) if me != 2]
+    assert [item[:3] for item in received] == expected
+    assert all(item[3].tolist() == [item[2]] * item[0] for item in received)
+    assert gather(me * 10, world) == [0, 10, 20, 30]
+    assert largest(5 - me, world) == 5
+
+
+def check_every_sample_meets_its_replica(ranks: Ranks) -> None:
+    """14 groups on four ranks, 8 of them trained: each trained answer on all ranks of one replica, surplus whole."""
+    everything = {(d, i): make_sample(d, i) for d in range(14) for i in range(1 + d % 4)}
+    for policy in LAYOUTS:
+        layout = parallel.initialize(PolicyConfig(precision="fp32", **policy), seed=0)
+        mine = {key: s for key, s in everything.items() if key[0] % ranks.world_size == ranks.rank}
+        facts = [f for part in gather(surplus_facts(ranks.rank, mine), layout.world_gloo) for f in part]
+        plan = plan_step(
+            facts,
+            step=2,
+            questions_per_step=8,
+            questions_per_optimizer_step=4,
+            num_replicas=layout.dp_size,
+            max_staleness=2,
+            hidden_size=8,
+            seed=0,
+        )
+        got = send_to_replicas(trainer(layout), Collected(facts, [], [], mine, 0), plan)
+        assert all(same(sample, everything[key]) for key, sample in got.items())
+        held = gather((layout.dp_rank, list(got)), layout.world_gloo)
+        for replica in range(layout.dp_size):
+            copies = [keys for at, keys in held if at == replica]
+            assert len(copies) == layout.tp_size * layout.pp_size
+            assert all(keys == copies[0] for keys in copies), "the ranks of a replica must hold the same, in one order"
+            trained = {key for part in plan.optimizer_steps for key, at in part.items() if at == replica}
+            assert set(copies[0]) == trained | {key for key in everything if plan.surplus.get(key[0]) == replica}
+        leaders = [keys for at, keys in held[:: layout.tp_size][: layout.dp_size]]
+        assert sorted(key for keys in leaders for key in keys) == sorted(everything), "each sample on one replica"
+
+
+def check_every_rank_has_as_many_micro_batches(ranks: Ranks) -> None:
+    """Replicas with very different work, one without any: equal numbers that the schedule can run, under the cap."""
+    for policy in LAYOUTS:
+        layout = parallel.initialize(PolicyConfig(precision="fp32", **policy), seed=0)
+        for num_samples in ((1, 12, 0, 3), (0, 7, 7, 7), (0, 0, 0, 0)):
+            samples = [make_sample(layout.dp_rank, i) for i in range(num_samples[layout.dp_rank])]
+            batches = pack_samples(trainer(layout), samples)
+            counts = set(gather(len(batches), layout.world_gloo))
+            assert len(counts) == 1 and min(counts) >= 1
+            if layout.vpp_size:
+                assert len(batches) % layout.pp_size == 0
+            assert sorted(i for batch in batches for i in batch.sample_ids) == list(range(len(samples)))
+            for batch in batches:
+                assert batch.tokens.numel() <= CAP and batch.tokens.numel() % MULTIPLE == 0
+                trained = sum(samples[i].response_length for i in batch.sample_ids)
+                assert batch.loss_mask.sum().item() == trained  # a filler carries no loss
+
+
+if __name__ == "__main__":
+    run_checks(globals())

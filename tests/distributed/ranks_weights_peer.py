@@ -1,0 +1,161 @@
+"""Sync over a gloo group into engines with several tensor-parallel ranks each: args TP PP ENGINES ENGINE_TP."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from launch import Ranks, run_checks
+from processes import wait_until
+from tiny import make_model
+
+from megatron_nft.config import Config
+from megatron_nft.policy import parallel
+from megatron_nft.policy.family import read_family
+from megatron_nft.policy.model import build_chunks
+from megatron_nft.ranks import die_with_parent
+from megatron_nft.rollout.sglang import SGLangEngine
+from megatron_nft.weights.import_hf import load_hf
+from megatron_nft.weights.names import hf_shapes
+from megatron_nft.weights.sync import WeightSync
+from megatron_nft.weights.transport import WeightSyncError
+
+VICTIM = "model.layers.3.mlp.gate_proj.weight"  # of the last stage
+
+
+class World:
+    version = 0
+
+
+def check_start(ranks: Ranks) -> None:
+    tp, pp, engines, World.engine_tp = map(int, ranks.args)
+    World.model = ranks.scratch / "model"
+    announcements = [ranks.scratch / f"peer-{i}" for i in range(engines)]
+    if ranks.rank == 0:
+        make_model(World.model, "qwen2", tied=False, layers=4, heads=8, vocab=263)
+        for announcement in announcements:
+            script = Path(__file__).with_name("engine_peer.py")
+            command = [sys.executable, str(script), str(announcement), str(World.model), str(World.engine_tp)]
+            subprocess.Popen(command, preexec_fn=die_with_parent)
+    wait_until(lambda: all(a.exists() for a in announcements), 110, "the peers' start")
+    dist.barrier()
+    told = [announcement.read_text().split() for announcement in announcements]
+    World.pids, World.urls = [int(pid) for pid, _ in told], [url for _, url in told]
+    World.policy = {"precision": "fp32", "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    World.layout = parallel.initialize(settings(ranks).policy, seed=0)
+    World.spec = read_family(World.model)
+    World.chunks = build_chunks(World.spec, settings(ranks).policy, World.layout)
+    load_hf(World.chunks, World.model, World.spec, World.layout)
+
+
+def settings(ranks: Ranks) -> Config:
+    return Config.model_validate(
+        {
+            "run_dir": ranks.scratch / "run",
+            "model": {"path": World.model},
+            "data": {"train": ["unused"]},
+            "policy": World.policy,
+            "rollout": {"engine": "sglang", "server": {"urls": World.urls}},
+            "sync": {"transport": "distributed", "bucket_bytes": 60_000, "timeout_s": 60},
+        }
+    )
+
+
+class Session:
+    def __init__(self, ranks: Ranks) -> None:
+        config = settings(ranks)
+        self.engine = SGLangEngine(World.urls, config.rollout.server, weight_version=World.version)
+        self.sync = WeightSync.create(config, World.spec, World.layout, self.engine)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.sync.close()
+        self.engine.close()
+
+    def push(self):
+        World.version += 1
+        return self.sync.sync(World.chunks, World.version)
+
+    def when_the_victim_passes(self, change) -> None:
+        """`change(bucket)` once: what is sent in place of the first bucket that holds the victim."""
+        send, done = self.sync._transport.send, []
+
+        def changed(bucket) -> None:
+            if not done and any(meta.name == VICTIM for meta in bucket.metas):
+                done.append(True)
+                bucket = change(bucket)
+            send(bucket)
+
+        self.sync._transport.send = changed
+
+
+def check_every_rank_of_every_engine_has_its_slices(ranks: Ranks) -> None:
+    """The peers sliced what they received; the trainer hashed what they should have. Twice: the group is kept."""
+    with Session(ranks) as session:
+        for _ in range(2):
+            receipt = session.push()
+            assert receipt.engines == sorted(World.urls) and receipt.behind == {}
+            tensors = 4 * 7 + 3  # per layer: qkv weight and bias, o, gate_up, down, two norms
+            assert len(receipt.checksums) == World.engine_tp * tensors
+            assert receipt.engine_checked == len(receipt.checksums) * len(World.urls)
+            assert receipt.nbytes == sum(4 * size(shape) for shape in hf_shapes(World.spec).values())
+
+
+def size(shape: tuple[int, ...]) -> int:
+    return shape[0] * (shape[1] if len(shape) > 1 else 1)
+
+
+def check_a_flipped_bit_is_found_in_the_slice_that_has_it(ranks: Ranks) -> None:
+    def flip(bucket):
+        flat = bucket.flat.clone()
+        flat[next(meta.start for meta in bucket.metas if meta.name == VICTIM)] ^= 1
+        return replace(bucket, flat=flat)
+
+    with Session(ranks) as session:
+        session.when_the_victim_passes(flip)
+        first = "" if World.engine_tp == 1 else "@0"
+        with pytest.raises(WeightSyncError, match=rf"layers\.3\.mlp\.gate_up_proj\.weight{first} \({VICTIM}, "):
+            session.push()
+
+
+def check_an_engine_lost_in_the_middle_is_left_out(ranks: Ranks) -> None:
+    """Rank by rank the broadcast is torn; the stream is sent again to those that are left, which are all checked."""
+    lost, left = World.urls[0], World.urls[1:]
+
+    def kill(bucket):
+        os.kill(World.pids[0], signal.SIGKILL)
+        return bucket
+
+    with Session(ranks) as session:
+        session.when_the_victim_passes(kill)
+        receipt = session.push()
+        assert receipt.engines == sorted(left) and list(receipt.behind) == [lost]
+        assert receipt.engine_checked == len(receipt.checksums) * len(left)
+        again = session.push()
+        assert again.engines == sorted(left) and again.checksums == receipt.checksums
+    World.urls, World.pids = left, World.pids[1:]
+
+
+def check_when_none_is_left_the_run_says_which_are_behind(ranks: Ranks) -> None:
+    def kill(bucket):
+        for pid in World.pids:
+            os.kill(pid, signal.SIGKILL)
+        return bucket
+
+    with Session(ranks) as session:
+        session.when_the_victim_passes(kill)
+        with pytest.raises(WeightSyncError, match="no engine is left") as caught:
+            session.push()
+        assert all(url in str(caught.value) for url in World.urls)
+
+
+if __name__ == "__main__":
+    run_checks(globals())

@@ -1,0 +1,5 @@
+"""One gradient in every layout, packing and split."""
+
+from launch import distributed_checks
+
+test_one_gradient = distributed_checks("ranks_gradient.py", world_size=4, timeout_s=500)

@@ -1,0 +1,154 @@
+"""A run that is killed at any moment and started again ends with the very weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from runs import KEYS, Run, make_start, merge, metrics_of
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict:
+    return make_start(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def reference(settings) -> Path:
+    """A run that nothing happened to."""
+    run = Run(merge(settings, metrics__tensorboard=True))
+    assert run.wait() == 0, run.text
+    assert run.left_over() == []
+    return run.run_dir
+
+
+def assert_same_run(reference: Path, other: Path) -> None:
+    a, b = (load_file(d / "hf" / "model.safetensors") for d in (reference, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].numpy().tobytes() == b[name].numpy().tobytes(), f"{name} differs"
+    assert metrics_of(reference) == metrics_of(other)
+
+
+def test_the_run_folder_holds_what_it_should(reference):
+    for name in ("config.yaml", "metrics.jsonl", "hf/config.json", "hf/tokenizer.json"):
+        assert (reference / name).is_file(), name
+    assert [r["step"] for r in metrics_of(reference)] == [0, 1, 2, 3, 4, 5]
+    assert sorted(p.name for p in (reference / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
+    assert len(list((reference / "sync").glob("*.json"))) == 6
+    assert len(list((reference / "rollouts").glob("step_*/rank_*.parquet"))) == 10
+    assert list((reference / "tensorboard").glob("events.out.tfevents.*"))
+
+
+FIGURES = {
+    *("accuracy/train", "length/mean", "length/max", "length/truncated", "correct_rate/hist", "tokens_per_s"),
+    *(f"groups/{fate}" for fate in ("kept", "surplus", "dropped", "all_correct", "all_wrong", "too_few")),
+    *("groups/stale_dropped", "loss/total", "loss/positive", "loss/negative", "clamp/share", "grad_norm", "lr"),
+    *("ratio/mean", "ratio/log_mean", "ratio/kl", "ratio/max", "ratio/max_inverse", "gap/mean", "gap/max"),
+    *(f"seconds/{phase}" for phase in ("generate", "exchange", "logprobs", "write", "train", "sync", "total")),
+    *("seconds/verify_wait", "seconds/verify_per_answer", "sync/bytes", "sync/probe_difference"),
+}
+
+
+def test_every_step_has_every_figure(reference):
+    rows = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[1:]:
+        if row.get("generation_batches"):  # a step that is full of surplus groups generates nothing
+            assert set(row) >= FIGURES, FIGURES - set(row)
+    assert sum(bool(row.get("generation_batches")) for row in rows) >= 2
+    assert all("eval/accuracy" in rows[i] for i in (0, -1))
+
+
+def test_keys_of_the_environment_are_written_nowhere(reference):
+    files = [path for path in reference.rglob("*") if path.is_file()] + [reference.parent / f"{reference.name}.log"]
+    for path in files:
+        content = path.read_bytes()
+        assert not any(key.encode() in content for key in KEYS.values()), path
+
+
+def test_held_out_questions_are_asked_every_second_step(reference, settings):
+    names = [Path(path).stem for path in settings["eval"]["data"]]
+    for row in metrics_of(reference):
+        found = {key for key in row if key.startswith("eval/") and key.endswith("/accuracy") and key.count("/") == 2}
+        assert found == ({f"eval/{name}/accuracy" for name in names} if row["step"] in (0, 2, 4, 5) else set())
+        if found:
+            assert row["eval/accuracy"] == pytest.approx(sum(row[f"eval/{name}/accuracy"] for name in names) / 2)
+            assert row["eval/accuracy_low"] <= row["eval/accuracy"] <= row["eval/accuracy_high"]
+
+
+def test_the_model_loads_in_transformers_and_moved(settings, reference):
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(reference / "hf").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(settings["model"]["path"]).state_dict()
+    assert trained.keys() == start.keys()
+    assert any(not trained[name].equal(start[name]) for name in start)
+
+
+def test_killed_three_times_at_different_moments(settings, reference):
+    changed = merge(settings, run_dir=settings["run_dir"] + "-killed")
+    moments = (
+        lambda run: run.steps_done() >= 1,  # between steps, or in the generation of the next
+        lambda run: (
+            (run.run_dir / "checkpoints").is_dir()
+            and any((run.run_dir / "checkpoints").glob("step_00000[3-9].partial"))
+        ),  # while a checkpoint is written
+        lambda run: (run.run_dir / "rollouts" / "step_000005").is_dir(),  # just before or in the optimizer steps
+    )
+    for moment in moments:
+        run = Run(changed)
+        run.wait_until(lambda run=run, moment=moment: moment(run))
+        run.kill()
+        assert run.left_over() == [], "ranks or workers outlived the command"
+    run = Run(changed)
+    assert run.wait() == 0, run.text
+    assert run.text.count("going on from") == 3, run.text
+    assert_same_run(reference, run.run_dir)
+
+
+def test_sigterm_saves_and_ctrl_c_says_so(settings, reference):
+    """The first signal meets step 2 before its evaluation, which the next start makes up for."""
+    changed = merge(settings, run_dir=settings["run_dir"] + "-stopped", checkpoint__every_steps=100)
+    stops = (
+        (signal.SIGTERM, 75, lambda run: (run.run_dir / "rollouts" / "step_000002").is_dir()),
+        (signal.SIGINT, 130, lambda run: run.steps_done() >= 2),
+    )
+    for signum, status, moment in stops:
+        run = Run(changed)
+        run.wait_until(lambda run=run, moment=moment: moment(run))
+        run.process.send_signal(signum)
+        assert run.wait() == status, run.text
+        assert run.left_over() == []
+        assert "run the same command to go on" in run.text
+        if signum == signal.SIGTERM:
+            assert "step 2 is saved" in run.text
+            assert run.steps_done() == 1, "the evaluation was not abandoned"
+    run = Run(changed)
+    assert run.wait() == 0, run.text
+    assert_same_run(reference, run.run_dir)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_another_model_refused(settings, reference, tmp_path):
+    newest = reference / "checkpoints" / "step_000005"
+    victim = max((newest / "megatron").glob("*.distcp"), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    weights = load_file(reference / "hf" / "model.safetensors")
+    run = Run(merge(settings, run_dir=str(reference)))
+    assert run.wait() == 0, run.text
+    assert f"checkpoint {newest} is damaged" in run.text
+    assert "(step 4," in run.text
+    again = load_file(reference / "hf" / "model.safetensors")
+    assert all(weights[n].equal(again[n]) for n in weights)
+
+    from megatron_nft.data.synthetic import write_model
+
+    other = write_model(tmp_path / "other", hidden=32)
+    run = Run(merge(settings, run_dir=str(reference), model__path=str(other)))
+    assert run.wait() == 1
+    assert "belongs to a run with another model" in run.text
+    assert "'hidden_size': 64" in run.text
+    assert json.loads((newest / "manifest.json").read_text())["step"] == 5

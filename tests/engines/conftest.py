@@ -1,0 +1,68 @@
+"""Real engine servers for the tests of this folder.
+
+`sglang_server` is one server for all tests of this folder. Tests may update its weights; `sglang_engine` puts those of
+`sglang_model` back first, as version 0.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import httpx
+import pytest
+from environments import install
+from processes import below
+from tiny import make_model
+
+from megatron_nft.config import RolloutConfig
+from megatron_nft.rollout.create import start_servers
+from megatron_nft.rollout.sglang import SGLangEngine
+
+
+@pytest.fixture(scope="package")
+def sglang_model(tmp_path_factory) -> Path:
+    """The model folder that `sglang_server` starts with."""
+    return make_model(tmp_path_factory.mktemp("sglang") / "model", "qwen2", tied=False, seed=11)
+
+
+@pytest.fixture(scope="package")
+def sglang_rollout() -> RolloutConfig:
+    """Settings of a server small enough for the tests."""
+    install("sglang")
+    server = {"start_timeout_s": 500, "max_total_tokens": 8192, "max_retries": 2}
+    return RolloutConfig(engine="sglang", server=server)
+
+
+@pytest.fixture(scope="package")
+def sglang_server(sglang_model, sglang_rollout, tmp_path_factory):
+    """One running SGLang server (fp32, CPU): `.urls`, `.servers`, `.failures()`."""
+    group = start_servers(
+        sglang_model,
+        sglang_rollout,
+        precision="fp32",
+        device="cpu",
+        log_dir=tmp_path_factory.mktemp("sglang-logs"),
+        weight_version=0,
+    )
+    yield group
+    group.close()
+
+
+@pytest.fixture
+def sglang_engine(sglang_server, sglang_model, sglang_rollout):
+    """A client of the session's server, which has the weights of `sglang_model` as version 0."""
+    body = {"model_path": str(sglang_model), "weight_version": "0", "flush_cache": True}
+    answer = httpx.post(f"{sglang_server.urls[0]}/update_weights_from_disk", json=body, timeout=60, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    engine = SGLangEngine(sglang_server.urls, sglang_rollout.server, weight_version=0)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def nothing_left_running():
+    """No process that the tests of this folder started is left at the end."""
+    before = below(os.getpid())
+    yield
+    assert not below(os.getpid()) - before

@@ -1,0 +1,31 @@
+"""Runs the checks of a rank script against servers that a fixture started, one result per check."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "distributed"))
+
+
+def names_of(script: str) -> list[str]:
+    """The checks of a rank script, in order."""
+    tree = ast.parse((HERE / script).read_text())
+    return [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("check_")]
+
+
+def run(script: str, world_size: int, *arguments: object, timeout_s: float = 500) -> dict[str, str]:
+    """check -> error, "" where it passed."""
+    from launch import launch
+
+    return launch(HERE / script, world_size, tuple(map(str, arguments)), timeout_s)
+
+
+def report(errors: dict[str, str], check: str) -> None:
+    error = errors.get(check, errors.get("", "no rank reported this check"))
+    if error:
+        pytest.fail(error, pytrace=False)

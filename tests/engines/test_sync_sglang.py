@@ -1,0 +1,60 @@
+"""Weights into running SGLang servers, over every transport, and every way in which that can go wrong."""
+
+from __future__ import annotations
+
+import pytest
+from sync_checks import names_of, report, run
+from tiny import make_model
+
+from megatron_nft.rollout.create import start_servers
+
+
+@pytest.fixture(scope="module")
+def other_model(sglang_model):
+    return make_model(sglang_model.parent / "other", "qwen2", tied=False, seed=12)
+
+
+@pytest.fixture(scope="module")
+def two_servers(sglang_model, sglang_rollout, tmp_path_factory):
+    """Beside the session's server, which outlives this module, two that the tests may kill."""
+    server = sglang_rollout.server.model_copy(update={"num_servers": 2, "max_restarts": 0})
+    group = start_servers(
+        sglang_model,
+        sglang_rollout.model_copy(update={"server": server}),
+        precision="fp32",
+        device="cpu",
+        log_dir=tmp_path_factory.mktemp("two-logs"),
+        weight_version=0,
+    )
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def servers(sglang_server, two_servers):
+    return [*sglang_server.servers, *two_servers.servers]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(servers, sglang_model, other_model):
+    """PP 2: two stage leaders send to three servers."""
+    urls = ",".join(server.url for server in servers)
+    return run("ranks_sync.py", 2, "sglang", urls, sglang_model, other_model, 1, 2)
+
+
+@pytest.mark.parametrize("check", names_of("ranks_sync.py"))
+def test_two_leaders_and_three_servers(two_ranks, check):
+    report(two_ranks, check)
+
+
+@pytest.fixture(scope="module")
+def lost(two_ranks, servers, sglang_model, other_model):
+    """After `two_ranks`: servers are killed, the last one first."""
+    urls = ",".join(server.url for server in servers)
+    keepers = ",".join(str(server._keeper.pid) for server in servers)
+    return run("ranks_sync_lost.py", 2, "sglang", urls, sglang_model, other_model, 1, 2, keepers)
+
+
+@pytest.mark.parametrize("check", names_of("ranks_sync_lost.py"))
+def test_servers_that_die_in_the_middle(lost, check):
+    report(lost, check)

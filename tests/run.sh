@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets up and runs all tests: unit, distributed (gloo ranks), engines (real SGLang and vLLM servers), slurm (a real one).
+#   bash tests/run.sh [pytest arguments]      for example: bash tests/run.sh tests/unit -k packing
+# PYTHON, NFT_TORCH_INDEX: see tools/setup_env.sh. NFT_DATA_DIR: public benchmark files (default ../shared/data).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash tools/setup_env.sh dev
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+.venv/bin/ruff check .
+[ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
+
+# The environments of the engines and of NeMo-Run are made while the unit tests run.
+log=$(mktemp)
+set -m  # a process group of its own, so that nothing of it is left when we are interrupted
+{ bash tools/install_engine.sh sglang && bash tools/install_engine.sh vllm && bash tools/install_nemo.sh; } >"$log" 2>&1 &
+installing=$!
+set +m
+trap 'kill -- "-$installing" 2>/dev/null || true; rm -f "$log"' EXIT
+
+status=0
+.venv/bin/python -m pytest tests/unit || status=$?
+wait "$installing" || { cat "$log"; exit 1; }
+cat "$log"
+.venv/bin/python -m pytest tests/[!u]*/ || status=$?
+exit "$status"

@@ -1,0 +1,163 @@
+"""Every shipped config is read, and the published runs carry the published figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_nft.config import dump_config, load_config
+from megatron_nft.policy.family import check_layout, spec_from_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = sorted(p.name for p in CONFIGS.glob("*.yaml"))
+SIZES = {"qwen2.5_math_7b": 32, "qwen2.5_32b": 128}  # GPUs of the published runs
+BASELINES = ("rft", "grpo", "dr_grpo", "dapo")
+
+
+def load(name):
+    return load_config([CONFIGS / f"{name}.yaml"])
+
+
+def tree(name):
+    return load(name).model_dump(mode="json")
+
+
+def differences(a, b, path=""):
+    """Dotted keys whose values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return {k for key in a.keys() | b.keys() for k in differences(a.get(key), b.get(key), f"{path}.{key}")}
+    return {path[1:]} if a != b else set()
+
+
+def test_the_shipped_configs_are_these():
+    expected = {f"{a}_{size}.yaml" for size in SIZES for a in ("nft", *BASELINES)}
+    expected |= {"quickstart.yaml"} | {f"quickstart_{a}.yaml" for a in BASELINES}
+    assert expected <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_read_and_written_back(name, tmp_path):
+    config = load_config([CONFIGS / name])
+    (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config([tmp_path / "c.yaml"]) == config
+    # sampling is unbiased, and no path belongs to one machine
+    assert (config.rollout.top_p, config.rollout.top_k, config.rollout.allow_biased_sampling) == (1.0, -1, False)
+    paths = [config.run_dir, config.model.path, *config.data.train, *config.eval.data]
+    assert not any(p.is_absolute() for p in paths)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layout_divides_the_model_and_the_machine(name):
+    config = load_config([CONFIGS / name])
+    check_layout(spec_from_config(config.model.architecture), config.policy)
+    size = next((gpus for size, gpus in SIZES.items() if size in name), config.num_processes)
+    dp = config.check_world_size(size)
+    assert config.train.questions_per_optimizer_step * config.rollout.answers_per_question >= dp
+
+
+@pytest.mark.parametrize(("size", "gpus"), SIZES.items())
+def test_published_figures_common_to_both_sizes(size, gpus):
+    c = load(f"nft_{size}")
+    assert (c.rollout.questions_per_batch, c.rollout.answers_per_question) == (1536, 16)
+    assert (c.train.questions_per_step, c.train.questions_per_optimizer_step, c.train.num_epochs) == (512, 32, 1)
+    assert c.train.questions_per_step // c.train.questions_per_optimizer_step == 16
+    assert c.rollout.max_generation_batches == 10
+    o = c.optimizer
+    assert (o.lr, o.lr_decay_style, o.lr_warmup_steps, o.weight_decay, o.clip_grad) == (1e-6, "constant", 10, 0.1, 1.0)
+    assert (o.adam_beta1, o.adam_beta2) == (0.9, 0.999)
+    a = c.algorithm
+    assert (a.name, a.negative_weight, a.clamp, a.prompt_weight, a.ratio) == ("nft", 1.0, 1.0, "dr_grpo", "token")
+    assert (a.correct_rate_min, a.correct_rate_max, a.ratio_max_log) == (0.02, 0.98, 10.0)
+    assert a.truncated == "negative"
+    assert c.rollout.temperature == 1.0
+    assert (c.eval.temperature, c.eval.top_p, c.eval.every_steps) == (0.6, 0.7, 2)
+    assert {p.stem for p in c.eval.data} == {"aime24", "aime25", "amc23", "math500", "olympiadbench", "minerva"}
+    assert c.policy.precision == "bf16" and c.rollout.engine == "sglang"
+    servers = c.rollout.server
+    assert servers.num_servers * servers.tensor_parallel_size == 8  # the GPUs of a node
+    assert c.num_processes == gpus
+
+
+def test_published_figures_of_the_7b_run():
+    c = load("nft_qwen2.5_math_7b")
+    assert (c.data.max_prompt_tokens, c.rollout.max_response_tokens) == (512, 3584)
+    assert c.algorithm.loss_divisor == 32_000
+    assert c.model.system_prompt is None and c.model.chat_template is None  # the model's own
+    assert c.model.architecture == {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": False,
+    }
+    assert c.model.architecture["max_position_embeddings"] == c.data.max_prompt_tokens + c.rollout.max_response_tokens
+
+
+def test_published_figures_of_the_32b_run():
+    c = load("nft_qwen2.5_32b")
+    assert (c.data.max_prompt_tokens, c.rollout.max_response_tokens) == (2048, 14336)
+    assert c.algorithm.loss_divisor == 16_000
+    p = c.policy
+    assert (p.tensor_model_parallel_size, p.pipeline_model_parallel_size) == (8, 2)
+    assert c.check_world_size(128) == 8
+    assert c.model.chat_template.name == "qwen2.5-math-7b.jinja"
+    figures = c.model.architecture
+    assert (figures["hidden_size"], figures["intermediate_size"], figures["num_hidden_layers"]) == (5120, 27648, 64)
+    assert (figures["num_attention_heads"], figures["num_key_value_heads"], figures["vocab_size"]) == (40, 8, 152064)
+    assert (figures["rope_theta"], figures["rms_norm_eps"]) == (1_000_000.0, 1e-5)
+    assert figures["max_position_embeddings"] == 131072
+
+
+@pytest.mark.parametrize("size", [*SIZES, "quickstart"])
+@pytest.mark.parametrize("algorithm", BASELINES)
+def test_baselines_differ_in_the_algorithm_alone(size, algorithm):
+    quick = size == "quickstart"
+    name, base = (f"quickstart_{algorithm}", size) if quick else (f"{algorithm}_{size}", f"nft_{size}")
+    changed = differences(tree(name), tree(base))
+    assert load(name).algorithm.name == algorithm
+    expected = {"run_dir", "algorithm.name"}
+    if algorithm == "dapo":
+        expected |= {"algorithm.clip_high", "algorithm.loss_divisor"}
+        expected |= {"algorithm.overlong_buffer_tokens"} if size == "qwen2.5_32b" else set()
+        a = load(name).algorithm
+        assert (a.clip_low, a.clip_high, a.loss_divisor) == (0.2, 0.28, "tokens")
+        assert (a.overlong_buffer_tokens, a.overlong_penalty) == ((4096 if size == "qwen2.5_32b" else 0), 1.0)
+    assert changed == expected
+
+
+def test_quick_start_is_the_calibrated_run():
+    c = load("quickstart")
+    assert (c.num_processes, c.policy.tensor_model_parallel_size, c.policy.precision) == (2, 2, "fp32")
+    assert (c.rollout.engine, c.rollout.questions_per_batch, c.rollout.answers_per_question) == ("embedded", 64, 16)
+    assert c.train.questions_per_step // c.train.questions_per_optimizer_step == 4
+    o = c.optimizer
+    assert (o.lr, o.lr_warmup_steps, o.weight_decay, o.clip_grad) == (3e-4, 10, 0.0, 1.0)
+    a = c.algorithm
+    assert (a.name, a.clamp, a.prompt_weight, a.loss_divisor, a.negative_weight) == ("nft", 1.0, "dr_grpo", 1000, 1.0)
+    # The issue's other layout must work by overrides alone.
+    other = ["policy.tensor_model_parallel_size=1", "policy.pipeline_model_parallel_size=2"]
+    assert load_config([CONFIGS / "quickstart.yaml"], other).check_world_size(2) == 1
+
+
+def test_quick_start_architecture_is_what_the_maker_writes(tmp_path):
+    from megatron_nft.data.synthetic import MAX_RESPONSE_TOKENS, write_model
+
+    config = load("quickstart")
+    made = json.loads((write_model(tmp_path) / "config.json").read_text())
+    figures = config.model.architecture
+    assert {key: made[key] for key in figures} == figures
+    assert config.rollout.max_response_tokens == MAX_RESPONSE_TOKENS
+
+
+def test_configs_hold_no_key_twice_and_name_what_they_are():
+    for name in NAMES:
+        text = (CONFIGS / name).read_text(encoding="utf-8")
+        assert text.startswith("# "), f"{name} begins with a line that says what it is"
+        assert isinstance(yaml.safe_load(text), dict)

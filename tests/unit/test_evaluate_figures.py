@@ -1,0 +1,90 @@
+"""Figures of a benchmark against values counted by hand."""
+
+import numpy as np
+import pytest
+
+from megatron_nft.evaluate.figures import benchmark_figures, macro_average, question_scores, vote_form
+from megatron_nft.evaluate.questions import Answer, QuestionResult
+from megatron_nft.types import Verdict
+
+C, W, U, T = Verdict.CORRECT, Verdict.WRONG, Verdict.UNPARSEABLE, Verdict.TIMEOUT
+
+
+def question(index, *answers):
+    """answers: (verdict, extracted, tokens, finish reason, strict grader's verdict)"""
+    return QuestionResult(
+        index, "sums", [Answer("t", n, f, v, x, {"loose": v, "strict": s}, 0.5) for v, x, n, f, s in answers]
+    )
+
+
+RESULTS = [
+    question(0, (C, "7", 10, "stop", C), (C, "7.", 20, "stop", W), (W, "8", 30, "stop", W), (U, None, 40, "length", U)),
+    question(1, (W, "1", 10, "stop", W), (W, "1", 10, "stop", C), (T, "9^9", 10, "stop", W), (C, "2", 70, "length", C)),
+]
+
+
+def test_figures_by_hand():
+    f = benchmark_figures(RESULTS)
+    assert (f["questions"], f["samples"]) == (2, 4)
+    assert f["accuracy"]["mean"] == pytest.approx(3 / 8)
+    assert (f["accuracy"]["low"], f["accuracy"]["high"]) == (0.25, 0.5)  # one question drawn twice: 1 in 4 each
+    # pass@2: 1 - C(2,2)/C(4,2) = 5/6 and 1 - C(3,2)/C(4,2) = 1/2
+    assert {k: v["mean"] for k, v in f["pass_at"].items()} == pytest.approx(
+        {"1": 3 / 8, "2": (5 / 6 + 1 / 2) / 2, "4": 1.0}
+    )
+    # maj@4: two votes for 7 against one for 8; two for 1 against one each: right and wrong
+    assert f["majority_at"]["4"]["mean"] == pytest.approx(0.5)
+    assert f["majority_at"]["1"]["mean"] == pytest.approx(3 / 8)
+    assert f["length"] == pytest.approx({"mean": 25.0, "median": 15.0, "p95": 59.5, "max": 70})
+    assert f["truncated_share"] == pytest.approx(2 / 8)
+    assert f["verdict_shares"] == pytest.approx(
+        {"correct": 3 / 8, "wrong": 3 / 8, "unparseable": 1 / 8, "timeout": 1 / 8}
+    )
+    assert f["seconds_per_verdict"] == 0.5
+
+
+def test_graders_side_by_side():
+    graders = benchmark_figures(RESULTS)["graders"]
+    assert list(graders) == ["loose", "strict"]
+    assert graders["loose"]["accuracy"]["mean"] == pytest.approx(3 / 8)
+    assert graders["loose"]["disagrees_share"] == 0.0
+    assert graders["strict"]["accuracy"]["mean"] == pytest.approx(3 / 8)  # as many, but not the same ones
+    assert graders["strict"]["disagrees_share"] == pytest.approx(2 / 8)
+
+
+def test_one_answer_per_question_has_only_k_of_one():
+    f = benchmark_figures([question(0, (C, "7", 10, "stop", C)), question(1, (W, "7", 10, "stop", C))])
+    assert list(f["pass_at"]) == list(f["majority_at"]) == ["1"]
+    with pytest.raises(ValueError, match="no question"):
+        benchmark_figures([])
+
+
+def test_macro_average_weighs_benchmarks_alike():
+    small, large = np.array([1.0, 1.0]), np.zeros(200)
+    average = macro_average({"small": small, "large": large})
+    assert (average.mean, average.low, average.high) == (0.5, 0.5, 0.5)
+    rng = np.random.default_rng(1)
+    a, b = (rng.random(100) < 0.5).astype(float), (rng.random(400) < 0.5).astype(float)
+    average = macro_average({"a": a, "b": b})
+    error = np.sqrt(a.var() / 100 + b.var() / 400) / 2  # of the mean of two independent means
+    assert average.mean == pytest.approx((a.mean() + b.mean()) / 2)
+    assert average.high - average.low == pytest.approx(2 * 1.96 * error, rel=0.08)
+
+
+def test_scores_by_grader():
+    np.testing.assert_allclose(question_scores(RESULTS), [0.5, 0.25])
+    np.testing.assert_allclose(question_scores(RESULTS, "strict"), [0.25, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [("\\dfrac{1}{2}", "\\frac{1}{2}"), ("$ 7 $", "7."), ("\\left( 1, 2 \\right)", "(1,2)"), ("1\\,000", "1000")],
+)
+def test_layout_is_no_other_vote(a, b):
+    assert vote_form(a) == vote_form(b)
+
+
+def test_what_is_not_a_vote():
+    assert vote_form(None) is None
+    assert vote_form(" . ") is None
+    assert vote_form("7") != vote_form("8")

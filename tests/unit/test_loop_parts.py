@@ -1,0 +1,149 @@
+"""Parts of the loop that need no ranks: the bound on skipped steps, the shuffled control, figures of a step."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_nft import collect, loop, step_metrics
+from megatron_nft.metrics import Metrics, WandbSink
+from megatron_nft.policy.policy import StepReport
+from megatron_nft.schedule import GroupFacts, StepPlan
+from megatron_nft.types import Prompt, Rollout, RolloutGroup, TrainingSample, Verdict
+
+PROMPT = Prompt(0, "test", ({"role": "user", "content": "q"},), "1", np.array([1, 2], dtype=np.int32))
+
+
+def rollout(index: int, verdict: Verdict, tokens: int = 3, reason: str = "stop") -> Rollout:
+    ids = np.arange(tokens, dtype=np.int32)
+    return Rollout(0, index, ids, np.full(tokens, -0.5, np.float32), reason, 0, "text", verdict=verdict)
+
+
+def trainer(outcomes: list[bool], bound: int) -> SimpleNamespace:
+    """What run_optimizer_steps touches; `outcomes[i]` says whether optimizer step i is skipped."""
+    calls = iter(outcomes)
+
+    def train_step(batches, loss, denominator, temperature):
+        skipped = next(calls)
+        figures = dict.fromkeys(("tokens", "positive_tokens", "positive_loss", "negative_loss", "ratio"), 1.0)
+        figures |= dict.fromkeys(("log_ratio", "kl", "max_ratio", "max_inverse_ratio", "negative_tokens"), 1.0)
+        reason = "the gradient holds NaN" if skipped else ""
+        return StepReport(0.1, 1.0, 1e-6, skipped, reason, 4, figures)
+
+    config = SimpleNamespace(
+        algorithm=SimpleNamespace(loss_divisor="tokens"),
+        train=SimpleNamespace(num_epochs=1, max_skipped_steps=bound),
+        rollout=SimpleNamespace(temperature=1.0),
+    )
+    return SimpleNamespace(
+        config=config,
+        seed=0,
+        saved_step=4,
+        layout=SimpleNamespace(dp_rank=0, rank=0),
+        policy=SimpleNamespace(train_step=train_step),
+        loss=None,
+        micro_batches=lambda description, total: nullcontext(),
+    )
+
+
+def run(outcomes: list[bool], bound: int, monkeypatch) -> tuple[int, dict]:
+    monkeypatch.setattr(loop, "pack_samples", lambda t, samples: [samples])
+    plan = StepPlan(tuple({(i, 0): 0} for i in range(len(outcomes))), (4,) * len(outcomes), {}, ())
+    samples = {(i, 0): None for i in range(len(outcomes))}
+    metrics = Metrics()
+    return loop.run_optimizer_steps(trainer(outcomes, bound), 5, plan, samples, metrics), Metrics.merge(
+        [metrics.state()]
+    )
+
+
+def test_skipped_steps_are_counted_and_a_good_one_starts_the_count_anew(monkeypatch):
+    count, record = run([True, True, False, True, True], 2, monkeypatch)
+    assert count == 5
+    assert record["skipped_steps"] == 4
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(monkeypatch):
+    with pytest.raises(
+        loop.TrainingFailure, match=r"3 optimizer steps in a row were skipped \(the gradient holds NaN\).*step 4"
+    ):
+        run([False, True, True, True, False], 2, monkeypatch)
+
+
+def test_the_control_keeps_rates_and_moves_verdicts():
+    groups = []
+    for draw in range(50):
+        group = RolloutGroup(
+            draw, PROMPT, [rollout(i, Verdict.CORRECT if i < 3 else Verdict.WRONG) for i in range(8)], 1
+        )
+        groups.append(group)
+    collect.shuffle_verdicts(groups, seed=3)
+    assert all(g.correct_rate == 3 / 8 for g in groups)
+    first_half = sum(r.correct for g in groups for r in g.rollouts[:4])
+    assert 40 < first_half < 110  # 75 of 150 expected; unshuffled it would be 150
+
+
+def test_figures_of_rollouts():
+    metrics = Metrics()
+    groups = [
+        RolloutGroup(0, PROMPT, [rollout(0, Verdict.CORRECT, 2), rollout(1, Verdict.WRONG, 6, "length")], 1),
+        RolloutGroup(1, PROMPT, [rollout(0, Verdict.UNPARSEABLE, 4), rollout(1, Verdict.TIMEOUT, 4)], 1),
+    ]
+    step_metrics.add_rollouts(metrics, groups, SimpleNamespace(verify_wait_s=0.5))
+    record = Metrics.merge([metrics.state()])
+    assert record["accuracy/train"] == 0.25
+    assert [record[f"verdict/{v.value}"] for v in Verdict] == [0.25] * 4
+    assert (record["length/mean"], record["length/max"], record["length/truncated"]) == (4.0, 6.0, 0.25)
+    assert record["correct_rate/hist"] == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]  # rates 0 and 0.5
+    assert record["entropy/sampled"] == 0.5
+    assert record["tokens/generated"] == 16
+
+
+def test_the_gap_is_measured_over_tokens():
+    metrics = Metrics()
+    for n, offset in ((1, 0.4), (3, 0.2)):
+        zeros = np.zeros(n, np.float32)
+        ids = np.arange(n + 2, dtype=np.int32)
+        behaviour = zeros + np.float32(offset) * (-1) ** n
+        step_metrics.add_gap(metrics, [TrainingSample(0, 0, ids, 2, zeros, behaviour, True, 0.5)])
+    record = Metrics.merge([metrics.state()])
+    assert record["gap/mean"] == pytest.approx((0.4 + 3 * 0.2) / 4)
+    assert record["gap/max"] == pytest.approx(0.4)
+
+
+def test_groups_by_fate_and_staleness():
+    metrics = Metrics()
+    facts = [GroupFacts(d, 0, fate, 3) for d, fate in enumerate(["kept", "all_wrong", "all_wrong", "too_few", "kept"])]
+    step_metrics.add_groups(metrics, 0, facts)
+    step_metrics.add_groups(metrics, 1, facts)  # other ranks know the same and add nothing
+    plan = StepPlan(({(0, 0): 0},), (7,), {4: 0}, ())
+    step_metrics.add_plan(metrics, 0, [facts[0], facts[4]], plan, step=4)
+    record = Metrics.merge([metrics.state()])
+    assert (record["groups/generated"], record["groups/all_wrong"], record["groups/dropped"]) == (5, 2, 3)
+    assert (record["groups/kept"], record["groups/surplus"], record["groups/staleness"]) == (1, 1, 1.0)
+    assert record["tokens/trained"] == 7
+
+
+def test_wandb_gets_scalars_by_step(tmp_path, monkeypatch):
+    logged = []
+    run = SimpleNamespace(log=lambda record, step: logged.append((step, record)), finish=lambda: logged.append("done"))
+    asked = {}
+    monkeypatch.setitem(__import__("sys").modules, "wandb", SimpleNamespace(init=lambda **k: asked.update(k) or run))
+    sink = WandbSink("project", tmp_path / "my-run", {"seed": 1})
+    sink.write(3, {"loss/total": 0.5, "correct_rate/hist": [1, 2]})
+    sink.close()
+    assert (asked["project"], asked["id"], asked["resume"], asked["config"]) == (
+        "project",
+        "my-run",
+        "allow",
+        {"seed": 1},
+    )
+    assert logged == [(3, {"loss/total": 0.5}), "done"]
+
+
+def test_wandb_without_the_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"pip install 'megatron_nft\[wandb\]'"):
+        WandbSink("project", tmp_path, {})

@@ -1,0 +1,178 @@
+"""`megatron-nft plan`: published parameter counts, memory worked out by hand, rules, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_nft.config import ModelConfig
+from megatron_nft.plan.architecture import read_architecture, total_params
+
+QWEN_32B = {
+    "model_type": "qwen2", "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
+    "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 131072,
+}  # fmt: skip
+QWEN_7B = QWEN_32B | {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4,
+}  # fmt: skip
+QWEN_HALF_B = QWEN_32B | {
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3_8B = QWEN_32B | {
+    "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "head_dim": 128, "vocab_size": 151936,
+}  # fmt: skip
+LLAMA_8B = QWEN_32B | {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "vocab_size": 128256,
+}  # fmt: skip
+
+
+# The counts that safetensors headers of the published checkpoints add up to.
+@pytest.mark.parametrize(
+    ("figures", "published"),
+    [
+        (QWEN_32B, 32_763_876_352),
+        (QWEN_7B, 7_615_616_512),
+        (QWEN_HALF_B, 494_032_768),
+        (QWEN3_8B, 8_190_735_360),
+        (LLAMA_8B, 8_030_261_248),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(figures, published):
+    a = read_architecture(ModelConfig(path="nowhere", architecture=figures))
+    assert total_params(a) == published
+
+
+def settings(tmp_path: Path, architecture: dict, **sections) -> Path:
+    tree = {
+        "run_dir": "run",
+        "model": {"path": "nowhere", "architecture": architecture},
+        "data": {"train": ["train.parquet"]},
+        **sections,
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def settings_7b(tmp_path: Path) -> Path:
+    return settings(
+        tmp_path,
+        QWEN_7B,
+        policy={"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        rollout={"engine": "sglang", "server": {"memory_saver": True}},
+    )
+
+
+def plan(config: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_nft", "plan", "--config", str(config), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+H100_4 = ("--nodes", "4", "--gpus-per-node", "8", "--gpu", "h100")
+
+
+def test_static_memory_by_hand(tmp_path):
+    """7B on TP 2, DP 16: per rank 28 layers' shard, both embeddings' shards and the norms."""
+    done = plan(settings_7b(tmp_path), *H100_4, "--json")
+    assert done.returncode == 0, done.stderr
+    layer = (3584 * (28 + 4 + 4) * 128 + (28 + 4 + 4) * 128 + 28 * 128 * 3584 + 3 * 3584 * 18944) // 2 + 2 * 3584
+    params = 28 * layer + 3584 + 2 * 152064 * 3584 // 2
+    parts = json.loads(done.stdout)["plan"]["memory"][0]["phases"]["train"]["parts_bytes"]
+    assert parts["weights"] == 2 * params
+    assert parts["gradients"] == 4 * params
+    assert parts["optimizer"] == 12 * -(-params // 16)
+
+
+def test_fitting_run_says_so(tmp_path):
+    done = plan(settings_7b(tmp_path), *H100_4)
+    assert done.returncode == 0
+    assert done.stdout.rstrip().endswith("FITS")
+    for part in ("weights", "gradients", "optimizer", "activations", "logits chunk", "export buckets", "KV cache"):
+        assert part in done.stdout
+
+
+def test_too_small_a_machine_names_a_layout_that_fits(tmp_path):
+    config = settings_7b(tmp_path)
+    done = plan(config, "--nodes", "1", "--gpus-per-node", "2", "--gpu", "h100")
+    assert done.returncode == 1
+    assert "DOES NOT FIT" in done.stdout
+    overrides = done.stdout.rstrip().splitlines()[-1].split()
+    again = plan(config, "--nodes", "1", "--gpus-per-node", "2", "--gpu", "h100", *overrides)
+    assert again.returncode == 0, again.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("policy.tensor_model_parallel_size=8", "must divide the attention heads (28)"),
+        ("policy.pipeline_model_parallel_size=8", "must divide num_hidden_layers (28)"),
+        ("policy.fp8.recipe=mxfp8", "h100 does not have it"),
+        ("rollout.server.mem_fraction_static=0.18", "KV cache holds"),
+    ],
+)
+def test_broken_rules_exit_1_and_name_figures(tmp_path, override, words):
+    done = plan(settings_7b(tmp_path), *H100_4, override)
+    assert done.returncode == 1
+    assert words in done.stdout
+
+
+def test_fp8_alignment_with_tensor_parallel(tmp_path):
+    """QKV rows of 36 heads x 64 over TP 4: 576, a multiple of 16 and of 32 but not of 128."""
+    figures = QWEN_7B | {"head_dim": 64}
+    config = settings(tmp_path, figures, policy={"tensor_model_parallel_size": 4, "sequence_parallel": True})
+    for recipe, code in (("tensorwise", 0), ("blockwise", 1)):
+        done = plan(config, *H100_4[:-1], "h200", f"policy.fp8.recipe={recipe}", "rollout.embedded_batch_tokens=4096")
+        assert done.returncode == code, done.stdout
+    assert "multiples of 128: QKV rows per rank is 576 with TP 4" in done.stdout
+
+
+def test_seq_len_raises_the_memory(tmp_path):
+    config = settings_7b(tmp_path)
+    peak = []
+    for arguments in ((), ("--seq-len", "32768")):
+        done = plan(config, *H100_4, "--json", "model.architecture.max_position_embeddings=65536", *arguments)
+        memory = json.loads(done.stdout)["plan"]["memory"][0]
+        peak.append(memory["phases"]["train"]["parts_bytes"]["activations"])
+    assert peak[1] == pytest.approx(2 * peak[0], rel=1e-6)  # the cap goes from 16384 to 32768
+
+
+def test_search_is_sorted_and_every_line_fits(tmp_path):
+    done = plan(settings_7b(tmp_path), *H100_4, "--search", "--json")
+    found = json.loads(done.stdout)["search"]
+    assert len(found) > 3
+    assert all(p["fits"] for p in found)
+    assert [p["step_s"] for p in found] == sorted(p["step_s"] for p in found)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--gpus-per-node", "8", "--gpu", "h100", "policy.tensor_parallel=2"),
+        ("--gpus-per-node", "8", "--gpu", "a1000"),
+        ("--gpus-per-node", "0", "--gpu", "h100"),
+        ("--gpus-per-node", "8", "--gpu", "h100", "--engine-nodes", "1"),
+        ("--gpus-per-node", "8", "--gpu", "h100", "--seq-len", "100"),
+        ("--gpus-per-node", "8", "--gpu", "h100", "model.architecture=null"),
+        ("--gpus-per-node", "8", "--gpu", "h100", "model.architecture.model_type=mamba"),
+    ],
+)
+def test_unusable_input_exits_2(tmp_path, arguments):
+    done = plan(settings_7b(tmp_path), *arguments)
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.strip()
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_config_file_exits_2(tmp_path):
+    done = plan(tmp_path / "none.yaml", *H100_4)
+    assert done.returncode == 2
+    assert "none.yaml" in done.stderr

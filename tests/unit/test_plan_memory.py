@@ -1,0 +1,131 @@
+"""The planner's memory against real counts on a CPU: what autograd keeps, what Megatron allocates."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+torch = pytest.importorskip("torch")
+import tiny  # noqa: E402
+
+from megatron_nft.config import Config  # noqa: E402
+from megatron_nft.data.packing import pack  # noqa: E402
+from megatron_nft.plan import memory  # noqa: E402
+from megatron_nft.plan.activations import cpu_ends, cpu_layer  # noqa: E402
+from megatron_nft.plan.architecture import dense_params, read_architecture  # noqa: E402
+from megatron_nft.plan.hardware import CHIPS  # noqa: E402
+from megatron_nft.plan.layout import Layout, Machine  # noqa: E402
+from megatron_nft.policy import cpu, parallel  # noqa: E402
+from megatron_nft.policy.model import packed_params  # noqa: E402
+from megatron_nft.policy.policy import Policy  # noqa: E402
+from megatron_nft.types import TrainingSample  # noqa: E402
+
+LENGTHS = (256, 128, 64, 64)  # widths that the CPU attention does not pad
+SIZES = {"hidden": 128, "layers": 3, "heads": 8, "kv_heads": 2, "ffn": 320, "vocab": 512}
+
+
+def make(folder: Path, family: str, tied: bool = False, **policy) -> tuple[Config, Policy]:
+    tiny.make_model(folder, family, tied=tied, **SIZES)
+    return open_policy(folder, **policy)
+
+
+def open_policy(folder: Path, **policy) -> tuple[Config, Policy]:
+    """The model in `folder` on this rank, all weights 0.01."""
+    config = Config.model_validate(
+        {
+            "run_dir": folder / "run",
+            "model": {"path": folder},
+            "data": {"train": ["unused"], "max_prompt_tokens": 16},
+            "rollout": {"max_response_tokens": 16},
+            "policy": {"micro_batch_tokens": sum(LENGTHS), **policy},
+        }
+    )
+    layout = parallel.initialize(config.policy, 0)
+    chosen = Policy.create(config, read_architecture(config.model), layout)
+    with torch.no_grad():
+        for parameter in chosen.chunks[0].parameters():
+            parameter.fill_(0.01)
+    chosen.reload_master_weights()
+    return config, chosen
+
+
+def batch(multiple_of: int = 1):
+    samples = []
+    for n in LENGTHS:
+        nothing = np.zeros(n - 1, dtype=np.float32)
+        ids = np.arange(n, dtype=np.int32)
+        samples.append(TrainingSample(0, 0, ids, 1, nothing, nothing, correct=True, correct_rate=0.5))
+    return pack(samples, range(len(samples)), multiple_of=multiple_of)
+
+
+def plain_loss(logprobs, packed):
+    return -logprobs, {}
+
+
+def kept_bytes(policy: Policy) -> int:
+    """Bytes of all storages that autograd keeps after the forward pass, parameters left out."""
+    weights = {p.untyped_storage().data_ptr() for p in policy.chunks[0].parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    packed = batch()
+    policy.wrapped[0].train()
+    with cpu.on_cpu(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = policy.wrapped[0](
+            packed.tokens[None], packed.position_ids[None], None, packed_seq_params=packed_params(packed, engine=False)
+        )
+        assert out.requires_grad
+        # The output layer keeps its input; chunked log-probs keep little else.
+        kept[out.untyped_storage().data_ptr()] = out.untyped_storage()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("family", "precision"), [("qwen2", "fp32"), ("qwen2", "bf16"), ("qwen3", "fp32"), ("qwen3", "bf16")]
+)
+def test_activations_are_what_autograd_keeps(tmp_path, family, precision, recompute):
+    config, policy = make(tmp_path / "model", family, precision=precision, recompute=recompute)
+    a, layout, e = policy.spec, Layout.of(config), memory.element_bytes(config)
+    per_token = a.num_layers * cpu_layer(a, layout, e).kept[recompute] + cpu_ends(a, layout, e, stage=0)
+    assert kept_bytes(policy) == pytest.approx(per_token * sum(LENGTHS), rel=0.05)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen3", False), ("llama", False)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_parameters_gradients_and_optimizer_are_what_megatron_allocates(tmp_path, family, tied, precision):
+    config, policy = make(tmp_path / "model", family, tied, precision=precision, use_distributed_optimizer=False)
+    machine, layout = Machine(CHIPS["cpu"], 1, 1), Layout.of(config)
+    parameters = list(policy.chunks[0].parameters())
+    assert sum(p.numel() for p in parameters) == dense_params(policy.spec, 1, 1, 0)
+
+    parts = memory.trainer_memory(policy.spec, config, layout, machine, 1)[0].phases["train"]
+    assert parts["weights"] == sum(p.nbytes for p in parameters)
+    buffers = [b.grad_data for ddp in policy.wrapped for b in ddp.buffers]
+    assert sum(b.nbytes for b in buffers) == pytest.approx(parts["gradients"], rel=0.05)
+
+    assert not policy.train_step([batch()], plain_loss, 100.0).skipped
+    state = optimizer_tensors(policy)
+    assert sum(t.nbytes for t in state) == pytest.approx(parts["optimizer"], rel=0.05)
+
+
+def optimizer_tensors(policy: Policy) -> list:
+    """Moments and fp32 master weights, each storage once, the model's own parameters left out."""
+    own = {p.data_ptr() for p in policy.chunks[0].parameters()}
+    found = {}
+    for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
+        for parameter, state in part.optimizer.state.items():
+            for tensor in (parameter, *state.values()):
+                if torch.is_tensor(tensor) and tensor.numel() > 1 and tensor.data_ptr() not in own:
+                    found[tensor.data_ptr()] = tensor
+    return list(found.values())

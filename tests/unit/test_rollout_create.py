@@ -1,0 +1,109 @@
+"""Command lines of servers, and the search for an engine's interpreter."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_nft.config import ServerConfig
+from megatron_nft.rollout import create, sglang, vllm
+from megatron_nft.rollout.engine import EngineError
+
+COMMON = {"dtype": "bfloat16", "gpu": 4, "weight_version": -1}
+
+
+def command(module, device, **settings):
+    config = ServerConfig(**settings)
+    return module.command_line(Path("/e/python"), Path("/m"), config, device=device, **COMMON)
+
+
+def test_sglang_on_a_cpu():
+    line = command(sglang, "cpu")
+    assert line[:3] == ["/e/python", "-m", "sglang.launch_server"]
+    for argument in (
+        "--model-path=/m",
+        "--device=cpu",
+        "--dtype=bfloat16",
+        "--host=127.0.0.1",
+        "--attention-backend=torch_native",
+        "--sampling-backend=pytorch",
+        "--max-total-tokens=32768",
+        "--weight-version=-1",
+        "--sleep-on-idle",
+        "--skip-server-warmup",
+    ):
+        assert argument in line
+    assert not any(a.startswith(("--base-gpu-id", "--trust-remote-code")) for a in line)
+    environment = sglang.environment(ServerConfig(), device="cpu", gpu=0)
+    assert environment["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_sglang_on_a_gpu():
+    line = command(
+        sglang,
+        "cuda",
+        tensor_parallel_size=2,
+        memory_saver=True,
+        fp32_lm_head=True,
+        deterministic=True,
+        quantization="fp8",
+        mem_fraction_static=0.4,
+        extra_args=["--attention-backend=fa3"],
+    )
+    for argument in (
+        "--tp-size=2",
+        "--base-gpu-id=4",
+        "--enable-memory-saver",
+        "--enable-fp32-lm-head",
+        "--enable-deterministic-inference",
+        "--quantization=fp8",
+        "--mem-fraction-static=0.4",
+        "--attention-backend=fa3",
+    ):
+        assert argument in line
+    assert not any(a.startswith(("--max-total-tokens", "--attention-backend=torch_native")) for a in line)
+    assert "--load-format=flash_rl" in line  # the loader that can quantize what a live update brings
+    assert "--disable-cuda-graph" not in line
+    assert "--disable-cuda-graph" in command(sglang, "cuda", cuda_graphs=False)
+    assert not any(a.startswith("--load-format") for a in command(sglang, "cuda"))
+    assert "SGLANG_USE_CPU_ENGINE" not in sglang.environment(ServerConfig(), device="cuda", gpu=0)
+
+
+def test_vllm_on_a_gpu(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    settings = {"tensor_parallel_size": 2, "memory_saver": True, "deterministic": True, "max_running_requests": 9}
+    line = command(vllm, "cuda", **settings)
+    for argument in (
+        "--model=/m",
+        "--tensor-parallel-size=2",
+        "--enable-sleep-mode",
+        "--max-num-seqs=9",
+        "--logprobs-mode=processed_logprobs",
+        "--gpu-memory-utilization=0.6",
+    ):
+        assert argument in line
+    assert "--enforce-eager" not in line
+    environment = vllm.environment(ServerConfig(**settings), device="cuda", gpu=4)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "4,5"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c")
+    assert vllm.environment(ServerConfig(**settings), device="cuda", gpu=1)["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-c"
+    assert "--enforce-eager" in command(vllm, "cuda", cuda_graphs=False)
+    assert environment["VLLM_BATCH_INVARIANT"] == "1"
+
+
+def test_interpreter_that_is_set(tmp_path):
+    assert create.find_python("sglang", Path(sys.executable)) == Path(sys.executable)
+    with pytest.raises(EngineError, match=r"rollout.server.python=.*nothing: is not an executable file"):
+        create.find_python("sglang", tmp_path / "nothing")
+
+
+def test_interpreter_that_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(create, "__file__", str(tmp_path / "megatron_nft" / "rollout" / "create.py"))
+    with pytest.raises(EngineError, match=r"no environment with sglang was found: run `bash tools/install_engine.sh"):
+        create.find_python("sglang", None)
+    assert create.find_python("numpy", None) == Path(sys.executable)  # a package of our own environment
+    python = tmp_path / ".venv-sglang" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert create.find_python("sglang", None) == python

@@ -1,0 +1,316 @@
+"""The clients' retries, spreading and checks, against local servers that answer as SGLang does, or badly."""
+
+import json
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from megatron_nft.config import ServerConfig
+from megatron_nft.rollout import http
+from megatron_nft.rollout.engine import EngineError, Request, SamplingParams, WeightVersionError
+from megatron_nft.rollout.sglang import SGLangEngine
+
+
+@pytest.fixture(autouse=True)
+def short_backoff(monkeypatch):
+    monkeypatch.setattr(http, "BACKOFF_S", 0.01)
+
+
+def sample(tokens=(5, 6), version="3", reason="stop", **meta):
+    logprobs = [[-0.5, t, None] for t in tokens]
+    return {
+        "output_ids": list(tokens),
+        "meta_info": {
+            "finish_reason": {"type": reason},
+            "weight_version": version,
+            "output_token_logprobs": logprobs,
+            **meta,
+        },
+    }
+
+
+def good(body):
+    n = body["sampling_params"]["n"]
+    return 200, [sample() for _ in range(n)] if n > 1 else sample()
+
+
+@contextmanager
+def serving(answer, version="3"):
+    """A server whose POST /generate gives `answer(body)` -> (status, JSON); None closes the connection."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self._send(200, {"weight_version": server.version})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.bodies.append(body)
+            result = server.answer(body)
+            if result is None:
+                self.close_connection = True
+            else:
+                self._send(*result)
+
+        def _send(self, status, value):
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.answer, server.version, server.bodies = answer, version, []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def engine(*servers, version=3, allow_version_change=False, **settings):
+    urls = [s if isinstance(s, str) else s.url for s in servers]
+    client = SGLangEngine(
+        urls, ServerConfig(**settings), weight_version=version, allow_version_change=allow_version_change
+    )
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def requests(count, samples=2):
+    return [Request(np.array([1, 2, i], dtype=np.int32), samples, (0, i)) for i in range(count)]
+
+
+def run(client, reqs, sampling=None):
+    return {(i, k): c for i, k, c in client.generate(reqs, sampling or SamplingParams(8))}
+
+
+def test_request_and_answer_forms():
+    answer = sample((7, 8, 9), version="4", reason="length", weight_versions=[])
+    answer["meta_info"]["weight_versions"] = [
+        {"version": "3", "start": 0, "end": 1},
+        {"version": "4", "start": 1, "end": 3},
+    ]
+    with serving(lambda body: (200, answer)) as server, engine(server, allow_version_change=True) as client:
+        sampling = SamplingParams(8, temperature=0.6, top_p=0.7, top_k=5, stop_token_ids=(11,))
+        answers = run(client, requests(1, samples=1), sampling)
+    assert server.bodies[0] == {
+        "input_ids": [1, 2, 0],
+        "sampling_params": {
+            "n": 1,
+            "max_new_tokens": 8,
+            "temperature": 0.6,
+            "top_p": 0.7,
+            "top_k": 5,
+            "stop_token_ids": [11],
+        },
+        "return_logprob": True,
+    }
+    c = answers[0, 0]
+    assert c.token_ids.tolist() == [7, 8, 9]
+    assert c.logprobs.tolist() == [-0.5] * 3
+    assert (c.finish_reason, c.weight_version, c.weight_version_spans) == ("length", 4, ((3, 0, 1), (4, 1, 3)))
+
+
+def test_every_sample_of_every_request_comes_once_over_two_servers():
+    with serving(good) as a, serving(good) as b, engine(a, b, max_in_flight=8) as client:
+        assert set(run(client, requests(40))) == {(i, k) for i in range(40) for k in range(2)}
+    assert len(a.bodies) + len(b.bodies) == 40
+    assert min(len(a.bodies), len(b.bodies)) >= 10
+
+
+def test_a_slow_server_gets_no_more_than_it_answers():
+    enough = threading.Event()
+
+    def stuck(body):
+        enough.wait(60)
+        return good(body)
+
+    def quick(body):
+        if len(b.bodies) == 50:
+            asked.append(len(a.bodies))
+            enough.set()
+        return good(body)
+
+    asked = []
+    with serving(stuck) as a, serving(quick) as b, engine(a, b, max_in_flight=4) as client:
+        run(client, requests(60))
+    assert asked[0] <= 3  # of 4 in flight; the other server answered 50 meanwhile
+
+
+def test_as_many_in_flight_as_set_and_no_more():
+    lock, now, most, three = threading.Lock(), Counter(), Counter(), threading.Barrier(3, timeout=60)
+
+    def counting(body):
+        with lock:
+            now["n"] += 1
+            most["n"] = max(most["n"], now["n"])
+        three.wait()
+        with lock:
+            now["n"] -= 1
+        return good(body)
+
+    with serving(counting) as a, engine(a, max_in_flight=3) as client:
+        run(client, requests(21))
+    assert most["n"] == 3
+
+
+def failing_first(times, failure):
+    left = [times]
+
+    def answer(body):
+        left[0] -= 1
+        return failure if left[0] >= 0 else good(body)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (500, {"error": "out of memory"}),
+        (503, b"busy"),
+        (429, b""),
+        None,
+        (200, b"<html>"),
+        (200, {"text": "no ids"}),
+        (200, [sample()]),  # one answer in place of two
+        (200, [sample(), sample((), reason="length")]),  # an empty one
+        (200, [sample(), sample(reason="abort")]),
+        (200, [sample(), {**sample(), "output_ids": [1]}]),
+        (200, b'[{"output_ids": [5], "meta_info": {"finish_reason": {"type": "stop"}, "weight_version": "3", '
+              b'"output_token_logprobs": [[NaN, 5, null]]}}]'),
+    ],
+)  # fmt: skip
+def test_a_failure_is_tried_again(failure):
+    with serving(failing_first(2, failure)) as a, engine(a, max_retries=2) as client:
+        assert len(run(client, requests(1))) == 2
+    assert len(a.bodies) == 3
+
+
+def test_retries_are_bounded_and_the_error_says_what_happened():
+    with serving(lambda body: (500, {"error": "out of memory"})) as a, engine(a, max_retries=2) as client:
+        with pytest.raises(EngineError, match=r"no answer after 3 tries .*HTTP 500.*out of memory"):
+            run(client, requests(1))
+        assert len(a.bodies) == 3
+
+
+def test_another_server_takes_over_from_a_dead_one():
+    with serving(good) as a, engine("http://127.0.0.1:9", a, max_retries=1) as client:
+        assert len(run(client, requests(30))) == 60
+    assert len(a.bodies) == 30
+
+
+def test_no_server_at_all_is_a_clear_error():
+    with engine("http://127.0.0.1:9", max_retries=1) as client, pytest.raises(EngineError, match=r"127\.0\.0\.1:9"):
+        run(client, requests(1))
+
+
+def test_a_refused_request_is_not_tried_again():
+    with serving(lambda body: (400, {"error": "prompt too long"})) as a, engine(a) as client:
+        with pytest.raises(EngineError, match=r"refused a request: HTTP 400.*prompt too long"):
+            run(client, requests(1))
+        assert len(a.bodies) == 1
+
+
+@pytest.mark.parametrize("version", ["2", "4", "default"])
+def test_an_answer_of_another_version_is_an_error(version):
+    def answer(body):
+        return 200, [sample(version=version) for _ in range(2)]
+
+    with serving(answer) as a, engine(a) as client, pytest.raises(WeightVersionError, match="asked was 3"):
+        run(client, requests(1))
+
+
+def test_a_server_that_came_back_with_old_weights_gets_no_more_requests():
+    def old(body):
+        return 200, [sample(version="-1") for _ in range(2)]
+
+    with serving(old, version="-1") as a, serving(good) as b, engine(a, b, max_in_flight=1) as client:
+        assert len(run(client, requests(6))) == 12
+        assert (len(a.bodies), len(b.bodies)) == (1, 6)
+        a.answer, a.version = good, "3"
+        run(client, requests(6))
+        assert len(a.bodies) > 1
+
+
+def test_an_answer_of_an_older_version_is_an_error_even_where_updates_may_fall_inside():
+    with (
+        serving(lambda body: (200, [sample(version="2")] * 2)) as a,
+        engine(a, allow_version_change=True) as client,
+        pytest.raises(WeightVersionError, match="weight version 2, asked was 3"),
+    ):
+        run(client, requests(1))
+
+
+def test_a_server_that_came_back_with_old_weights_is_left_alone_until_it_has_the_new_ones():
+    with (
+        serving(good) as a,
+        serving(failing_first(1, None), version="-1") as b,
+        engine(b, a, max_in_flight=2) as client,
+    ):
+        run(client, requests(10))
+        asked = len(b.bodies)
+        run(client, requests(10))
+        assert len(b.bodies) == asked  # /model_info said -1
+        b.version = "3"
+        run(client, requests(10))
+        assert len(b.bodies) > asked
+
+
+def test_leaving_early_stops_asking():
+    def slow(body):
+        time.sleep(0.02)
+        return good(body)
+
+    with serving(slow) as a, engine(a, max_in_flight=2) as client:
+        answers = client.generate(requests(500), SamplingParams(8))
+        next(answers)
+        answers.close()
+        time.sleep(0.2)
+        asked = len(a.bodies)
+        time.sleep(0.2)
+        assert len(a.bodies) == asked < 100
+        assert len(run(client, requests(3))) == 6  # and the client is still of use
+
+
+def test_prompt_logprobs():
+    def answer(body):
+        assert body["sampling_params"]["max_new_tokens"] == 0
+        assert body["logprob_start_len"] == 0
+        triples = [[None, 1, None], [-1.5, 2, None], [-2.5, 3, None]]
+        return 200, {"meta_info": {"input_token_logprobs": triples}}
+
+    with serving(answer) as a, engine(a) as client:
+        assert client.prompt_logprobs(np.array([1, 2, 3])).tolist() == [-1.5, -2.5]
+        with pytest.raises(EngineError, match="2 prompt log-probs came for 4 tokens"):
+            client.prompt_logprobs(np.array([1, 2, 3, 4]))
+    with pytest.raises(EngineError, match="closed"):
+        client.prompt_logprobs(np.array([1, 2, 3]))
+
+
+def test_servers_given_by_url_keep_their_version():
+    with serving(good, version="3") as a, serving(good, version="3") as b, engine(a, b, version=0) as client:
+        client.adopt_version()
+        assert client.weight_version == 3
+        assert len(run(client, requests(2))) == 4
+        b.version = "4"
+        with pytest.raises(EngineError, match=r"different weight versions: \[3, 4\]"):
+            client.adopt_version()
+    with engine("http://127.0.0.1:9") as client, pytest.raises(EngineError, match="does not answer"):
+        client.adopt_version()

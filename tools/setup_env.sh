@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Makes .venv in the checkout and installs megatron_nft into it; does nothing when that is done already.
+#   bash tools/setup_env.sh [EXTRA …]        extras of setup.py, for example dev
+# PYTHON            interpreter to use (3.11 or 3.12; default python3.11, then python3)
+# NFT_TORCH_INDEX   package index for torch; without a GPU the default is PyTorch's index of CPU builds (torch_index.sh)
+# TORCH_VERSION     default 2.13.0
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${VENV:-.venv}
+extras=$(IFS=,; echo "$*")
+
+# What the environment was made from: a change of any of it makes it anew or brings it up to date.
+stamp=$(cat setup.py tools/setup_env.sh tools/torch_index.sh | sha256sum | cut -d' ' -f1)" [$extras] torch ${TORCH_VERSION:-2.13.0}"
+if [ -x "$venv/bin/megatron-nft" ] && [ "$(cat "$venv/.installed" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  for candidate in python3.11 python3.12 python3; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))'; then
+      python=$candidate
+      break
+    fi
+  done
+fi
+[ -n "$python" ] || { echo "setup_env.sh: no Python 3.11 or 3.12 found; install one or set PYTHON" >&2; exit 1; }
+
+if ! "$python" -m venv --help >/dev/null 2>&1 || ! "$python" -c 'import ensurepip' 2>/dev/null; then
+  echo "setup_env.sh: $python has no venv module; installing it needs root: apt-get install -y python3-venv" >&2
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv
+  else
+    exit 1
+  fi
+fi
+
+echo "setting up $venv with $("$python" --version) (some minutes the first time)"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+rm -f "$venv/.installed"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+"${pip[@]}" install --upgrade pip "setuptools>=68" wheel
+# torch by itself and first: an open range would take whatever build the default index has newest.
+source tools/torch_index.sh
+"${pip[@]}" install ${torch_index[@]+"${torch_index[@]}"} "torch==${TORCH_VERSION:-2.13.0}"
+"${pip[@]}" install --editable ".${extras:+[$extras]}"
+echo "$stamp" > "$venv/.installed"
