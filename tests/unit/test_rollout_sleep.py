@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -17,9 +15,6 @@ from megatron_nft.rollout import sleep
 from megatron_nft.rollout.engine import EngineError
 from megatron_nft.rollout.server import Server, ServerGroup
 from megatron_nft.rollout.sleep import SleepingServers
-
-ROOT = Path(__file__).resolve().parents[2]
-ROUTE = re.compile(r"""@(?:router|app)\.(?:post|api_route)\(\s*["']([^"']+)""")
 
 # As in SGLang 0.5.17: a release while requests run, or a resume of what is not released, ends the scheduler.
 SERVER = textwrap.dedent(
@@ -118,8 +113,8 @@ def start(tmp_path):
             )
             for i in range(number)
         ]
-        groups.append(ServerGroup(servers, start_timeout_s=30.0, max_restarts=restarts))
-        settings = ServerConfig.model_validate({"memory_saver": True, "start_timeout_s": 30.0, **config})
+        groups.append(ServerGroup(servers, start_timeout_s=120.0, max_restarts=restarts))
+        settings = ServerConfig.model_validate({"memory_saver": True, "start_timeout_s": 120.0, **config})
         return servers, SleepingServers(groups[-1], settings, engine)
 
     yield make
@@ -128,12 +123,12 @@ def start(tmp_path):
 
 
 def state(server: Server) -> dict:
-    return httpx.get(server.url).json()
+    return httpx.get(server.url, trust_env=False, timeout=60).json()
 
 
 def die(server: Server) -> None:
     with pytest.raises(httpx.TransportError):
-        httpx.post(server.url + "/die")
+        httpx.post(server.url + "/die", trust_env=False, timeout=60)
     wait_until(lambda: server.exit_code() is not None)
 
 
@@ -157,18 +152,6 @@ def test_vllm_sleeps_at_the_level_that_is_set_and_is_not_left_paused(start, leve
         sleeping.resume()
         assert state(server)["released"] == []
         assert not state(server)["paused"]
-
-
-@pytest.mark.parametrize("engine", ["sglang", "vllm"])
-def test_the_installed_engine_has_the_calls(engine):
-    """Read from its source: neither engine can sleep on a CPU."""
-    folders = list(ROOT.glob(f".venv-{engine}/lib/python*/site-packages/{engine}"))
-    if not folders:
-        pytest.skip(f"{engine} is not installed (bash tools/install_engine.sh {engine})")
-    files = [f for name in ("entrypoints", "srt/entrypoints") for f in (folders[0] / name).rglob("*.py")]
-    found = {path for f in files for path in ROUTE.findall(f.read_text())}
-    calls = [c for (kind, _), both in sleep.CALLS.items() if kind == engine for c in (*both.release, *both.resume)]
-    assert {path.partition("?")[0] for path, _ in calls} <= found
 
 
 def test_a_server_that_dies_asleep_stays_down_until_the_memory_is_free_again(start):

@@ -1,0 +1,24 @@
+"""The calls that put servers to sleep, against the source of the installed engines: neither can sleep on a CPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_nft.rollout import sleep
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUTE = re.compile(r"""@(?:router|app)\.(?:post|api_route)\(\s*["']([^"']+)""")
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_the_installed_engine_has_the_calls(engine):
+    if not (ROOT / f".venv-{engine}" / ".installed").is_file():
+        pytest.skip(f"{engine} is not installed (bash tools/install_engine.sh {engine})")
+    (folder,) = ROOT.glob(f".venv-{engine}/lib/python*/site-packages/{engine}")
+    files = [f for name in ("entrypoints", "srt/entrypoints") for f in (folder / name).rglob("*.py")]
+    found = {path for f in files for path in ROUTE.findall(f.read_text())}
+    calls = [c for (kind, _), both in sleep.CALLS.items() if kind == engine for c in (*both.release, *both.resume)]
+    assert {path.partition("?")[0] for path, _ in calls} <= found
