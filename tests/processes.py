@@ -38,7 +38,7 @@ def alive(pids: Iterable[int]) -> set[int]:
     return set(pids) & set(live_processes())
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20.0, what: str = "what the test waits for") -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60.0, what: str = "what the test waits for") -> None:
     """Returns once the condition is true; an AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
