@@ -13,6 +13,11 @@ def act(response, answer, data_source, extra):
     word, _, argument = response.partition(" ")
     if word == "sleep":
         time.sleep(float(argument))
+    elif word == "until":
+        while not os.path.exists(argument):
+            time.sleep(0.01)
+    elif word == "touch":
+        open(argument, "w").close()
     elif word == "spin":
         start = time.process_time()
         while time.process_time() - start < float(argument):
