@@ -123,6 +123,7 @@ class ServerGroup:
         self.servers = list(servers)
         self._max_restarts = max_restarts
         self._closed, self._held = threading.Event(), threading.Event()
+        self._noting = threading.Lock()  # both the watch and a caller of `failures` note deaths
         atexit.register(self.close)
         try:
             for server in self.servers:
@@ -145,10 +146,11 @@ class ServerGroup:
         return "\n".join(death for server in self.servers for death in server.deaths)
 
     def _note_deaths(self) -> None:
-        for server in self.servers:
-            code = server.exit_code()
-            if code is not None and len(server.deaths) < server.starts:
-                server.deaths.append(f"{server.name} ended with exit code {code}{server.log_tail()}")
+        with self._noting:
+            for server in self.servers:
+                code = server.exit_code()
+                if code is not None and len(server.deaths) < server.starts:
+                    server.deaths.append(f"{server.name} ended with exit code {code}{server.log_tail()}")
 
     def _revive(self) -> None:
         while not self._closed.wait(1.0):
