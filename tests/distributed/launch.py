@@ -41,7 +41,7 @@ from typing import Any
 from megatron_nft.ports import free_port
 
 HERE = Path(__file__).resolve().parent
-MEETING_TIMEOUT_S = 60.0
+MEETING_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def run_checks(namespace: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     scratch = Path(os.environ["NFT_TEST_SCRATCH"])
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), scratch, tuple(sys.argv[1:]))
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=MEETING_TIMEOUT_S))
     with open(scratch / f"results-{ranks.rank}.jsonl", "w", buffering=1) as results:
         for name, check in namespace.items():
@@ -85,7 +85,7 @@ def run_checks(namespace: dict[str, Any]) -> None:
 # --- inside pytest ----------------------------------------------------------------------------------------------------
 
 
-def distributed_checks(script: str, world_size: int, args: tuple[str, ...] = (), timeout_s: float = 300.0) -> Callable:
+def distributed_checks(script: str, world_size: int, args: tuple[str, ...] = (), timeout_s: float = 900.0) -> Callable:
     """A pytest function with one parameter per `check_*` of `script` (a file of this folder)."""
     import pytest
 
@@ -121,7 +121,7 @@ def launch(path: Path, world_size: int, args: tuple[str, ...], timeout_s: float)
                 if late or any(p.poll() not in (None, 0) for p in processes):
                     break
                 time.sleep(0.05)
-            _wait_briefly(processes, 0 if late else 10)
+            _wait_briefly(processes, 0 if late else 30)
         finally:
             for process in processes:
                 if process.poll() is None:

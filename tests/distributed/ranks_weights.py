@@ -19,6 +19,7 @@ import torch.distributed as dist
 from launch import Ranks, run_checks
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from processes import wait_until
 from tiny import make_model
 
 from megatron_nft.config import Config, PolicyConfig
@@ -238,7 +239,7 @@ def check_leader_memory_is_bounded(ranks: Ranks) -> None:
 
 @contextmanager
 def counted_bytes(bound: int) -> Iterator[list[int]]:
-    """[most bytes of uint8 tensors from torch.empty that lived at once]. Above `bound` it looks again for a while:
+    """[most bytes of uint8 tensors from torch.empty that lived at once]. Above `bound` it waits for an end:
     gloo's thread may still hold the tensor of an operation that is over."""
     live, peak = {}, [0]
     original = torch.empty
@@ -249,10 +250,7 @@ def counted_bytes(bound: int) -> Iterator[list[int]]:
             storage = tensor.untyped_storage()
             live[id(storage)] = tensor.nbytes
             weakref.finalize(storage, live.pop, id(storage), None)
-            for _ in range(200):
-                if sum(live.values()) <= bound:
-                    break
-                time.sleep(0.01)
+            wait_until(lambda: sum(live.values()) <= bound, what=f"no more than {bound} bytes")
             peak[0] = max(peak[0], sum(live.values()))
         return tensor
 

@@ -43,7 +43,7 @@ def check_start(ranks: Ranks) -> None:
             script = Path(__file__).with_name("engine_peer.py")
             command = [sys.executable, str(script), str(announcement), str(World.model), str(World.engine_tp)]
             subprocess.Popen(command, preexec_fn=die_with_parent)
-    wait_until(lambda: all(a.exists() for a in announcements), 110, "the peers' start")
+    wait_until(lambda: all(a.exists() for a in announcements), 280, "the peers' start")
     dist.barrier()
     told = [announcement.read_text().split() for announcement in announcements]
     World.pids, World.urls = [int(pid) for pid, _ in told], [url for _, url in told]

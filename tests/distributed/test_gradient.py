@@ -2,4 +2,4 @@
 
 from launch import distributed_checks
 
-test_one_gradient = distributed_checks("ranks_gradient.py", world_size=4, timeout_s=500)
+test_one_gradient = distributed_checks("ranks_gradient.py", world_size=4)

@@ -1,17 +1,20 @@
 """The launcher: a failure of one rank is reported with its traceback, a hang is told apart, nothing stays running."""
 
+import os
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-from launch import distributed_checks, launch
+import launch
+from processes import below
 
-test_inside_the_ranks = distributed_checks("ranks_launch.py", world_size=2, args=("one", "two"))
+test_inside_the_ranks = launch.distributed_checks("ranks_launch.py", world_size=2, args=("one", "two"))
 
 SCRIPT = """
 import sys, time
+from pathlib import Path
 sys.path.insert(0, {here!r})
-import launch
 from launch import run_checks
 
 def check_before(ranks):
@@ -22,20 +25,27 @@ def check_one_rank_fails(ranks):
         raise ValueError("only here")
 
 def check_hangs(ranks):
-    time.sleep({sleep})
+    Path(ranks.args[0], f"hangs-{{ranks.rank}}").touch()
+    time.sleep(600)
 
 if __name__ == "__main__":
     run_checks(globals())
 """
 
 
-def test_a_failure_and_a_hang_are_told_apart(tmp_path: Path) -> None:
+def test_a_failure_and_a_hang_are_told_apart(tmp_path: Path, monkeypatch) -> None:
+    """The time is over as soon as both ranks hang."""
+
+    def clock() -> float:
+        return time.monotonic() + 1000 * len(list(tmp_path.glob("hangs-*")))
+
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
     script = tmp_path / "ranks_bad.py"
-    script.write_text(textwrap.dedent(SCRIPT).format(here=str(Path(__file__).parent), sleep=600))
-    start = time.monotonic()
-    errors = launch(script, 2, (), timeout_s=20)
-    assert time.monotonic() - start < 60
+    script.write_text(textwrap.dedent(SCRIPT).format(here=str(Path(__file__).parent)))
+    before = below(os.getpid())
+    errors = launch.launch(script, 2, (str(tmp_path),), timeout_s=1500)
+    assert not below(os.getpid()) - before
     assert errors["check_before"] == ""
     assert "rank 1" in errors["check_one_rank_fails"] and "only here" in errors["check_one_rank_fails"]
     assert "rank 0:" not in errors["check_one_rank_fails"]
-    assert "check_hangs" not in errors and "killed after 20 s" in errors[""]
+    assert "check_hangs" not in errors and "killed after 1500 s" in errors[""]

@@ -8,7 +8,7 @@ from launch import distributed_checks
 
 from megatron_nft import ranks
 
-test_policy = distributed_checks("ranks_policy.py", world_size=2, timeout_s=500)
+test_policy = distributed_checks("ranks_policy.py", world_size=2)
 
 ALONE = """
 import torch, torch.distributed as dist

@@ -2,4 +2,4 @@
 
 from launch import distributed_checks
 
-test_checkpoint = distributed_checks("ranks_checkpoint.py", world_size=4, timeout_s=500)
+test_checkpoint = distributed_checks("ranks_checkpoint.py", world_size=4)

@@ -2,4 +2,4 @@
 
 from launch import distributed_checks
 
-test_checkpoints = distributed_checks("ranks_weights_checkpoint.py", 2, timeout_s=500)
+test_checkpoints = distributed_checks("ranks_weights_checkpoint.py", 2)
