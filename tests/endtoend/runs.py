@@ -18,7 +18,8 @@ import yaml
 from megatron_nft.data.synthetic import write_model, write_task
 
 TESTS = Path(__file__).resolve().parents[1]
-START_TIMEOUT_S = 450
+HALTING = Path(__file__).with_name("halting")
+START_TIMEOUT_S = 900
 KEYS = {name: f"secret-{name}" for name in ("WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY")}
 """Set for every run; no file of a run folder and no output may hold one."""
 
@@ -64,18 +65,22 @@ def merge(settings: dict, **changes: object) -> dict:
 class Run:
     """A `megatron-nft train` process in a session of its own, its output in a file.
 
-    `family` are all processes that were ever seen below it.
+    `family` are all processes that were ever seen below it. `halt`, "2 evaluate" for example, is the step and the phase
+    at which its ranks stop and wait for a signal (see halting/sitecustomize.py).
     """
 
-    def __init__(self, settings: dict, *, timeout_s: float = START_TIMEOUT_S) -> None:
+    def __init__(self, settings: dict, *, halt: str = "", timeout_s: float = START_TIMEOUT_S) -> None:
         self.run_dir = Path(settings["run_dir"])
         self.run_dir.parent.mkdir(parents=True, exist_ok=True)
         config = self.run_dir.parent / f"{self.run_dir.name}.yaml"
         config.write_text(yaml.safe_dump(settings))
         self.log = self.run_dir.parent / f"{self.run_dir.name}.log"
         self._timeout_s = timeout_s
-        path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+        marks = self.run_dir.parent / f"{self.run_dir.name}-{halt.replace(' ', '-')}"
+        self._marks = [Path(f"{marks}-{rank}") for rank in range(settings["num_processes"])]
+        path = os.pathsep.join(filter(None, (str(HALTING), str(TESTS), os.environ.get("PYTHONPATH"))))
         env = {**os.environ, **KEYS, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        env |= {"NFT_TEST_HALT": f"{halt} {marks}"} if halt else {}
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "megatron_nft", "train", "--config", str(config)]
             self.process = subprocess.Popen(
@@ -108,15 +113,21 @@ class Run:
             time.sleep(0.01)
         self._look()
 
+    def wait_until_halted(self) -> None:
+        """Until every rank has stopped where `halt` says."""
+        self.wait_until(lambda: all(mark.exists() for mark in self._marks))
+
     def _look(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             self.family.update(self.started.children(recursive=True))
 
     def left_over(self) -> list[psutil.Process]:
-        """Of an ended run: what it started and is alive 15 s later. It must have been seen to start something."""
+        """Of an ended run: what it started and is alive a minute later. It must have been seen to start something."""
         assert self.process.poll() is not None and self.family
-        _, alive = psutil.wait_procs(self.family, timeout=15.0)
-        return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+        deadline = time.monotonic() + 60
+        while (alive := [p for p in self.family if is_alive(p)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return alive
 
     def kill(self) -> None:
         """SIGKILL to the command alone, as an out-of-memory killer would."""
@@ -126,8 +137,16 @@ class Run:
     def steps_done(self) -> int:
         """The newest step in metrics.jsonl."""
         path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return max((json.loads(line)["step"] for line in lines), default=-1)
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=-1)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """False for one that has ended and that nobody has collected."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def metrics_of(run_dir: Path) -> list[dict]:

@@ -91,17 +91,16 @@ def test_the_model_loads_in_transformers_and_moved(settings, reference):
 
 def test_killed_three_times_at_different_moments(settings, reference):
     changed = merge(settings, run_dir=settings["run_dir"] + "-killed")
-    moments = (
-        lambda run: run.steps_done() >= 1,  # between steps, or in the generation of the next
-        lambda run: (
-            (run.run_dir / "checkpoints").is_dir()
-            and any((run.run_dir / "checkpoints").glob("step_00000[3-9].partial"))
-        ),  # while a checkpoint is written
-        lambda run: (run.run_dir / "rollouts" / "step_000005").is_dir(),  # just before or in the optimizer steps
-    )
-    for moment in moments:
-        run = Run(changed)
-        run.wait_until(lambda run=run, moment=moment: moment(run))
+    checkpoints = Path(changed["run_dir"]) / "checkpoints"
+    moments = {
+        "2 generate": ["step_000001"],  # between steps
+        "3 checkpoint": ["step_000001", "step_000002", "step_000003.partial"],  # while it is written
+        "5 sync": ["step_000003", "step_000004"],  # the optimizer has stepped, the engine has other weights
+    }
+    for moment, saved in moments.items():
+        run = Run(changed, halt=moment)
+        run.wait_until_halted()
+        assert sorted(p.name for p in checkpoints.iterdir()) == saved
         run.kill()
         assert run.left_over() == [], "ranks or workers outlived the command"
     run = Run(changed)
@@ -111,15 +110,12 @@ def test_killed_three_times_at_different_moments(settings, reference):
 
 
 def test_sigterm_saves_and_ctrl_c_says_so(settings, reference):
-    """The first signal meets step 2 before its evaluation, which the next start makes up for."""
+    """The first signal meets step 2 before its evaluation, which the next start makes up for; the second step 3."""
     changed = merge(settings, run_dir=settings["run_dir"] + "-stopped", checkpoint__every_steps=100)
-    stops = (
-        (signal.SIGTERM, 75, lambda run: (run.run_dir / "rollouts" / "step_000002").is_dir()),
-        (signal.SIGINT, 130, lambda run: run.steps_done() >= 2),
-    )
+    stops = ((signal.SIGTERM, 75, "2 evaluate"), (signal.SIGINT, 130, "3 train"))
     for signum, status, moment in stops:
-        run = Run(changed)
-        run.wait_until(lambda run=run, moment=moment: moment(run))
+        run = Run(changed, halt=moment)
+        run.wait_until_halted()
         run.process.send_signal(signum)
         assert run.wait() == status, run.text
         assert run.left_over() == []
