@@ -36,7 +36,7 @@ class Page:
     """One tab. Everything it asks of the network and every error it reports is kept."""
 
     def __init__(self, executable: str, *, width: int = 1400, height: int = 1000) -> None:
-        self._profile = tempfile.TemporaryDirectory(prefix="chromium-")
+        self._profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
         flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe"
@@ -73,10 +73,15 @@ class Page:
         return answer["result"].get("value")
 
     def until(self, expression: str, timeout_s: float = 60) -> None:
-        """Waits until the expression is true."""
+        """Waits until the expression is true; one that fails (its element or the page is not there yet) is not."""
         deadline = time.monotonic() + timeout_s
-        while not self.js(expression):
-            assert time.monotonic() < deadline, f"never came true: {expression}; the page's errors: {self.errors}"
+        while True:
+            try:
+                if value := self.js(expression):
+                    return
+            except AssertionError as error:
+                value = error
+            assert time.monotonic() < deadline, f"never came true: {expression}: {value}; errors: {self.errors}"
             time.sleep(0.05)
 
     def choose(self, selector: str, text: str) -> None:

@@ -139,8 +139,10 @@ def test_answers_stand_side_by_side_with_maths(page, run_dir, rows):
     open_answers(page, run_dir)
     page.until("document.querySelectorAll('.answer .katex').length > 8")
     assert page.js("document.querySelectorAll('.answer').length") == 8
+    page.until("[...document.fonts].some((f) => f.status === 'loaded' && f.family === 'KaTeX_Main')")
     boxes = "[...document.querySelectorAll('.answer')].map((a) => a.getBoundingClientRect())"
-    left, top, right, bottom = (page.js(f"{boxes}.map((b) => b.{side})") for side in ("left", "top", "right", "bottom"))
+    sides = page.js(f"{boxes}.map((b) => [b.left, b.top, b.right, b.bottom])")
+    left, top, right, bottom = zip(*sides, strict=True)
     assert len({round(t) for t in top}) <= 4  # several beside each other
     for i in range(8):
         for k in range(i):
@@ -155,7 +157,6 @@ def test_answers_stand_side_by_side_with_maths(page, run_dir, rows):
     assert boxed == mine[0]["extracted"]
     badges = page.js("[...document.querySelectorAll('.answer .badge')].map((b) => b.textContent)")
     assert badges == [r["verdict"] for r in mine]
-    assert page.js("[...document.fonts].some((f) => f.status === 'loaded' && f.family === 'KaTeX_Main')")
 
 
 def test_tokens_show_the_ratio_of_trainer_and_engine(page, run_dir, rows):
