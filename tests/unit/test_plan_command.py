@@ -74,7 +74,7 @@ def settings_7b(tmp_path: Path) -> Path:
 
 def plan(config: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "megatron_nft", "plan", "--config", str(config), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 H100_4 = ("--nodes", "4", "--gpus-per-node", "8", "--gpu", "h100")

@@ -22,7 +22,8 @@ input()
 """
 
 
-def test_nothing_is_left_at_exit(tmp_path):
+def test_nothing_is_left_at_exit(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("s")  # short: the path of a socket holds 107 characters
     with subprocess.Popen(
         [sys.executable, "-c", MAKES],
         stdin=subprocess.PIPE,

@@ -76,7 +76,7 @@ def in_checkpoint(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]
 def test_help_answers_at_once_from_another_directory(name, tmp_path):
     command = [sys.executable, "-X", "importtime", str(TOOLS / name), "--help"]
     wide = os.environ | {"COLUMNS": "200"}
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=wide)
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=wide)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith(f"usage: {name} [-h]")
     assert all(option in shown.stdout for option in OPTIONS[name]), shown.stdout
@@ -161,6 +161,7 @@ def test_refusals_are_one_line_and_an_exit_code(call, model, tmp_path):
 
 def test_progress_is_a_bar_on_a_terminal(call, model, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich: write as to a terminal
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     code, _, err = call("convert_hf_to_megatron.py", model, "megatron")
     size = sum(t.nbytes for t in load_file(model / "model.safetensors").values()) / 1000
