@@ -62,7 +62,7 @@ def settings(ranks: Ranks) -> Config:
             "data": {"train": ["unused"]},
             "policy": World.policy,
             "rollout": {"engine": "sglang", "server": {"urls": World.urls}},
-            "sync": {"transport": "distributed", "bucket_bytes": 60_000, "timeout_s": 60},
+            "sync": {"transport": "distributed", "bucket_bytes": 60_000, "timeout_s": 300},
         }
     )
 
