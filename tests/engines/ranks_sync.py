@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 from launch import Ranks, run_checks
+from processes import wait_until
+from under_way import requests_under_way
 
 from megatron_nft.config import Config
 from megatron_nft.policy import parallel
@@ -31,6 +33,7 @@ from megatron_nft.weights.sync import WeightSync
 from megatron_nft.weights.transport import WeightSyncError
 
 CLIENTS = {"sglang": SGLangEngine, "vllm": VLLMEngine}
+REQUESTS, TOKENS = 16, {"sglang": 600, "vllm": 1900}  # vLLM is the faster one
 PROBE_IDS = np.arange(5, 25, dtype=np.int32)
 
 
@@ -102,6 +105,9 @@ class Session:
     def push(self, model: int):
         """Load model 0 or 1 into the policy and sync it under the next version."""
         load_hf(World.chunks, World.models[model], World.spec, World.layout)
+        return self.push_loaded(model)
+
+    def push_loaded(self, model: int):
         World.version += 1
         return self.sync.sync(World.chunks, World.version, probe=World.probes[model])
 
@@ -207,32 +213,33 @@ def check_the_probe_stops_the_run(ranks: Ranks) -> None:
 
 def check_requests_in_flight(ranks: Ranks) -> None:
     """finish: all under the old version. abort: what was under way is asked again, under the new. continue: it goes
-    on, begun under the old and ended under the new, with the spans kept. Some answers end before the sync."""
+    on, begun under the old and ended under the new, with the spans kept."""
     sync_under_way(ranks, {"finish": 1, "abort": 0, "continue": 1})
 
 
 def sync_under_way(ranks: Ranks, models: dict[str, int]) -> None:
     """`models`: sync.in_flight -> the model that is pushed while answers are being made."""
     for in_flight, model in models.items():
-        with Session(ranks, in_flight=in_flight) as session:
+        with Session(ranks, in_flight=in_flight) as session, ThreadPoolExecutor(1) as thread:
             before, answers = World.version, []
+            load_hf(World.chunks, World.models[model], World.spec, World.layout)
             if ranks.rank == 0:
-                asked = threading.Thread(target=lambda s=session, a=answers: a.extend(ask(s)))
-                asked.start()
-                time.sleep(1.0)
+                asking = thread.submit(ask, session, answers)
+                # A request that meets the pause on its way would be a new one, and be made under the new weights.
+                wait_until(partial(all_there, answers), 100, "all requests at the servers")
             dist.barrier()
-            session.push(model)
+            session.push_loaded(model)
             if ranks.rank:
                 continue
-            asked.join(120)
-            assert len(answers) == 16
+            asking.result(200)
+            assert len(answers) == REQUESTS
             across = [c for c in answers if c.weight_version == before + 1]
             assert all(
                 c.weight_version == before and not c.weight_version_spans
                 for c in answers
                 if c.weight_version != before + 1
             )
-            assert bool(across) == (in_flight != "finish")
+            assert bool(across) == (in_flight != "finish"), f"{in_flight}: {len(across)} answers under the new version"
             for c in across:
                 versions = [version for version, *_ in c.weight_version_spans]
                 assert versions == ([before, before + 1] if in_flight == "continue" else [])
@@ -241,10 +248,15 @@ def sync_under_way(ranks: Ranks, models: dict[str, int]) -> None:
                     assert first == 0 < end == start < last == len(c.token_ids)
 
 
-def ask(session: Session) -> list:
-    """Sixteen answers of up to 600 tokens, which take seconds."""
-    requests = [Request(np.arange(30, 40 + i, dtype=np.int32), 1, (0, i)) for i in range(16)]
-    return [c for _, _, c in session.engine.generate(requests, SamplingParams(max_tokens=600))]
+def all_there(answers: list) -> bool:
+    return len(answers) + requests_under_way(World.kind, World.urls) >= REQUESTS
+
+
+def ask(session: Session, answers: list) -> None:
+    """REQUESTS greedy answers, which a random model does not end and which take seconds, into `answers`."""
+    requests = [Request(np.arange(30, 40 + i, dtype=np.int32), 1, (0, i)) for i in range(REQUESTS)]
+    for _, _, completion in session.engine.generate(requests, SamplingParams(TOKENS[World.kind], temperature=0)):
+        answers.append(completion)
 
 
 if __name__ == "__main__":

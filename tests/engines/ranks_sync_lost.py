@@ -46,6 +46,11 @@ def sync_with_loss(ranks: Ranks, transport: str, lost: int, left: list[int]) -> 
     World.keepers = [World.keepers[i] for i in left]
 
 
+def check_one_of_four_lost_over_files(ranks: Ranks) -> None:
+    """It dies after files were written and before it reads them."""
+    sync_with_loss(ranks, "disk", lost=3, left=[0, 1, 2])
+
+
 def check_one_of_three_lost_over_shared_memory(ranks: Ranks) -> None:
     sync_with_loss(ranks, "tensor", lost=2, left=[0, 1])
 

@@ -16,7 +16,7 @@ from megatron_nft import cli
 from megatron_nft.evaluate.records import read_answers
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm" / ".installed"
-QUESTIONS = 12
+QUESTIONS = 16
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,8 +36,7 @@ def arguments(tmp_path):
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["eval", "--model", model, "--benchmarks", questions, "--out", tmp_path / "out", "--engine", "vllm"]
     given += ["--samples", "2", "--max-response-tokens", "250", "--grader", "math_verify"]
-    given += ["rollout.server.max_running_requests=2", "rollout.server.start_timeout_s=500"]
-    given += ["rollout.server.max_restarts=0"]
+    given += ["rollout.server.max_in_flight=1", "rollout.server.start_timeout_s=500", "rollout.server.max_restarts=0"]
     return [str(a) for a in given]
 
 
@@ -60,9 +59,11 @@ def test_a_server_that_dies_half_way(arguments, tmp_path, capsys):
             while not file.exists() or file.read_bytes().count(b"\n") < 2:
                 assert process.poll() is None, process.stderr.read()
                 time.sleep(0.01)
+            process.send_signal(signal.SIGSTOP)  # no further question until the server is gone
             started = below(process.pid)
             (server,) = servers(process.pid)
             os.kill(server, signal.SIGKILL)
+            process.send_signal(signal.SIGCONT)
             error = process.communicate(timeout=300)[1]
         finally:
             process.kill()
@@ -80,6 +81,6 @@ def test_a_server_that_dies_half_way(arguments, tmp_path, capsys):
     assert results["protocol"]["engine"]["name"] == "vllm"
     assert results["protocol"]["engine"]["version"].startswith("vllm 0.")
     assert results["benchmarks"]["sums"]["questions"] == QUESTIONS
-    assert "| sums (avg@2) | 12 | 2 |" in (out / "results.md").read_text()
+    assert f"| sums (avg@2) | {QUESTIONS} | 2 |" in (out / "results.md").read_text()
     assert not servers(os.getpid())
     assert "written:" in capsys.readouterr().out

@@ -1,13 +1,14 @@
 """The SGLang client against a real server: log-probs, samples, versions, aborts, refusals."""
 
-import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
 import pytest
 import torch
+from processes import wait_until
 from transformers import AutoModelForCausalLM
+from under_way import requests_under_way
 
 from megatron_nft.rollout.engine import EngineError, Request, SamplingParams, WeightVersionError
 
@@ -112,16 +113,13 @@ def test_aborted_requests_are_asked_again(sglang_engine, monkeypatch):
             aborted.append(sample["meta_info"]["completion_tokens"])
         return parse(sample)
 
-    def abort():
-        time.sleep(0.5)
-        post(sglang_engine, "/abort_request", abort_all=True)
-
     monkeypatch.setattr(sglang_engine, "_completion", watched)
-    thread = threading.Thread(target=abort)
-    thread.start()
     requests = [Request(prompt(5), 2, (0, i)) for i in range(4)]
-    answers = [c for *_, c in sglang_engine.generate(requests, SamplingParams(800, temperature=0))]
-    thread.join(60)
+    with ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(lambda: list(sglang_engine.generate(requests, SamplingParams(800, temperature=0))))
+        wait_until(lambda: requests_under_way("sglang", sglang_engine.urls), 60, "a request at the server")
+        post(sglang_engine, "/abort_request", abort_all=True)
+        answers = [c for *_, c in asking.result(300)]
     assert aborted
     assert len(answers) == 8
     assert len({tuple(c.token_ids) for c in answers}) == 1  # greedy: a cut one would differ

@@ -15,15 +15,15 @@ def other_model(sglang_model):
 
 
 @pytest.fixture(scope="module")
-def two_servers(sglang_model, sglang_rollout, tmp_path_factory):
-    """Beside the session's server, which outlives this module, two that the tests may kill."""
-    server = sglang_rollout.server.model_copy(update={"num_servers": 2, "max_restarts": 0})
+def mortal_servers(sglang_model, sglang_rollout, tmp_path_factory):
+    """Beside the session's server, which outlives this module, three that the tests may kill."""
+    server = sglang_rollout.server.model_copy(update={"num_servers": 3, "max_restarts": 0})
     group = start_servers(
         sglang_model,
         sglang_rollout.model_copy(update={"server": server}),
         precision="fp32",
         device="cpu",
-        log_dir=tmp_path_factory.mktemp("two-logs"),
+        log_dir=tmp_path_factory.mktemp("mortal-logs"),
         weight_version=0,
     )
     yield group
@@ -31,19 +31,19 @@ def two_servers(sglang_model, sglang_rollout, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def servers(sglang_server, two_servers):
-    return [*sglang_server.servers, *two_servers.servers]
+def servers(sglang_server, mortal_servers):
+    return [*sglang_server.servers, *mortal_servers.servers]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(servers, sglang_model, other_model):
-    """PP 2: two stage leaders send to three servers."""
+    """PP 2: two stage leaders send to four servers."""
     urls = ",".join(server.url for server in servers)
     return run("ranks_sync.py", 2, "sglang", urls, sglang_model, other_model, 1, 2)
 
 
 @pytest.mark.parametrize("check", names_of("ranks_sync.py"))
-def test_two_leaders_and_three_servers(two_ranks, check):
+def test_two_leaders_and_four_servers(two_ranks, check):
     report(two_ranks, check)
 
 

@@ -49,7 +49,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0,batch_sched_delay=0
 SlurmdParameters=config_overrides
 SlurmctldParameters=node_reg_mem_percent=1
-ReturnToService=2
+ReturnToService=1
 SlurmdTimeout=10
 SlurmctldTimeout=5
 KillWait=5

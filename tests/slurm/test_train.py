@@ -84,9 +84,10 @@ def test_interrupted_killed_and_moved_it_ends_in_the_same_weights(cluster, task,
         cluster.wait_start(job, 3)
         state = cluster.wait(job)["JobState"]
     finally:
-        cluster.run("scontrol", "update", f"NodeName={lost}", "State=RESUME", check=False)  # it may be back already
+        cluster.run("scontrol", "update", f"NodeName={lost}", "State=RESUME")
     assert state == "COMPLETED", launch.output(job)
-    assert cluster.job(job)["Restarts"] == "3"
+    assert int(cluster.job(job)["Restarts"]) >= 3  # Slurm itself may take two tries for a start
+    assert lost not in re.findall(r"start \d+: trainer on (\S+), rendezvous", launch.output(job))[-1].split(",")
     assert steps(run) == [0, 1, 2, 3, 4, 5, 6]
     whole, moved = weights(uninterrupted), weights(run)
     assert whole.keys() == moved.keys()
