@@ -154,8 +154,13 @@ nft_finish() { # $1 status of the train step
 nft_again() {
     if [ "$NFT_REQUEUE" = 1 ]; then
         say "$1; the job goes back into the queue"
-        local try
+        local try now
         for try in 1 2 3 4 5; do # a busy controller refuses at times
+            now=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -om1 'Restarts=[0-9]*')
+            if [ -n "$now" ] && [ "$now" != "Restarts=$restart" ]; then # for a lost node; ours would end the new start
+                say "Slurm has put it there already"
+                exit 0
+            fi
             scontrol requeue "$SLURM_JOB_ID" && exit 0
             sleep $((try * 2))
         done
