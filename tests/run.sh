@@ -21,7 +21,7 @@ trap 'kill -- "-$installing" 2>/dev/null || true; rm -f "$log"' EXIT
 # more, by itself. A test that fails twice fails; one that failed once is in the output.
 run_tests() {
     local status=0
-    .venv/bin/python -m pytest "$@" || status=$?
+    .venv/bin/python -m pytest --durations=20 "$@" || status=$?
     ((status == 1)) || return "$status"
     echo "tests/run.sh: the tests that failed are tried once more"
     .venv/bin/python -m pytest --last-failed "$@"

@@ -157,7 +157,7 @@ class Cluster:
         log.close()
         self._daemons.append(process)
 
-    def wait_idle(self, count: int, timeout_s: float = 30) -> None:
+    def wait_idle(self, count: int, timeout_s: float = PATIENCE_S) -> None:
         """Until `count` nodes are idle."""
         deadline = time.monotonic() + timeout_s
         while True:
