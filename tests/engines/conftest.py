@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from environments import install
-from processes import below
+from processes import below, wait_until
 from tiny import make_model
 
 from megatron_nft.config import RolloutConfig
@@ -53,8 +53,9 @@ def sglang_server(sglang_model, sglang_rollout, tmp_path_factory):
 def sglang_engine(sglang_server, sglang_model, sglang_rollout):
     """A client of the session's server, which has the weights of `sglang_model` as version 0."""
     body = {"model_path": str(sglang_model), "weight_version": "0", "flush_cache": True}
-    answer = httpx.post(f"{sglang_server.urls[0]}/update_weights_from_disk", json=body, timeout=60, trust_env=False)
-    assert answer.status_code == 200, answer.text
+    url = f"{sglang_server.urls[0]}/update_weights_from_disk"
+    # It refuses as long as requests run that the test before has left to their fate.
+    wait_until(lambda: httpx.post(url, json=body, timeout=60, trust_env=False).status_code == 200, what="the weights")
     engine = SGLangEngine(sglang_server.urls, sglang_rollout.server, weight_version=0)
     yield engine
     engine.close()
