@@ -10,9 +10,9 @@ import re
 from typing import Any
 
 from megatron_nft.types import Verdict
+from megatron_nft.verify.algebra.normalize import squash, tidy
 from megatron_nft.verify.extract import last_box
 from megatron_nft.verify.outcome import Outcome
-from megatron_nft.verify.tidy import squash, tidy
 
 _answer_line = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 

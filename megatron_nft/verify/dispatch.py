@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_nft.types import Verdict
+from megatron_nft.verify.forkserver import HEADER, Nursery
 from megatron_nft.verify.inbox import Inbox, Row, VerifierError
-from megatron_nft.verify.nursery import HEADER, Nursery
 from megatron_nft.verify.outcome import Outcome, combine
 from megatron_nft.verify.stopwatch import Stopwatch
 

@@ -25,10 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_nft.types import Verdict
 from megatron_nft.verify.grade_report import Tally, disagree, print_report
 from megatron_nft.verify.grade_rows import RowsError, as_text, read_rows, response_column, write_rows
+from megatron_nft.verify.graders import GRADERS, GraderError, split_names
 from megatron_nft.verify.inbox import VerifierError
 from megatron_nft.verify.outcome import Graded
 from megatron_nft.verify.pool import VerifierPool
-from megatron_nft.verify.registry import GRADERS, GraderError, split_names
 
 IN_FLIGHT_ROWS = 1024
 FLUSH_EVERY_S = 0.5

@@ -16,15 +16,15 @@ from typing import Any
 from math_verify import LatexExtractionConfig, parse, verify
 
 from megatron_nft.types import Verdict
-from megatron_nft.verify.answer import read
-from megatron_nft.verify.compare import same
-from megatron_nft.verify.evaluate import OutOfRange, Undecided
+from megatron_nft.verify.algebra.answer import read
+from megatron_nft.verify.algebra.equality import same
+from megatron_nft.verify.algebra.normalize import squash, tidy
+from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, Tree
+from megatron_nft.verify.algebra.units import is_unit, scale_of
+from megatron_nft.verify.algebra.values import OutOfRange, Undecided
+from megatron_nft.verify.algebra.wording import is_words, same_wording, word_tree
 from megatron_nft.verify.extract import find_answer, last_boxes
 from megatron_nft.verify.outcome import Outcome
-from megatron_nft.verify.tidy import squash, tidy
-from megatron_nft.verify.tree import NotUnderstood, TooMuch, Tree
-from megatron_nft.verify.units import is_unit, scale_of
-from megatron_nft.verify.wording import is_words, same_wording, word_tree
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # its own timeouts are off: the worker is killed instead
 

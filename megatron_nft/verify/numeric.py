@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_nft.types import Verdict
-from megatron_nft.verify.answer import read
-from megatron_nft.verify.evaluate import Undecided, values_at_points
+from megatron_nft.verify.algebra.answer import read
+from megatron_nft.verify.algebra.normalize import tidy
+from megatron_nft.verify.algebra.tree import NotUnderstood, Tree
+from megatron_nft.verify.algebra.values import Undecided, values_at_points
 from megatron_nft.verify.extract import find_answer
 from megatron_nft.verify.maths import gold_text
 from megatron_nft.verify.outcome import Outcome
-from megatron_nft.verify.tidy import tidy
-from megatron_nft.verify.tree import NotUnderstood, Tree
 
 DEFAULT_TOLERANCE = 1e-3
 

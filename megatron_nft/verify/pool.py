@@ -16,9 +16,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from megatron_nft.verify.dispatch import START_TIMEOUT_S, Dispatcher
+from megatron_nft.verify.graders import split_names
 from megatron_nft.verify.inbox import Inbox, Row, VerifierError
 from megatron_nft.verify.outcome import Graded
-from megatron_nft.verify.registry import split_names
 
 if TYPE_CHECKING:
     from megatron_nft.config import VerifyConfig

@@ -30,9 +30,9 @@ import time
 from typing import Any
 
 from megatron_nft.types import Verdict
-from megatron_nft.verify.nursery import HEADER
+from megatron_nft.verify.forkserver import HEADER
+from megatron_nft.verify.graders import Grader, GraderError, call, load, split_names
 from megatron_nft.verify.outcome import Outcome, shorten
-from megatron_nft.verify.registry import Grader, GraderError, call, load, split_names
 
 GROWTH_CHECK_ROWS = 64  # rows between two looks at the worker's size
 

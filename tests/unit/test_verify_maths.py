@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from megatron_nft.types import Verdict
-from megatron_nft.verify import Outcome, grade_one, maths, registry
-from megatron_nft.verify.answer import read
-from megatron_nft.verify.compare import same
-from megatron_nft.verify.evaluate import OutOfRange, Undecided, exact, same_value
+from megatron_nft.verify import Outcome, grade_one, graders, maths
+from megatron_nft.verify.algebra.answer import read
+from megatron_nft.verify.algebra.equality import same
+from megatron_nft.verify.algebra.normalize import squash, tidy
+from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, read_number
+from megatron_nft.verify.algebra.units import canonical
+from megatron_nft.verify.algebra.values import OutOfRange, Undecided, exact, same_value
 from megatron_nft.verify.extract import find_answer, last_box, last_boxes
 from megatron_nft.verify.outcome import combine, shorten
-from megatron_nft.verify.tidy import squash, tidy
-from megatron_nft.verify.tree import NotUnderstood, TooMuch, read_number
-from megatron_nft.verify.units import canonical
 
 CORPUS = Path(__file__).parents[1] / "golden" / "grading_corpus.jsonl"
 ANSWERS = sorted({json.loads(line)["answer"] for line in CORPUS.read_text(encoding="utf-8").splitlines()})
@@ -80,7 +80,7 @@ def test_no_input_makes_the_grader_fail(monkeypatch):
     monkeypatch.setattr(maths, "_symbolically", lambda *_: Outcome(Verdict.UNPARSEABLE, reason="not understood"))
     for answer, changed in mutations(5_000, seed=2):
         for response in (f"\\boxed{{{changed}}}", f"Answer: {changed}", changed, f"so $x$ is ${changed}$."):
-            outcome = registry.call(maths.grade, response, answer, "", None)
+            outcome = graders.call(maths.grade, response, answer, "", None)
             assert "failed" not in outcome.reason, (answer, response, outcome)
 
 

@@ -19,11 +19,11 @@ from verify_rewrites import (
 )
 
 from megatron_nft.verify import maths
-from megatron_nft.verify.answer import read
-from megatron_nft.verify.evaluate import mp, symbols, value
+from megatron_nft.verify.algebra.answer import read
+from megatron_nft.verify.algebra.normalize import tidy
+from megatron_nft.verify.algebra.tree import NotUnderstood
+from megatron_nft.verify.algebra.values import mp, symbols, value
 from megatron_nft.verify.maths import grade
-from megatron_nft.verify.tidy import tidy
-from megatron_nft.verify.tree import NotUnderstood
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from megatron_nft.verify.vocabulary import CHARACTERS, COMMANDS, DROPPED, TEXTS
+from megatron_nft.verify.algebra.vocabulary import CHARACTERS, COMMANDS, DROPPED, TEXTS
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from megatron_nft.verify.tree import NotUnderstood, TooMuch, Tree, negate, read_number, times
-from megatron_nft.verify.vocabulary import ACCENTS, FUNCTIONS, TAKEN
-from megatron_nft.verify.wording import NUMBER_WORDS
+from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, Tree, negate, read_number, times
+from megatron_nft.verify.algebra.vocabulary import ACCENTS, FUNCTIONS, TAKEN
+from megatron_nft.verify.algebra.wording import NUMBER_WORDS
 
 MAX_DEPTH = 100
 _OPEN = {"(": ")", "[": "]", "{": "}"}

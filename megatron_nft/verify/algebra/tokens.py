@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_nft.verify.vocabulary import NAMES
+from megatron_nft.verify.algebra.vocabulary import NAMES
 
 _TOKEN = re.compile(
     r"""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from megatron_nft.verify.tree import Tree
-from megatron_nft.verify.vocabulary import words
+from megatron_nft.verify.algebra.tree import Tree
+from megatron_nft.verify.algebra.vocabulary import words
 
 _NUMBERS = words(
     """

@@ -13,8 +13,8 @@ from typing import Any
 
 from mpmath.ctx_mp import MPContext
 
-from megatron_nft.verify.tree import Tree
-from megatron_nft.verify.vocabulary import words
+from megatron_nft.verify.algebra.tree import Tree
+from megatron_nft.verify.algebra.vocabulary import words
 
 mp = MPContext()  # our own: sympy works with the global one
 mp.dps = 40

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from megatron_nft.verify.evaluate import exact, same_value, symbols, values_at_points
-from megatron_nft.verify.tree import Tree
-from megatron_nft.verify.units import canonical
+from megatron_nft.verify.algebra.tree import Tree
+from megatron_nft.verify.algebra.units import canonical
+from megatron_nft.verify.algebra.values import exact, same_value, symbols, values_at_points
 
 _LETTER_UNITS = frozenset("mgshJNWVKL")
 _PI: Tree = ("s", "\\pi")

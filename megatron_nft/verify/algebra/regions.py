@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from megatron_nft.verify.evaluate import Undecided, mp, symbols, values_at_points
-from megatron_nft.verify.tree import Tree
+from megatron_nft.verify.algebra.tree import Tree
+from megatron_nft.verify.algebra.values import Undecided, mp, symbols, values_at_points
 
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 ORDERS = frozenset(("<", ">", "<=", ">="))

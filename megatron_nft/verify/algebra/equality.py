@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from megatron_nft.verify.evaluate import OutOfRange, Undecided, close, symbols, values_at_points
-from megatron_nft.verify.quantity import same_quantity
-from megatron_nft.verify.regions import FLIPPED, ORDERS, joined, region, variable
-from megatron_nft.verify.tree import Tree
+from megatron_nft.verify.algebra.quantity import same_quantity
+from megatron_nft.verify.algebra.regions import FLIPPED, ORDERS, joined, region, variable
+from megatron_nft.verify.algebra.tree import Tree
+from megatron_nft.verify.algebra.values import OutOfRange, Undecided, close, symbols, values_at_points
 
 _MAX_ITEMS = 200
 _MAX_SIGNS = 6

@@ -9,7 +9,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from megatron_nft.verify.vocabulary import NAMES, words
+from megatron_nft.verify.algebra.vocabulary import NAMES, words
 
 _SYNONYMS = {
     "m": "meter metre", "cm": "centimeter centimetre", "mm": "millimeter millimetre", "km": "kilometer kilometre",

@@ -6,13 +6,13 @@ import contextlib
 import itertools
 import re
 
-from megatron_nft.verify.layout import plain_layout
-from megatron_nft.verify.parse import Parser
-from megatron_nft.verify.tidy import squash
-from megatron_nft.verify.tokens import tokenize
-from megatron_nft.verify.tree import NotUnderstood, TooMuch, Tree
-from megatron_nft.verify.units import SHORT_WORDS, UNIT_WORDS, canonical, is_unit, scale_of
-from megatron_nft.verify.wording import is_fluff, is_words, word_tree
+from megatron_nft.verify.algebra.normalize import squash
+from megatron_nft.verify.algebra.parse import Parser
+from megatron_nft.verify.algebra.presentation import plain_layout
+from megatron_nft.verify.algebra.tokens import tokenize
+from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, Tree
+from megatron_nft.verify.algebra.units import SHORT_WORDS, UNIT_WORDS, canonical, is_unit, scale_of
+from megatron_nft.verify.algebra.wording import is_fluff, is_words, word_tree
 
 MAX_CHARS = 10_000
 _OPENING = frozenset(("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil", r"\beginmatrix"))
