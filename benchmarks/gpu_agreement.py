@@ -20,7 +20,7 @@ from megatron_nft.data.packing import pack, plan_micro_batches, unpack
 from megatron_nft.data.synthetic import MAX_RESPONSE_TOKENS, make_tokenizer, problems
 from megatron_nft.policy import parallel
 from megatron_nft.policy.capability import read_machine
-from megatron_nft.rollout.engine import Request, SamplingParams
+from megatron_nft.engines.engine import Request, SamplingParams
 from megatron_nft.types import TrainingSample
 from megatron_nft.weights.sync import WeightSync
 

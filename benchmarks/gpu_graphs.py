@@ -19,7 +19,7 @@ from gpu_task import SHAPE, start_model
 
 from megatron_nft.policy import parallel
 from megatron_nft.policy.family import read_family
-from megatron_nft.rollout.engine import Request, SamplingParams
+from megatron_nft.engines.engine import Request, SamplingParams
 
 TOKENS, LAYERS = 16384, 8
 RESPONSE = 256

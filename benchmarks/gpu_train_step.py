@@ -15,7 +15,7 @@ import torch
 from gpu_common import Results, bf16_tflop_s, ceilings, free_memory, median_ms, spec_7b, training_flops, verdict
 from gpu_policies import likelihood_loss, make_config, make_samples, packed, random_policy
 
-from megatron_nft.device_memory import memory_problems
+from megatron_nft.train.memory import memory_problems
 from megatron_nft.policy import parallel
 from megatron_nft.policy.capability import allowed_recipes, read_machine
 

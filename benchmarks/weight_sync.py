@@ -114,7 +114,7 @@ def measure(config, spec, layout, chunks, version: int):
     """(receipts, seconds) of SYNCS syncs."""
     import torch.distributed as dist
 
-    from megatron_nft.rollout.create import create_engine
+    from megatron_nft.engines.open import create_engine
     from megatron_nft.weights.sync import WeightSync
 
     engine = create_engine(config, layout)
@@ -154,8 +154,8 @@ def measure_all(args: argparse.Namespace, scratch: Path) -> tuple[list[dict], in
     import torch
 
     from megatron_nft.config import RolloutConfig
-    from megatron_nft.ranks import start_local
-    from megatron_nft.rollout.create import start_servers
+    from megatron_nft.train.launch import start_local
+    from megatron_nft.engines.open import start_servers
 
     on_gpu = torch.cuda.is_available()
     precision = "bf16" if on_gpu else "fp32"

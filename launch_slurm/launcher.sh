@@ -98,7 +98,7 @@ nft_engine_command() { # $1 node list, $2 log file, $3 registry
     engine_step=(srun ${engine_group[@]+"${engine_group[@]}"} --nodes="$NFT_ENGINE_NODES"
         --ntasks="$NFT_ENGINE_NODES" --ntasks-per-node=1 --nodelist="$1" --overlap --mpi=none --job-name=engines
         --output="$2" --open-mode=append ${container[@]+"${container[@]}"} ${prefix[@]+"${prefix[@]}"}
-        bash "$launch_dir/step.sh" -m megatron_nft.rollout.serve --registry "$3" "${settings[@]}" \
+        bash "$launch_dir/step.sh" -m megatron_nft.engines.serve --registry "$3" "${settings[@]}" \
         rollout.server.memory_saver=false)
 }
 

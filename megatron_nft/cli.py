@@ -17,7 +17,7 @@ from megatron_nft import __version__
 
 # name -> (module with add_arguments(parser) and run(args) -> int, one-line help)
 COMMANDS = {
-    "train": ("megatron_nft.train_command", "train a model with NFT or one of the baselines"),
+    "train": ("megatron_nft.train.command", "train a model with NFT or one of the baselines"),
     "eval": ("megatron_nft.evaluate.command", "evaluate a model on maths benchmarks"),
     "compare": ("megatron_nft.evaluate.compare_command", "is B better than A? two evaluations, paired"),
     "grade": ("megatron_nft.verify.grade_file", "grade responses in a JSONL or parquet file"),

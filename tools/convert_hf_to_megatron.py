@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_nft.weights.tool import DTYPES, Reports, add_layout, dtype_of, parser, run
+from megatron_nft.weights.offline.command import DTYPES, Reports, add_layout, dtype_of, parser, run
 
 
 def main() -> int:
@@ -24,8 +24,8 @@ def main() -> int:
     args = arguments.parse_args()
 
     def work(reports: Reports):
-        from megatron_nft.weights.convert import hf_to_megatron
-        from megatron_nft.weights.megatron_writer import Grid
+        from megatron_nft.weights.offline.convert import hf_to_megatron
+        from megatron_nft.weights.offline.megatron_writer import Grid
 
         return hf_to_megatron(args.hf_dir, args.out, Grid(args.tp, args.pp, args.vpp), dtype_of(args.dtype), reports)
 

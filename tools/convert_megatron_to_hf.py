@@ -14,7 +14,7 @@ import math
 import sys
 from pathlib import Path
 
-from megatron_nft.weights.tool import DTYPES, Reports, dtype_of, parser, run
+from megatron_nft.weights.offline.command import DTYPES, Reports, dtype_of, parser, run
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
         arguments.error(f"--max-file-gb {args.max_file_gb}: must be a number above 0")
 
     def work(reports: Reports):
-        from megatron_nft.weights.convert import megatron_to_hf
+        from megatron_nft.weights.offline.convert import megatron_to_hf
 
         return megatron_to_hf(args.ckpt, args.out, args.hf, dtype_of(args.dtype), int(args.max_file_gb * 1e9), reports)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_nft.weights.tool import kind_of, parser, reports_on, results
+from megatron_nft.weights.offline.command import kind_of, parser, reports_on, results
 
 
 def main() -> int:
@@ -88,9 +88,9 @@ def summary(kinds: dict[tuple[str, str], Kind]) -> Table:
 
 def rows(a: Path, b: Path, weights_only: bool, total: Callable[[int], None]):
     """Every row; `total` is told how many bytes there are, of each tensor those of the side where it is larger."""
-    from megatron_nft.weights.diff import compare, compare_optimizers, larger_bytes, open_weights, optimizer_keys
+    from megatron_nft.weights.offline.diff import compare, compare_optimizers, larger_bytes, open_weights, optimizer_keys
     from megatron_nft.weights.hf_folder import HFFolder
-    from megatron_nft.weights.megatron_reader import MegatronCheckpoint
+    from megatron_nft.weights.offline.megatron_reader import MegatronCheckpoint
 
     sides = [open_weights(path) for path in (a, b)]
     total_bytes, states = larger_bytes(*sides), []

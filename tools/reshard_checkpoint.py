@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_nft.weights.tool import Reports, add_layout, parser, run
+from megatron_nft.weights.offline.command import Reports, add_layout, parser, run
 
 
 def main() -> int:
@@ -24,8 +24,8 @@ def main() -> int:
     args = arguments.parse_args()
 
     def work(reports: Reports):
-        from megatron_nft.weights.megatron_writer import Grid
-        from megatron_nft.weights.reshard import reshard
+        from megatron_nft.weights.offline.megatron_writer import Grid
+        from megatron_nft.weights.offline.reshard import reshard
 
         return reshard(args.ckpt, args.out, Grid(args.tp, args.pp, args.vpp), reports)
 

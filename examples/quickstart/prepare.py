@@ -22,8 +22,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_nft.data.synthetic import Problem, problems, sft_batches, write_model, write_task
-from megatron_nft.rollout.embedded import EmbeddedEngine
-from megatron_nft.rollout.engine import Request, SamplingParams
+from megatron_nft.engines.embedded.engine import EmbeddedEngine
+from megatron_nft.engines.engine import Request, SamplingParams
 
 NUM_TRAIN, NUM_HELD_OUT, NUM_CHECK = 20_000, 500, 300
 BATCH_SIZE, LR, LR_RAMP_STEPS = 64, 3e-3, 50

@@ -28,7 +28,7 @@ class ServerConfig(Section):
     urls: list[str] = Field([])
     """Servers that are already up; empty starts `num_servers` of them."""
     registry: Path | None = None
-    """Folder in which engine nodes announce their servers (rollout/registry.py); used in place of `urls`."""
+    """Folder in which engine nodes announce their servers (engines/discovery.py); used in place of `urls`."""
     registry_nodes: PositiveInt = 1
     """Engine nodes that are waited for in `registry`."""
     num_servers: PositiveInt = 1

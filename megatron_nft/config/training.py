@@ -11,7 +11,7 @@ from megatron_nft.config.section import NonNegativeInt, PositiveFloat, PositiveI
 
 
 class AlgorithmConfig(Section):
-    """The loss. docs: NFT.md's equation is in `megatron_nft.losses.nft`."""
+    """The loss. docs: NFT.md's equation is in `megatron_nft.algorithms.nft`."""
 
     name: Literal["nft", "rft", "grpo", "dr_grpo", "dapo"] = "nft"
     negative_weight: Annotated[float, Field(ge=0)] = 1.0

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_nft.config import AlgorithmConfig
-from megatron_nft.losses.policy_gradient import advantages
+from megatron_nft.algorithms.policy_gradient import advantages
 from megatron_nft.types import Rollout, RolloutGroup, TrainingSample
 
 GroupClass = Literal["kept", "all_correct", "all_wrong", "too_few"]

@@ -225,7 +225,7 @@ def _protocol(
 ) -> dict[str, Any]:
     from megatron_nft.evaluate.protocol import build_protocol, describe_benchmark, digest
     from megatron_nft.evaluate.versions import installed_engine_version, package_versions, served_engine_version
-    from megatron_nft.rollout.create import find_python
+    from megatron_nft.engines.open import find_python
 
     server = config.rollout.server
     if server.urls and args.engine != "embedded":
@@ -261,7 +261,7 @@ def _protocol(
 def _open_parts(args: argparse.Namespace, config: Config) -> Iterator[Parts]:
     """Engine and verifier, both ended whatever happens."""
     from megatron_nft.evaluate.run import Parts
-    from megatron_nft.rollout.create import open_engine
+    from megatron_nft.engines.open import open_engine
     from megatron_nft.verify import VerifierPool
 
     with VerifierPool(config.verify) as verifier:

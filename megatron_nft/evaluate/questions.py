@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_nft.evaluate.statistics import bootstrap_interval, pass_at_k
-from megatron_nft.rollout.engine import Completion, Engine, EngineError, Request, SamplingParams
+from megatron_nft.engines.engine import Completion, Engine, EngineError, Request, SamplingParams
 from megatron_nft.types import Prompt, Verdict
 
 if TYPE_CHECKING:

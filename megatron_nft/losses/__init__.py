@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_nft.config import AlgorithmConfig
-from megatron_nft.losses.diagnostics import diagnostics
-from megatron_nft.losses.nft import nft_loss, nft_sequence_loss, rft_loss
-from megatron_nft.losses.policy_gradient import advantages, policy_gradient_loss
+from megatron_nft.algorithms.diagnostics import diagnostics
+from megatron_nft.algorithms.nft import nft_loss, nft_sequence_loss, rft_loss
+from megatron_nft.algorithms.policy_gradient import advantages, policy_gradient_loss
 from megatron_nft.types import PackedBatch
 
 __all__ = [

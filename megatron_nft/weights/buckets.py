@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_nft.policy.parallel import ParallelLayout
-from megatron_nft.weights.holders import Held, held_parameters
+from megatron_nft.weights.placement import Held, held_parameters
 from megatron_nft.weights.names import Geometry, Kind, Place
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_nft.weights.buckets import Bucket, TensorMeta
-from megatron_nft.weights.file_array import names_file
+from megatron_nft.weights.offline.file_array import names_file
 from megatron_nft.weights.hf_folder import DTYPES, INDEX_NAME
 
 CARRIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")

@@ -8,7 +8,7 @@ import torch
 
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.hf_folder import HFFolder, name_list
-from megatron_nft.weights.holders import Held, held_parameters, split_of
+from megatron_nft.weights.placement import Held, held_parameters, split_of
 from megatron_nft.weights.names import Geometry, Kind, hf_shapes
 from megatron_nft.weights.splits import merge, region
 

@@ -32,7 +32,7 @@ from megatron_nft.weights.together import describe, gather_objects, raise_any
 from megatron_nft.weights.transport import Ledger, Reference, Transport, WeightSyncError
 
 if TYPE_CHECKING:
-    from megatron_nft.rollout.http import HttpEngine
+    from megatron_nft.engines.client import HttpEngine
 
 Probe = tuple[np.ndarray, np.ndarray]
 """(token ids int32 [L], the trainer's log-probs of token_ids[1:] float32 [L - 1])"""
@@ -88,7 +88,7 @@ class WeightSync:
         """The transport that `sync.transport` and the engine ask for."""
         ledger = Ledger(hf_shapes(spec))
         if config.rollout.engine == "embedded":
-            from megatron_nft.weights.in_process import InProcess
+            from megatron_nft.engines.embedded.weights import InProcess
 
             return cls(config, spec, layout, InProcess(engine, ledger, layout.device), ledger)
         _check_quantized(config, spec)
@@ -307,13 +307,13 @@ def _server_transport(config: Config, engine: HttpEngine) -> type[Transport]:
         local = {"127.0.0.1", "localhost", "::1", os.uname().nodename}
         kind = "tensor" if all(urlsplit(url).hostname in local for url in engine.all_urls) else "distributed"
     if kind == "tensor":
-        from megatron_nft.weights.tensor_transport import TensorTransport
+        from megatron_nft.weights.transports.tensor import TensorTransport
 
         return TensorTransport
     if kind == "distributed":
-        from megatron_nft.weights.distributed_transport import DistributedTransport
+        from megatron_nft.weights.transports.distributed import DistributedTransport
 
         return DistributedTransport
-    from megatron_nft.weights.disk_transport import DiskTransport
+    from megatron_nft.weights.transports.disk import DiskTransport
 
     return DiskTransport

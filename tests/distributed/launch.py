@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_nft.ports import free_port
+from megatron_nft.processes import free_port
 
 HERE = Path(__file__).resolve().parent
 MEETING_TIMEOUT_S = 120.0

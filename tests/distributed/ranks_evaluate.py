@@ -13,11 +13,11 @@ from tiny import make_tokenizer
 
 from megatron_nft.config import EvalConfig
 from megatron_nft.console import Console
-from megatron_nft.evaluate.held_out import HeldOut
-from megatron_nft.exchange import gather
-from megatron_nft.lifecycle import Interrupted, Phases, StopSignals
-from megatron_nft.loop import evaluate
-from megatron_nft.rollout.engine import Completion, Request, SamplingParams
+from megatron_nft.train.held_out import HeldOut
+from megatron_nft.distributed import gather
+from megatron_nft.train.lifecycle import Interrupted, Phases, StopSignals
+from megatron_nft.train.loop import evaluate
+from megatron_nft.engines.engine import Completion, Request, SamplingParams
 from megatron_nft.types import Prompt, Verdict
 
 QUESTIONS, SAMPLES = 8, 2

@@ -27,15 +27,15 @@ from megatron_nft.data.packing import pack
 from megatron_nft.policy import cpu, parallel
 from megatron_nft.policy.family import read_family
 from megatron_nft.policy.model import build_chunks, packed_params
-from megatron_nft.rollout.embedded import EmbeddedEngine
+from megatron_nft.engines.embedded.engine import EmbeddedEngine
 from megatron_nft.types import TrainingSample
 from megatron_nft.weights.buckets import Bucket
-from megatron_nft.weights.convert import hf_to_megatron
+from megatron_nft.weights.offline.convert import hf_to_megatron
 from megatron_nft.weights.export import Buffers, export_buckets
 from megatron_nft.weights.export_hf import ExportError, save_hf
 from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.import_hf import load_hf
-from megatron_nft.weights.megatron_writer import Grid
+from megatron_nft.weights.offline.megatron_writer import Grid
 from megatron_nft.weights.names import hf_shapes
 from megatron_nft.weights.sync import WeightSync
 from megatron_nft.weights.transport import WeightSyncError

@@ -16,13 +16,13 @@ from megatron_nft.policy import cpu
 from megatron_nft.policy.checkpoint import load_sharded, save_sharded
 from megatron_nft.policy.family import read_family
 from megatron_nft.policy.model import build_chunks
-from megatron_nft.weights.convert import hf_to_megatron, megatron_to_hf
-from megatron_nft.weights.diff import compare, compare_optimizers
+from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
+from megatron_nft.weights.offline.diff import compare, compare_optimizers
 from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.import_hf import load_hf
-from megatron_nft.weights.megatron_reader import MegatronCheckpoint, MegatronWeights
-from megatron_nft.weights.megatron_writer import Grid
-from megatron_nft.weights.reshard import reshard
+from megatron_nft.weights.offline.megatron_reader import MegatronCheckpoint, MegatronWeights
+from megatron_nft.weights.offline.megatron_writer import Grid
+from megatron_nft.weights.offline.reshard import reshard
 
 VOCAB = 263  # TP 2 pads it
 FAMILIES = (("qwen2", True), ("qwen3", False), ("llama", False), ("qwen3_moe", False))

@@ -6,7 +6,7 @@ import sys
 
 from launch import distributed_checks
 
-from megatron_nft import ranks
+from megatron_nft.train import launch as ranks
 
 test_policy = distributed_checks("ranks_policy.py", world_size=2)
 

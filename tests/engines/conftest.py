@@ -16,8 +16,8 @@ from processes import below, wait_until
 from tiny import make_model
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.rollout.create import start_servers
-from megatron_nft.rollout.sglang import SGLangEngine
+from megatron_nft.engines.open import start_servers
+from megatron_nft.engines.sglang.client import SGLangEngine
 
 
 @pytest.fixture(scope="package")

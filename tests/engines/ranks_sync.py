@@ -24,9 +24,9 @@ from megatron_nft.config import Config
 from megatron_nft.policy import parallel
 from megatron_nft.policy.family import read_family
 from megatron_nft.policy.model import build_chunks
-from megatron_nft.rollout.engine import Request, SamplingParams
-from megatron_nft.rollout.sglang import SGLangEngine
-from megatron_nft.rollout.vllm import VLLMEngine
+from megatron_nft.engines.engine import Request, SamplingParams
+from megatron_nft.engines.sglang.client import SGLangEngine
+from megatron_nft.engines.vllm.client import VLLMEngine
 from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.import_hf import load_hf
 from megatron_nft.weights.sync import WeightSync

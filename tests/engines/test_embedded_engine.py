@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
-from megatron_nft.rollout.embedded import EmbeddedEngine
-from megatron_nft.rollout.engine import EngineError, Request, SamplingParams, WeightUpdateError
+from megatron_nft.engines.embedded.engine import EmbeddedEngine
+from megatron_nft.engines.engine import EngineError, Request, SamplingParams, WeightUpdateError
 
 END = 258  # <|im_end|>
 

@@ -13,8 +13,8 @@ from tiny import make_model
 
 from megatron_nft import cli
 from megatron_nft.evaluate.records import read_answers
-from megatron_nft.rollout import create
-from megatron_nft.rollout.engine import EngineError
+from megatron_nft.engines import open as create
+from megatron_nft.engines.engine import EngineError
 
 NUM_QUESTIONS = 8
 

@@ -10,7 +10,7 @@ from processes import wait_until
 from transformers import AutoModelForCausalLM
 from under_way import requests_under_way
 
-from megatron_nft.rollout.engine import EngineError, Request, SamplingParams, WeightVersionError
+from megatron_nft.engines.engine import EngineError, Request, SamplingParams, WeightVersionError
 
 END = 258  # <|im_end|>
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from processes import alive, below, server_of, wait_until
 
-from megatron_nft.rollout import open_engine
-from megatron_nft.rollout.create import start_servers
-from megatron_nft.rollout.engine import EngineError, Request, SamplingParams
-from megatron_nft.rollout.sglang import SGLangEngine
+from megatron_nft.engines import open_engine
+from megatron_nft.engines.open import start_servers
+from megatron_nft.engines.engine import EngineError, Request, SamplingParams
+from megatron_nft.engines.sglang.client import SGLangEngine
 
 
 def kill_in_the_middle(engine, group, sampling, requests):
@@ -68,7 +68,7 @@ def test_no_process_outlives_a_killed_starter(sglang_model, sglang_rollout, tmp_
         import time
         from pathlib import Path
         from megatron_nft.config import RolloutConfig
-        from megatron_nft.rollout import open_engine
+        from megatron_nft.engines import open_engine
         rollout = RolloutConfig.model_validate_json({sglang_rollout.model_dump_json()!r})
         engine = open_engine(Path({str(sglang_model)!r}), rollout, precision="fp32", log_dir=Path({str(tmp_path)!r}))
         print("up", flush=True)

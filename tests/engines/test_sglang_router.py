@@ -7,9 +7,9 @@ import httpx
 import numpy as np
 from processes import below, server_of, wait_until
 
-from megatron_nft.rollout import open_engine
-from megatron_nft.rollout.create import NO_WEIGHTS, start_servers
-from megatron_nft.rollout.engine import Request, SamplingParams
+from megatron_nft.engines import open_engine
+from megatron_nft.engines.open import NO_WEIGHTS, start_servers
+from megatron_nft.engines.engine import Request, SamplingParams
 
 
 def requests(count):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nft.rollout import sleep
+from megatron_nft.engines import sleep
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUTE = re.compile(r"""@(?:router|app)\.(?:post|api_route)\(\s*["']([^"']+)""")

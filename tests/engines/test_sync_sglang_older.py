@@ -10,7 +10,7 @@ from sync_checks import report, run
 from tiny import make_model
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.rollout.create import find_python, start_servers
+from megatron_nft.engines.open import find_python, start_servers
 
 OLDER = "sglang==0.5.20"
 CHECKS = [

@@ -8,7 +8,7 @@ from sync_checks import names_of, report, run
 from tiny import make_model
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.rollout.create import start_servers
+from megatron_nft.engines.open import start_servers
 
 
 @pytest.fixture(scope="module")

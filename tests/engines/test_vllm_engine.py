@@ -12,9 +12,9 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from megatron_nft.config import RolloutConfig, ServerConfig
-from megatron_nft.rollout import open_engine
-from megatron_nft.rollout.engine import EngineError, Request, SamplingParams, WeightVersionError
-from megatron_nft.rollout.vllm import command_line
+from megatron_nft.engines import open_engine
+from megatron_nft.engines.engine import EngineError, Request, SamplingParams, WeightVersionError
+from megatron_nft.engines.vllm.client import command_line
 
 END = 258  # <|im_end|>
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm" / ".installed"

@@ -11,8 +11,8 @@ import torch
 from gpu_policies import make_samples, packed
 
 from megatron_nft.policy.policy import Policy
-from megatron_nft.rollout.create import create_engine
-from megatron_nft.rollout.engine import Engine
+from megatron_nft.engines.open import create_engine
+from megatron_nft.engines.engine import Engine
 from megatron_nft.weights.receipt import Receipt
 from megatron_nft.weights.sync import WeightSync
 

@@ -16,8 +16,8 @@ import torch
 from gpu_engines import checked_sync, server_settings, start_engine, used_bytes
 from gpu_policies import likelihood_loss, make_policy, make_samples, packed
 
-from megatron_nft.rollout.engine import EngineError, Request, SamplingParams
-from megatron_nft.rollout.sleep import SleepingServers
+from megatron_nft.engines.engine import EngineError, Request, SamplingParams
+from megatron_nft.engines.sleep import SleepingServers
 
 pytestmark = [pytest.mark.needs("engine", "sglang"), pytest.mark.slow]
 

@@ -91,7 +91,7 @@ def test_dry_run_prints_everything_and_submits_nothing(cluster, launch):
     assert "--container-image=registry/image:1" in train
     assert f"--container-mounts={launch.folder}:{launch.folder},{LAUNCH.parent}:{LAUNCH.parent},/data:/data" in train
     assert "rollout.server.registry_nodes=1" in train and "--kill-on-bad-exit=1" in train
-    assert "megatron_nft.rollout.serve" in engines
+    assert "megatron_nft.engines.serve" in engines
     assert ["NCCL_DEBUG=INFO"] in lines
     assert cluster.run("squeue", "-h", "-o", "%i").stdout == before
     assert not (launch.folder / "dry").exists()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_nft.checkpoints import CheckpointError, CheckpointStore, RunState, complete_steps, read_surplus
+from megatron_nft.train.checkpoints import CheckpointError, CheckpointStore, RunState, complete_steps, read_surplus
 from megatron_nft.types import TrainingSample
 
 IDENTITY = {"seed": 1, "model": {"hidden_size": 8, "tied": True}, "data": "abc", "layout": {"tp": 1}}

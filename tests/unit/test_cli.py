@@ -88,7 +88,7 @@ def test_dry_run_prints_settings_that_read_back_and_the_ranks(start, tmp_path, c
     ],
 )
 def test_refused_before_any_rank_starts(start, tmp_path, capsys, monkeypatch, arguments, said):
-    monkeypatch.setattr("megatron_nft.ranks.start_local", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("megatron_nft.train.launch.start_local", lambda *_: pytest.fail("ranks were started"))
     assert train(start, tmp_path, *arguments) == 2
     assert said in capsys.readouterr().err
 
@@ -108,7 +108,7 @@ def test_refused_before_any_rank_starts(start, tmp_path, capsys, monkeypatch, ar
 def test_unusable_questions_are_refused_before_any_rank_starts(
     start, tmp_path, capsys, monkeypatch, key, content, said
 ):
-    monkeypatch.setattr("megatron_nft.ranks.start_local", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("megatron_nft.train.launch.start_local", lambda *_: pytest.fail("ranks were started"))
     path = tmp_path / "questions.jsonl"
     path.write_bytes(content)
     assert train(start, tmp_path, f"{key}=[{path}]") == 2
@@ -117,7 +117,7 @@ def test_unusable_questions_are_refused_before_any_rank_starts(
 
 
 def test_architecture_that_disagrees_with_the_folder_is_refused(start, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_nft.ranks.start_local", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("megatron_nft.train.launch.start_local", lambda *_: pytest.fail("ranks were started"))
     settings = {**start, "model": {**start["model"], "architecture": {"hidden_size": 128, "num_hidden_layers": 2}}}
     assert train(settings, tmp_path) == 2
     assert "model.architecture: hidden_size is 128, config.json has 64" in capsys.readouterr().err

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_nft import device_memory
+from megatron_nft.train import memory as device_memory
 from megatron_nft.config import Config
-from megatron_nft.device_memory import PhaseMemory, check_memory, memory_problems
+from megatron_nft.train.memory import PhaseMemory, check_memory, memory_problems
 from megatron_nft.plan.hardware import CHIPS
 from megatron_nft.plan.layout import Layout, Machine
 from megatron_nft.plan.memory import trainer_memory

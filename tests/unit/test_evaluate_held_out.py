@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import make_tokenizer
 
-from megatron_nft.evaluate.held_out import load_held_out, summarize_held_out
+from megatron_nft.train.held_out import load_held_out, summarize_held_out
 
 
 def write(path, questions):

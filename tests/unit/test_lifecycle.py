@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 from processes import alive, wait_until
 
-from megatron_nft import lifecycle, ranks
-from megatron_nft.lifecycle import Interrupted, Phases, StopSignals
+from megatron_nft.train import lifecycle, launch as ranks
+from megatron_nft.train.lifecycle import Interrupted, Phases, StopSignals
 
 STALL = """
 import sys, threading, time
 from pathlib import Path
-from megatron_nft.lifecycle import Phases
+from megatron_nft.train.lifecycle import Phases
 def waits_for_a_peer():
     print("waits", flush=True)
     time.sleep(600)
@@ -116,7 +116,7 @@ def test_ranks_are_told_who_they_are_and_end_with_the_launcher(tmp_path):
         "time.sleep(600)"
     )
     launch = (
-        f"from megatron_nft import ranks; ranks.start_local([{sys.executable!r}, '-c', {code!r}, {str(tmp_path)!r}], 2)"
+        f"from megatron_nft.train import launch; launch.start_local([{sys.executable!r}, '-c', {code!r}, {str(tmp_path)!r}], 2)"
     )
     launcher = subprocess.Popen([sys.executable, "-c", launch])
     wait_until(lambda: all((tmp_path / r).is_file() and (tmp_path / r).read_text() for r in "01"), what="both ranks")

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_nft import collect, loop, step_metrics
+from megatron_nft.train import collect, loop, record as step_metrics
 from megatron_nft.metrics import Metrics, WandbSink
 from megatron_nft.policy.policy import StepReport
-from megatron_nft.schedule import GroupFacts, StepPlan
+from megatron_nft.train.schedule import GroupFacts, StepPlan
 from megatron_nft.types import Prompt, Rollout, RolloutGroup, TrainingSample, Verdict
 
 PROMPT = Prompt(0, "test", ({"role": "user", "content": "q"},), "1", np.array([1, 2], dtype=np.int32))

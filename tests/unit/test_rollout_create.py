@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron_nft.config import ServerConfig
-from megatron_nft.rollout import create, sglang, vllm
-from megatron_nft.rollout.engine import EngineError
+from megatron_nft.engines import open as create
+from megatron_nft.engines.sglang import client as sglang
+from megatron_nft.engines.vllm import client as vllm
+from megatron_nft.engines.engine import EngineError
 
 COMMON = {"dtype": "bfloat16", "gpu": 4, "weight_version": -1}
 

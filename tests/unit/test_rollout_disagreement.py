@@ -6,8 +6,8 @@ from tiny import make_tokenizer
 
 from megatron_nft.config import Config
 from megatron_nft.data.grouping import to_samples
-from megatron_nft.rollout.engine import Completion
-from megatron_nft.rollout.generate import generate_groups
+from megatron_nft.engines.engine import Completion
+from megatron_nft.engines.answers import generate_groups
 from megatron_nft.types import Prompt
 from megatron_nft.verify import VerifierPool
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_nft.config import ServerConfig
-from megatron_nft.rollout import http
-from megatron_nft.rollout.engine import EngineError, Request, SamplingParams, WeightVersionError
-from megatron_nft.rollout.sglang import SGLangEngine
+from megatron_nft.engines import client as http
+from megatron_nft.engines.engine import EngineError, Request, SamplingParams, WeightVersionError
+from megatron_nft.engines.sglang.client import SGLangEngine
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_nft.rollout.engine import SamplingParams
-from megatron_nft.rollout.sampling import draw_tokens, row_keys, uniforms
+from megatron_nft.engines.engine import SamplingParams
+from megatron_nft.engines.embedded.sampling import draw_tokens, row_keys, uniforms
 
 
 def test_uniforms_are_splitmix64():

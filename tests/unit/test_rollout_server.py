@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from processes import alive, below, children, server_of, wait_until
 
-from megatron_nft.rollout import keeper
-from megatron_nft.rollout.engine import EngineError
-from megatron_nft.rollout.server import Server, ServerGroup
+from megatron_nft.engines import supervisor as keeper
+from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.server import Server, ServerGroup
 
 # Answers /health, after starting a child, and a grandchild that leaves its session and parent and ignores TERM.
 SERVER = textwrap.dedent(

@@ -11,10 +11,10 @@ import pytest
 from processes import wait_until
 
 from megatron_nft.config import ServerConfig
-from megatron_nft.rollout import sleep
-from megatron_nft.rollout.engine import EngineError
-from megatron_nft.rollout.server import Server, ServerGroup
-from megatron_nft.rollout.sleep import SleepingServers
+from megatron_nft.engines import sleep
+from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.server import Server, ServerGroup
+from megatron_nft.engines.sleep import SleepingServers
 
 # As in SGLang 0.5.17: a release while requests run, or a resume of what is not released, ends the scheduler.
 SERVER = textwrap.dedent(
@@ -213,7 +213,7 @@ def test_a_server_that_dies_of_the_call_is_told(start):
 
 
 def test_only_an_engine_that_was_released_is_resumed(monkeypatch):
-    from megatron_nft import trainer as module
+    from megatron_nft.train import parts as module
 
     calls = []
     monkeypatch.setattr(module, "gather", lambda value, group: calls.append("all ranks"))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_nft.schedule import GroupFacts, plan_step
+from megatron_nft.train.schedule import GroupFacts, plan_step
 
 
 def facts(draw: int, step: int, lengths: list[int], holder: int = 0) -> GroupFacts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from megatron_nft.trainer import Trainer
+from megatron_nft.train.parts import Trainer
 
 
 def test_every_part_is_closed_the_sync_after_the_engine():

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from processes import wait_until
 
 import megatron_nft.weights
-from megatron_nft.weights.broadcast_group import BroadcastGroup, Meeting
+from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Meeting
 
 TIMEOUT_S = 90.0  # of the group: what must not be waited for
 
@@ -140,7 +140,7 @@ def test_a_tensor_that_was_sent_is_let_go():
 
 LEAVES = """
 import sys, torch
-from megatron_nft.weights.broadcast_group import BroadcastGroup, Meeting
+from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Meeting
 meeting = Meeting.open("127.0.0.1", "g", 2, torch.device("cpu"), 60)
 print(meeting.port, flush=True)
 group = BroadcastGroup(meeting, 60)

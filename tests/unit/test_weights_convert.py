@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_nft.weights.convert import hf_to_megatron, megatron_to_hf
-from megatron_nft.weights.diff import compare, open_weights
+from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
+from megatron_nft.weights.offline.diff import compare, open_weights
 from megatron_nft.weights.hf_folder import HFFolder
-from megatron_nft.weights.megatron_reader import MegatronCheckpoint, MegatronWeights
-from megatron_nft.weights.megatron_writer import Grid
-from megatron_nft.weights.reshard import reshard
+from megatron_nft.weights.offline.megatron_reader import MegatronCheckpoint, MegatronWeights
+from megatron_nft.weights.offline.megatron_writer import Grid
+from megatron_nft.weights.offline.reshard import reshard
 
 CASES = [(family, tied) for family in ("qwen2", "qwen3", "llama", "qwen3_moe") for tied in (True, False)]
 
@@ -124,9 +124,9 @@ PEAK = """
 import ctypes, re, sys, warnings
 warnings.filterwarnings("ignore")
 from pathlib import Path
-from megatron_nft.weights.convert import hf_to_megatron, megatron_to_hf
-from megatron_nft.weights.megatron_writer import Grid
-from megatron_nft.weights.reshard import reshard
+from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
+from megatron_nft.weights.offline.megatron_writer import Grid
+from megatron_nft.weights.offline.reshard import reshard
 small, large, cut_small, out = map(Path, sys.argv[1:5])
 
 def status(key): return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from model_folders import models
 
-from megatron_nft.weights.convert import SILENT, hf_to_megatron, megatron_to_hf
-from megatron_nft.weights.diff import open_weights
-from megatron_nft.weights.megatron_writer import Grid
+from megatron_nft.weights.offline.convert import SILENT, hf_to_megatron, megatron_to_hf
+from megatron_nft.weights.offline.diff import open_weights
+from megatron_nft.weights.offline.megatron_writer import Grid
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -83,7 +83,7 @@ def test_an_existing_folder_is_not_touched(model, tmp_path):
 HALTS = """
 import runpy, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs ignore it
-from megatron_nft.weights import tool
+from megatron_nft.weights.offline import command as tool
 count = 0
 
 def done(self, name, nbytes):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_nft.weights import tool
+from megatron_nft.weights.offline import command as tool
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 OPTIONS = {

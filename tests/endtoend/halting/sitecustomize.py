@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from megatron_nft.lifecycle import Phases
+from megatron_nft.train.lifecycle import Phases
 
 
 def halt(path: str) -> None:
@@ -28,7 +28,7 @@ def install(step: str, phase: str, path: str) -> None:
     def halting(phases: Phases, name: str):
         if (str(phases.step), name) == (step, phase):
             if phase == "checkpoint":
-                store = sys.modules["megatron_nft.checkpoints"].CheckpointStore
+                store = sys.modules["megatron_nft.train.checkpoints"].CheckpointStore
                 finish = store._finish
                 store._finish = lambda *args: (halt(path), finish(*args))
             else:

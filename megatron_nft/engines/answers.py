@@ -1,0 +1,109 @@
+"""Rollouts of one generation batch: questions in, graded groups out, grading while generation goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_nft.engines.engine import Completion, Engine, Request, SamplingParams, WeightVersionError
+from megatron_nft.types import Prompt, Rollout, RolloutGroup, Verdict
+
+if TYPE_CHECKING:
+    from megatron_nft.config import Config
+
+
+class Verifier(Protocol):
+    """The part of `verify.VerifierPool` that is used here."""
+
+    def submit(self, response: str, answer: str, data_source: str = "", extra: dict[str, Any] | None = None) -> Future:
+        """Future of a `verify.Graded`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """What one call of `generate_groups` took on this rank."""
+
+    generate_s: float  # from the first request to the last answer, grading of earlier answers included
+    verify_wait_s: float  # from the last answer to the last verdict: what grading adds to the step
+    num_answers: int
+    prompt_tokens: int  # of every question once
+    response_tokens: int
+    num_truncated: int  # answers that met the length limit
+
+
+def training_sampling(config: Config) -> SamplingParams:
+    """How answers for training are drawn."""
+    rollout = config.rollout
+    return SamplingParams(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+
+
+def generate_groups(
+    engine: Engine,
+    draws: Sequence[tuple[int, Prompt]],
+    config: Config,
+    verifier: Verifier,
+    *,
+    step: int,
+    weight_version: int,
+    tokenizer: Any,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[RolloutGroup], GenerationStats]:
+    """`rollout.answers_per_question` graded answers to each drawn question, groups in the order of `draws`.
+
+    Answers cut off at the length limit are not graded: they are wrong (`algorithm.truncated=negative`) or left out of
+    the loss (`drop`). `on_progress(done, total)` is called after every answer. WeightVersionError where the engine or
+    an answer is of another version than `weight_version`.
+    """
+    if engine.weight_version != weight_version:
+        raise WeightVersionError(f"the engine has weight version {engine.weight_version}, not {weight_version}")
+    num_samples = config.rollout.answers_per_question
+    requests = [Request(prompt.token_ids, num_samples, (config.seed, draw)) for draw, prompt in draws]
+    groups = [RolloutGroup(draw, prompt, [None] * num_samples, step) for draw, prompt in draws]
+    pending: list[tuple[Rollout, Future]] = []
+    total = num_samples * len(draws)
+    start = time.perf_counter()
+    answers = engine.generate(requests, training_sampling(config))
+    for done, (request, sample, completion) in enumerate(answers, start=1):
+        draw, prompt = draws[request]
+        rollout = _to_rollout(draw, sample, completion, tokenizer)
+        groups[request].rollouts[sample] = rollout
+        if completion.finish_reason == "length":
+            rollout.verdict = Verdict.WRONG
+            rollout.ignored = config.algorithm.truncated == "drop"
+        else:
+            future = verifier.submit(rollout.text, prompt.answer, prompt.data_source, prompt.extra)
+            pending.append((rollout, future))
+        if on_progress is not None:
+            on_progress(done, total)
+    generated = time.perf_counter()
+    for rollout, future in pending:
+        graded = future.result()
+        rollout.verdict, rollout.extracted, rollout.verify_s = graded.verdict, graded.extracted, graded.seconds
+        rollout.ignored = graded.ignored
+        rollout.grader_verdicts = graded.by_grader
+    stats = GenerationStats(
+        generate_s=generated - start,
+        verify_wait_s=time.perf_counter() - generated,
+        num_answers=total,
+        prompt_tokens=sum(len(prompt.token_ids) for _, prompt in draws),
+        response_tokens=sum(len(r.response_ids) for g in groups for r in g.rollouts),
+        num_truncated=total - len(pending),
+    )
+    return groups, stats
+
+
+def _to_rollout(draw: int, sample: int, completion: Completion, tokenizer: Any) -> Rollout:
+    return Rollout(
+        draw=draw,
+        sample_index=sample,
+        response_ids=completion.token_ids,
+        rollout_logprobs=completion.logprobs,
+        finish_reason=completion.finish_reason,
+        weight_version=completion.weight_version,
+        text=tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True),
+        weight_version_spans=completion.weight_version_spans,
+    )

@@ -1,0 +1,325 @@
+"""What clients of SGLang and vLLM share: many requests in flight, spread over servers, retried within a bound.
+
+All requests run on one event loop in a thread of the engine's own, so that callers stay plain and blocking, and the
+connections outlive a single call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+
+from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
+
+if TYPE_CHECKING:
+    from megatron_nft.config import ServerConfig
+    from megatron_nft.engines.sglang.router import Router
+    from megatron_nft.engines.server import ServerGroup
+
+BACKOFF_S = 0.5  # before the second try, doubled for each further one
+PROBE_TIMEOUT_S = 30.0  # for the question which weights a server has; a busy one is slow to answer
+KEEP_ALIVE_S = 2.0  # idle connections; servers close them after 5 s, and a request must not meet that
+RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
+
+
+def integer_version(text: str) -> int:
+    """Servers name their versions by strings; ours are integers. -1 for one that we did not give."""
+    try:
+        return int(text)
+    except ValueError:
+        return -1
+
+
+class Aborted(Exception):
+    """The server gave a request up because it was told to; it is to be asked again."""
+
+
+class BadAnswer(Exception):
+    """A server's answer that lacks what was asked for."""
+
+
+@dataclass(slots=True, eq=False)
+class _Target:
+    """A server, or the router in front of all of them, as this client sees it."""
+
+    url: str
+    in_flight: int = 0  # answers asked for and not there yet
+    down: bool = False  # failed us; asked for its health and version before it gets another request
+
+
+class HttpEngine(ABC):
+    """An engine behind one or several servers that hold the same weights. See `engine.Engine`.
+
+    `all_urls` names the servers of every rank, for the weight sync; this rank asks those of `urls`.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        config: ServerConfig,
+        *,
+        weight_version: int,
+        allow_version_change: bool = False,
+        group: ServerGroup | None = None,
+        all_urls: Sequence[str] = (),
+        router: Router | None = None,
+    ) -> None:
+        """allow_version_change: an answer may begin under `weight_version` and end under a newer one.
+
+        group: servers that this process started, ended with the engine. router: requests go to it.
+        """
+        if not urls:
+            raise ValueError("an engine client needs at least one server URL")
+        self.urls, self.all_urls = list(urls), list(all_urls or urls)
+        self.group = group
+        self.weight_version = weight_version
+        self._config, self._allow_version_change = config, allow_version_change
+        self._router, self._admitting = router, asyncio.Lock()
+        self._targets = [_Target(url.rstrip("/")) for url in ([router.url] if router else urls)]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)
+        self._thread.start()
+        self._client = httpx.AsyncClient(
+            # A proxy of the environment must not see what goes to loopback.
+            trust_env=False,
+            timeout=httpx.Timeout(config.request_timeout_s, connect=10.0, pool=None),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=config.max_in_flight, keepalive_expiry=KEEP_ALIVE_S
+            ),
+        )
+
+    # ---- what an engine kind fills in
+
+    @abstractmethod
+    def _generate_call(self, request: Request, sampling: SamplingParams) -> tuple[str, dict[str, Any]]:
+        """Path and JSON body that ask for all samples of a request."""
+
+    @abstractmethod
+    def _completions(self, answer: Any, request: Request, sampling: SamplingParams) -> list[Completion]:
+        """The samples of an answer. Aborted, or BadAnswer (KeyError, TypeError, ... count as that too)."""
+
+    @abstractmethod
+    def _prompt_call(self, token_ids: list[int]) -> tuple[str, dict[str, Any]]:
+        """Path and JSON body that ask for the log-probs of a prompt."""
+
+    @abstractmethod
+    def _prompt_logprobs(self, token_ids: list[int], answer: Any) -> list[float]:
+        """Log-probs of all tokens of the prompt but the first."""
+
+    @abstractmethod
+    async def _version(self, client: httpx.AsyncClient, url: str) -> int:
+        """Weight version that a healthy server says it has. httpx.HTTPError, KeyError or ValueError else."""
+
+    # ---- the engine
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
+        """See `engine.Engine.generate`. All samples of a request arrive together."""
+        answers: queue.SimpleQueue = queue.SimpleQueue()
+        asking = self._submit(self._ask_all(requests, sampling, answers))
+        asking.add_done_callback(lambda f: f.cancelled() or answers.put((-1, f.exception())))
+        try:
+            for _ in requests:
+                number, completions = answers.get()
+                if isinstance(completions, BaseException):
+                    raise completions
+                for sample, completion in enumerate(completions):
+                    yield number, sample, completion
+        finally:
+            asking.cancel()  # the servers see the connections close and drop those requests
+
+    def prompt_logprobs(self, token_ids: np.ndarray, url: str | None = None) -> np.ndarray:
+        """int32 [L] -> float32 [L - 1], by the server at `url` or the first. See `engine.Engine.prompt_logprobs`."""
+        target = _Target((url or self.urls[0]).rstrip("/"))
+        token_ids = [int(t) for t in token_ids]
+        path, body = self._prompt_call(token_ids)
+        try:
+            answer = self._submit(self._post(target, path, body)).result()
+            logprobs = np.array(self._prompt_logprobs(token_ids, answer), dtype=np.float32)
+        except (httpx.TransportError, BadAnswer, KeyError, TypeError, ValueError) as e:
+            raise EngineError(self._describe([f"{target.url}: {e or type(e).__name__}"])) from None
+        if len(logprobs) != len(token_ids) - 1:
+            raise EngineError(f"{target.url}: {len(logprobs)} prompt log-probs came for {len(token_ids)} tokens")
+        return logprobs
+
+    def adopt_version(self) -> None:
+        """Takes whatever weights the servers have as the wanted ones. EngineError where they differ or one is down."""
+
+        async def versions() -> list[int]:
+            return await asyncio.gather(*(self._version(self._client, url.rstrip("/")) for url in self.urls))
+
+        try:
+            found = self._submit(versions()).result()
+        except (httpx.HTTPError, KeyError, ValueError) as e:
+            raise EngineError(f"a server of {', '.join(self.urls)} does not answer: {e or type(e).__name__}") from None
+        if len(set(found)) > 1:
+            raise EngineError(f"the servers {', '.join(self.urls)} have different weight versions: {found}")
+        self.weight_version = found[0]
+
+    def close(self) -> None:
+        """Ends the client and the servers that were started with it. May be called twice."""
+        if self._loop.is_closed():
+            return
+        self._submit(self._client.aclose()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        if self._router is not None:
+            self._router.close()
+        if self.group is not None:
+            self.group.close()
+
+    # ---- on the event loop
+
+    def _submit(self, coroutine: Any) -> Future:
+        if self._loop.is_closed():
+            coroutine.close()
+            raise EngineError("the engine client is closed")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _ask_all(self, requests: Sequence[Request], sampling: SamplingParams, answers: queue.SimpleQueue) -> None:
+        """Puts (number, completions or an exception) for every request; at most max_in_flight under way."""
+        if self._router is not None:
+            self._targets[0].down = True  # it may have servers that came back without the weights
+        await self._look_at_those_down()
+        numbers = iter(range(len(requests)))
+
+        async def work() -> None:
+            for number in numbers:
+                try:
+                    answers.put((number, await self._ask(requests[number], sampling)))
+                except Exception as e:
+                    answers.put((number, e))
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(self._config.max_in_flight, len(requests))):
+                tasks.create_task(work())
+
+    async def _ask(self, request: Request, sampling: SamplingParams) -> list[Completion]:
+        """All samples of one request, from whichever server. EngineError once the tries are used up."""
+        path, body = self._generate_call(request, sampling)
+        asked_version = self.weight_version
+        problems: list[str] = []
+        for attempt in range(self._config.max_retries + 1):
+            if attempt:
+                await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
+                asked_version = self.weight_version
+            target = await self._pick()
+            if target is None:
+                problems.append("no server is up with the weights that are wanted")
+                continue
+            target.in_flight += request.num_samples
+            try:
+                answer = await self._post(target, path, body)
+                completions = self._parse(target, answer, request, sampling)
+            except (httpx.TransportError, BadAnswer) as e:
+                target.down = True
+                problems.append(f"{target.url}: {e or type(e).__name__}")
+            except Aborted as e:
+                problems.append(f"{target.url}: aborted ({e})")
+            else:
+                try:
+                    self._check_versions(target, completions, asked_version)
+                except WeightVersionError as e:
+                    # A server that died and came back has no current weights; another may have them.
+                    target.down = True
+                    if attempt == self._config.max_retries or (self._router is None and self._all_down()):
+                        raise
+                    problems.append(str(e))
+                    continue
+                return completions
+            finally:
+                target.in_flight -= request.num_samples
+        raise EngineError(self._describe(problems))
+
+    async def _pick(self) -> _Target | None:
+        """The server with the least under way; where none is up, those that are down are looked at again."""
+        if self._all_down():
+            await self._look_at_those_down()
+        up = [t for t in self._targets if not t.down]
+        return min(up, key=lambda t: t.in_flight, default=None)
+
+    def _all_down(self) -> bool:
+        return all(t.down for t in self._targets)
+
+    async def _look_at_those_down(self) -> None:
+        """Servers that answer again and have the wanted weights get requests again."""
+
+        async def look(target: _Target) -> None:
+            target.down = not await self._has_wanted_weights(target.url)
+
+        if self._router is not None:
+            await self._refresh_router()
+        else:
+            await asyncio.gather(*(look(t) for t in self._targets if t.down))
+
+    async def _has_wanted_weights(self, url: str) -> bool:
+        try:
+            return await self._version(self._client, url) == self.weight_version
+        except (httpx.HTTPError, KeyError, ValueError):
+            return False
+
+    async def _refresh_router(self) -> None:
+        """The router gets the servers that have the wanted weights. Requests that failed together do it once."""
+        (target,) = self._targets
+        async with self._admitting:
+            if not target.down:
+                return
+            urls = [url.rstrip("/") for url in self.urls]
+            ready = await asyncio.gather(*(self._has_wanted_weights(url) for url in urls))
+            found = [url for url, has in zip(urls, ready) if has]
+            try:
+                await self._router.admit(self._client, found)
+            except (httpx.HTTPError, EngineError, KeyError, ValueError):
+                return  # the next try looks again
+            target.down = not found
+
+    async def _post(self, target: _Target, path: str, body: dict[str, Any]) -> Any:
+        """The JSON answer. BadAnswer where another try may help, EngineError where the request itself is refused."""
+        response = await self._client.post(target.url + path, json=body)
+        if response.status_code >= 500 or response.status_code in RETRIED_STATUS:
+            raise BadAnswer(f"HTTP {response.status_code}: {response.text[:500]}")
+        if response.status_code != 200:
+            raise EngineError(
+                f"{target.url}{path} refused a request: HTTP {response.status_code}: {response.text[:500]}"
+            )
+        try:
+            return response.json()
+        except ValueError:
+            raise BadAnswer(f"an answer that is not JSON: {response.text[:200]!r}") from None
+
+    def _parse(self, target: _Target, answer: Any, request: Request, sampling: SamplingParams) -> list[Completion]:
+        try:
+            completions = self._completions(answer, request, sampling)
+        except (KeyError, TypeError, ValueError, IndexError) as e:
+            raise BadAnswer(f"an answer of another form than expected ({type(e).__name__}: {e})") from None
+        if len(completions) != request.num_samples:
+            raise BadAnswer(f"{len(completions)} answers came in place of {request.num_samples}")
+        for c in completions:
+            if not len(c.token_ids) == len(c.logprobs) > 0:
+                raise BadAnswer(f"an answer of {len(c.token_ids)} tokens came with {len(c.logprobs)} log-probs")
+            if not np.isfinite(c.logprobs).all():
+                raise BadAnswer("an answer came with log-probs that are not finite")
+        return completions
+
+    def _check_versions(self, target: _Target, completions: list[Completion], asked: int) -> None:
+        for c in completions:
+            first = c.weight_version_spans[0][0] if c.weight_version_spans else c.weight_version
+            same = first == c.weight_version == asked
+            if not same and not (self._allow_version_change and asked <= first <= c.weight_version):
+                raise WeightVersionError(
+                    f"{target.url} answered under weight version {c.weight_version}, asked was {asked}"
+                )
+
+    def _describe(self, problems: list[str]) -> str:
+        text = f"no answer after {len(problems)} tries (rollout.server.max_retries): {'; '.join(problems)}"
+        failures = self.group.failures() if self.group is not None else ""
+        return f"{text}\n{failures}" if failures else text

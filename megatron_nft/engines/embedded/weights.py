@@ -1,0 +1,63 @@
+"""The transport of the embedded engine: every rank copies every bucket into its own engine's model."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_nft.engines.embedded.engine import EmbeddedEngine
+from megatron_nft.weights.buckets import Bucket
+from megatron_nft.weights.engine_side.nft_checksum import checksum
+from megatron_nft.weights.transport import HFReference, Ledger, Reference, WeightSyncError, compare
+
+
+class InProcess:
+    """See `transport.Transport`. Nothing is ever in flight: the embedded engine answers within a call."""
+
+    name, everywhere, dtype = "in-process", True, None
+
+    def __init__(self, engine: EmbeddedEngine, ledger: Ledger, device: torch.device):
+        self._engine, self._ledger, self._device = engine, ledger, device
+        self.behind: dict[str, str] = {}
+        self.torn = False
+
+    def pause(self) -> None:
+        pass
+
+    def begin(self, version: int) -> None:
+        self._engine.begin_update()
+
+    def reference(self) -> Reference:
+        return HFReference()
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def send(self, bucket: Bucket) -> None:
+        self._ledger.note(bucket.metas)
+        self._engine.update_weights(bucket.tensors)
+
+    def end_stream(self) -> None:
+        pass
+
+    def finish(self, version: int) -> None:
+        self._engine.finish_update(version)
+
+    def check(self, reference: dict[str, str]) -> int:
+        tensors = self._engine.tensors()
+        absent = reference.keys() - tensors.keys()
+        if absent:
+            raise WeightSyncError(f"the embedded engine has no tensor {', '.join(sorted(absent))}")
+        return compare(reference, {name: checksum(tensors[name]) for name in reference}, "the embedded engine")
+
+    def probe(self, token_ids: np.ndarray, logprobs: np.ndarray) -> float:
+        return float(np.abs(self._engine.prompt_logprobs(token_ids) - logprobs).max())
+
+    def resume(self, version: int) -> None:
+        pass
+
+    def engines(self) -> list[str]:
+        return ["embedded"]
+
+    def close(self) -> None:
+        pass

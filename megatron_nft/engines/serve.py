@@ -1,0 +1,82 @@
+"""Runs the engines of one node for a trainer on other nodes, until told to stop.
+
+    python -m megatron_nft.engines.serve --registry FOLDER --config FILE … [key=value …]
+
+Starts `rollout.server.num_servers` servers, announces them in FOLDER (registry.py), starts dead ones again, and ends
+them all when FOLDER/stop appears or on SIGTERM. They listen on NFT_ADDRESS where that is set, else on
+`rollout.server.host`. Exit status: 0 told to stop, 1 servers that do not come up or died too often.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from megatron_nft.config import Config, ConfigError, load_config
+from megatron_nft.engines.open import NO_WEIGHTS, start_servers
+from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.discovery import register
+from megatron_nft.engines.server import ServerGroup
+
+POLL_S = 1.0
+
+
+def start(config: Config, host: str, node: str) -> ServerGroup:
+    """The servers of this node, all healthy, without weights until the trainer's first sync."""
+    import torch
+
+    server = config.rollout.server.model_copy(update={"host": host})
+    return start_servers(
+        config.model.path,
+        config.rollout.model_copy(update={"server": server}),
+        precision=config.policy.precision,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        log_dir=config.run_dir / "engines" / node,
+        weight_version=NO_WEIGHTS,
+    )
+
+
+def given_up(group: ServerGroup, max_restarts: int) -> bool:
+    """Whether every server died more often than it may be started again."""
+    return all(s.exit_code() is not None and s.starts > max_restarts for s in group.servers)
+
+
+def serve(config: Config, registry: Path, node: str, stop: threading.Event) -> int:
+    """Exit status, see above."""
+    host = os.environ.get("NFT_ADDRESS") or config.rollout.server.host
+    group = start(config, host, node)
+    announcement = register(registry, node, group.urls)
+    print(f"engines of {node}: {', '.join(group.urls)}", flush=True)
+    try:
+        while not stop.wait(POLL_S) and not (registry / "stop").exists():
+            if given_up(group, config.rollout.server.max_restarts):
+                raise EngineError(f"all servers of {node} died too often:\n{group.failures()}")
+    finally:
+        announcement.unlink(missing_ok=True)
+        group.close()
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--registry", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--config", action="append", required=True, metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    stop = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: stop.set())
+    node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    try:
+        return serve(load_config(args.config, args.overrides), args.registry, node, stop)
+    except (ConfigError, EngineError) as e:
+        print(f"megatron-nft: engines on {node}: {e}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

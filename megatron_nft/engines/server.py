@@ -1,0 +1,187 @@
+"""Starting, watching and stopping inference servers.
+
+A server runs below a keeper (keeper.py) in a session of its own. Invariants:
+- when the process that started a server is gone, however it ended, the server and all it started end within seconds;
+- only processes below our own keepers are ended, by id;
+- a server that died is started again on the same port at most `max_restarts` times, and then has no current weights.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import httpx
+
+from megatron_nft.processes import free_port
+from megatron_nft.engines import supervisor as keeper
+from megatron_nft.engines.engine import EngineError
+
+LOG_TAIL_LINES = 30
+HEALTH_POLL_S = 0.25
+STOP_TIMEOUT_S = keeper.TERM_GRACE_S + 15.0
+
+
+class Server:
+    """One server process: command, port and log, over all its starts."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        host: str,
+        environment: Mapping[str, str],
+        log_path: Path,
+    ) -> None:
+        """`command` gets `--port=N` added; `environment` is added to our own. Nothing is started yet."""
+        self.name, self.log_path = name, log_path
+        self.port = free_port(host)
+        self.url = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{self.port}"
+        self.starts = 0
+        self.deaths: list[str] = []  # for error messages: exit code and end of the log, each time it died
+        self._command, self._environment = command, environment
+        self._keeper: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start the process; `wait_healthy` tells when it answers."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-I", keeper.__file__, str(os.getpid()), *self._command, f"--port={self.port}"]
+        with open(self.log_path, "ab") as log:
+            log.write(f"---- start {self.starts + 1} of {self.name}, port {self.port}\n".encode())
+            log.flush()
+            self._keeper = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._environment},
+                start_new_session=True,
+            )
+        self.starts += 1
+
+    def exit_code(self) -> int | None:
+        """None while it runs; the server's exit code, 128 + signal where one ended it."""
+        return self._keeper.poll() if self._keeper else None
+
+    def is_healthy(self) -> bool:
+        """One question to /health."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_healthy(self, timeout_s: float) -> None:
+        """Returns once it answers. EngineError, with the end of the log, if it ends before or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while not self.is_healthy():
+            code = self.exit_code()
+            if code is not None:
+                raise EngineError(f"{self.name} ended with exit code {code} before it answered{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{self.name} did not answer within {timeout_s:.0f} s (rollout.server.start_timeout_s)"
+                    f"{self.log_tail()}"
+                )
+            time.sleep(HEALTH_POLL_S)
+
+    def log_tail(self) -> str:
+        """The last lines that the server wrote, for an error message."""
+        try:
+            lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        except OSError as e:
+            return f"; its log {self.log_path} cannot be read ({e.strerror})"
+        return f"; the end of {self.log_path}:\n" + "\n".join(f"    {line}" for line in lines)
+
+    def stop(self) -> None:
+        """End the server and everything that it started; returns when they are gone. May be called twice."""
+        if self._keeper is None:
+            return
+        if self._keeper.poll() is None:
+            self._keeper.send_signal(signal.SIGTERM)
+            try:
+                self._keeper.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._keeper.kill()  # its inner process then ends the rest
+                self._keeper.wait()
+        self._keeper = None
+
+
+class ServerGroup:
+    """The servers that this process started, and the thread that starts them again when they die."""
+
+    def __init__(self, servers: Sequence[Server], *, start_timeout_s: float, max_restarts: int) -> None:
+        """Starts all servers at once and waits for them; on failure none is left. EngineError says which and why."""
+        self.servers = list(servers)
+        self._max_restarts = max_restarts
+        self._closed, self._held = threading.Event(), threading.Event()
+        self._noting = threading.Lock()  # both the watch and a caller of `failures` note deaths
+        atexit.register(self.close)
+        try:
+            for server in self.servers:
+                server.start()
+            for server in self.servers:
+                server.wait_healthy(start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+        self._watch = threading.Thread(target=self._revive, name="server-watch", daemon=True)
+        self._watch.start()
+
+    @property
+    def urls(self) -> list[str]:
+        return [server.url for server in self.servers]
+
+    def failures(self) -> str:
+        """What happened to servers that died, with the ends of their logs; empty where none did."""
+        self._note_deaths()
+        return "\n".join(death for server in self.servers for death in server.deaths)
+
+    def _note_deaths(self) -> None:
+        with self._noting:
+            for server in self.servers:
+                code = server.exit_code()
+                if code is not None and len(server.deaths) < server.starts:
+                    server.deaths.append(f"{server.name} ended with exit code {code}{server.log_tail()}")
+
+    def _revive(self) -> None:
+        while not self._closed.wait(1.0):
+            self._note_deaths()
+            for server in self.servers if not self._held.is_set() else ():
+                if server.exit_code() is not None and server.starts <= self._max_restarts:
+                    server.start()
+
+    def hold(self) -> None:
+        """Start no dead server again until `let_go`."""
+        self._held.set()
+
+    def let_go(self) -> None:
+        """End `hold`."""
+        self._held.clear()
+
+    def revive(self, server: Server, start_timeout_s: float) -> None:
+        """While held: start a dead server and wait for it. EngineError where its starts are used up."""
+        self._note_deaths()
+        if server.starts > self._max_restarts:
+            raise EngineError(
+                f"{server.deaths[-1]}\nIt was started {server.starts} times (rollout.server.max_restarts)"
+            )
+        server.start()
+        server.wait_healthy(start_timeout_s)
+
+    def close(self) -> None:
+        """Ends all servers. May be called twice."""
+        self._closed.set()
+        if hasattr(self, "_watch"):
+            self._watch.join()
+        for server in self.servers:
+            server.stop()
+        atexit.unregister(self.close)

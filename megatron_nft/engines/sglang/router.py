@@ -1,0 +1,104 @@
+"""sglang-router in front of SGLang servers: requests go through it, weights and questions about them to the servers.
+
+The router balances requests by the load that it sees, but knows nothing of weight versions: by itself it would give
+requests to a server that died and came back without weights. Invariant: after `admit`, the router's workers are the
+servers that have the wanted version, and no others. The engine client calls it before every generation and whenever a
+request failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from megatron_nft.processes import free_port
+from megatron_nft.engines.engine import EngineError
+
+if TYPE_CHECKING:
+    from megatron_nft.config import ServerConfig
+    from megatron_nft.engines.server import ServerGroup
+
+HOST = "127.0.0.1"  # every machine has a router of its own, for its ranks alone
+TIMEOUT_S, PATIENCE_S = 30.0, 5.0
+POLL_S = 0.1
+
+
+class Router:
+    """A running router, as one rank sees it."""
+
+    def __init__(self, url: str, group: ServerGroup | None = None) -> None:
+        """group: the router's process, where this rank started it; it is ended by `close`."""
+        self.url, self._group = url, group
+
+    async def admit(self, client: httpx.AsyncClient, urls: Collection[str]) -> None:
+        """Make `urls` the router's workers. httpx.HTTPError or EngineError where it does not follow in time.
+
+        A server that the router does not find healthy within PATIENCE_S joins later, if there is another.
+        """
+        start = time.monotonic()
+        asked: set[str] = set()  # it answers at once and works in the background
+        while True:
+            known = await self._workers(client)
+            stale = {url for url in known if url not in urls}
+            missing = {url for url in urls if url not in known or not known[url]["is_healthy"]}
+            waited_s = time.monotonic() - start
+            if not stale and (not missing or (waited_s > PATIENCE_S and len(missing) < len(urls))):
+                return
+            if waited_s > TIMEOUT_S:
+                raise EngineError(f"{self.url} has {sorted(known)} after {TIMEOUT_S:.0f} s, wanted are {sorted(urls)}")
+            for url in stale - asked:
+                await client.delete(f"{self.url}/workers/{known[url]['id']}", timeout=TIMEOUT_S)
+            for url in missing - known.keys() - asked:
+                await client.post(f"{self.url}/workers", json={"url": url}, timeout=TIMEOUT_S)
+            asked |= stale | missing
+            await asyncio.sleep(POLL_S)
+
+    async def _workers(self, client: httpx.AsyncClient) -> dict[str, dict]:
+        """URL -> what the router says of that server."""
+        response = await client.get(f"{self.url}/workers", timeout=TIMEOUT_S)
+        response.raise_for_status()
+        return {worker["url"].rstrip("/"): worker for worker in response.json()["workers"]}
+
+    def close(self) -> None:
+        """End the router if this rank started it. May be called twice."""
+        if self._group is not None:
+            self._group.close()
+
+
+def start_router(python: Path, config: ServerConfig, log_dir: Path) -> Router:
+    """A router without workers on this machine, watched like the servers. EngineError if it does not come up."""
+    from megatron_nft.engines.server import Server, ServerGroup
+
+    if subprocess.run([python, "-c", "import sglang_router"], capture_output=True, check=False).returncode:
+        raise EngineError(
+            f"rollout.server.router: {python} has no sglang-router: install sglang-router there "
+            "(bash tools/install_engine.sh sglang does), or set rollout.server.router=false"
+        )
+    host = os.uname().nodename
+    arguments = {
+        "host": HOST,
+        # power_of_two needs workers at the start; cache_aware looks at text, and our prompts are token ids.
+        "policy": "round_robin",
+        "request-timeout-secs": int(config.request_timeout_s),
+        "health-check-interval-secs": 5,
+        "prometheus-host": HOST,
+        "prometheus-port": free_port(HOST),
+        "log-level": "warn",
+    }
+    command = [str(python), "-m", "sglang_router.launch_router", *(f"--{k}={v}" for k, v in arguments.items())]
+    server = Server(
+        f"sglang-router on {host}",
+        [*command, *config.router_args],
+        host=HOST,
+        environment={},
+        log_path=log_dir / f"sglang-router-{host}.log",
+    )
+    group = ServerGroup([server], start_timeout_s=config.start_timeout_s, max_restarts=config.max_restarts)
+    return Router(server.url, group)

@@ -1,0 +1,85 @@
+"""vLLM's update calls, through our worker extension (engine_side/nft_vllm_extension.py). Tested with 0.32.0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_nft.weights.transports.broadcast_group import Meeting
+from megatron_nft.weights.buckets import Bucket
+from megatron_nft.engines.weights import HttpServer, ServerFacts
+from megatron_nft.weights.names import Geometry
+from megatron_nft.weights.shared_memory import shared_memory
+from megatron_nft.weights.transport import HFReference, Reference, WeightSyncError
+
+PAUSE_MODE = {"finish": "wait", "abort": "abort", "continue": "keep"}
+"""sync.in_flight -> vLLM's mode. `keep` freezes requests; their KV caches of the old weights are used further."""
+
+
+class VLLMServer(HttpServer):
+    """See `engine_server.EngineServer`."""
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """Run a method of the extension in every worker; their results."""
+        try:
+            answer = self.post("/collective_rpc", {"method": method, "args": list(arguments)}, optional=True)
+        except WeightSyncError as error:
+            if "has no attribute" not in str(error) and "not implemented" not in str(error):
+                raise
+            answer = None
+        if answer is None:
+            raise WeightSyncError(
+                f"{self.url} cannot take weights: start vLLM with VLLM_SERVER_DEV_MODE=1, the folder "
+                f"{Path(__file__).parents[2] / 'weights' / 'engine_side'} on its PYTHONPATH, and "
+                "--worker-extension-cls nft_vllm_extension.WeightReceiver"
+            )
+        return answer["results"]
+
+    def facts(self) -> ServerFacts:
+        workers = self._call("nft_facts")
+        first = workers[0]
+        return ServerFacts(first["tp_size"], first["dtype"], first["quantization"], first["plain"])
+
+    def pause(self, in_flight: str) -> None:
+        self.post(f"/pause?mode={PAUSE_MODE[in_flight]}", {})
+
+    def begin(self) -> None:
+        self._call("nft_begin")
+
+    def load_shared(self, bucket: Bucket, tp_size: int) -> None:
+        self._call("nft_load_shared", [shared_memory(bucket) for _ in range(tp_size)], _metas(bucket))
+
+    def join(self, meeting: Meeting, rank_offset: int) -> None:
+        where = (meeting.address, meeting.port, meeting.name, rank_offset, meeting.world_size)
+        self._call("nft_join", *where, self._timeout_s)
+
+    def load_broadcast(self, bucket: Bucket, group_name: str) -> None:
+        self._call("nft_load_broadcast", _metas(bucket), group_name)
+
+    def leave(self, group_name: str) -> None:
+        self._call("nft_leave", group_name)
+
+    def load_folder(self, folder: Path, version: int) -> None:
+        self._call("nft_load_files", [str(path) for path in sorted(folder.glob("*.safetensors"))])
+
+    def end(self, version: int) -> None:
+        self._call("nft_end")
+        self.post("/reset_prefix_cache", {})
+        self.post("/update_weight_version", {"new_version": str(version)})
+
+    def checksums(self) -> dict[str, dict[int, str]] | None:
+        found: dict[str, dict[int, str]] = {}
+        for worker in self._call("nft_checksums"):
+            for name, value in worker["checksums"].items():
+                found.setdefault(name, {})[worker["rank"]] = value
+        return found
+
+    def reference(self, facts: ServerFacts, geometry: Geometry) -> Reference:
+        return HFReference()
+
+    def resume(self) -> None:
+        self.post("/resume", {})
+
+
+def _metas(bucket: Bucket) -> list[list[Any]]:
+    return [[m.name, str(m.dtype).removeprefix("torch."), list(m.shape), m.start, m.end] for m in bucket.metas]

@@ -1,0 +1,1 @@
+"""A training run, in the order in which it happens."""

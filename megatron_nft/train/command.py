@@ -1,0 +1,64 @@
+"""`megatron-nft train`: check the settings, then start or join the ranks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_nft.train import launch as ranks
+from megatron_nft.config import Config, ConfigError, dump_config, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `train`."""
+    parser.add_argument(
+        "--config", action="append", required=True, metavar="FILE", help="YAML settings; later files win (repeatable)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=1e-5")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the ranks, and stop")
+
+
+def rank_plan(config: Config, world_size: int) -> str:
+    """One line per rank: what it holds. Megatron's default order: TP fastest, then DP, then PP."""
+    tp, pp = config.policy.tensor_model_parallel_size, config.policy.pipeline_model_parallel_size
+    dp = config.check_world_size(world_size)
+    lines = [f"{world_size} ranks = TP {tp} x PP {pp} x DP {dp}"]
+    lines += [
+        f"  rank {r}: tensor {r % tp}, data {r // tp % dp}, pipeline {r // (tp * dp)}"
+        for r in range(min(world_size, 64))
+    ]
+    if world_size > 64:
+        lines.append(f"  … and {world_size - 64} more")
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status of the command; see cli.py."""
+    import os
+
+    try:
+        config = load_config(args.config, args.overrides)
+        ranks.adopt_slurm_environment()
+        world_size = int(os.environ["WORLD_SIZE"]) if ranks.joined() else config.num_processes
+        plan = rank_plan(config, world_size)
+    except (ConfigError, ValueError) as e:
+        print(f"megatron-nft train: settings cannot be used:\n{e}", file=sys.stderr)
+        return 2
+    if args.dry_run:
+        print(dump_config(config), end="")
+        print(plan)
+        return 0
+    if ranks.joined():
+        from megatron_nft.train.rank import run_rank
+
+        return run_rank(config)
+    from megatron_nft.train.preflight import check_inputs
+
+    try:
+        check_inputs(config)
+    except (ValueError, OSError) as e:
+        print(f"megatron-nft train: {e}", file=sys.stderr)
+        return 2
+    command = [sys.executable, "-m", "megatron_nft", "train"]
+    command += [x for path in args.config for x in ("--config", path)] + list(args.overrides)
+    return ranks.start_local(command, world_size)

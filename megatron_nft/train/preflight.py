@@ -1,0 +1,80 @@
+"""What can be refused before any rank starts: bad files, folders that cannot be written, impossible layouts."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from megatron_nft.config import Config, ModelConfig
+from megatron_nft.data.prompts import TOKENIZER_FILES
+
+
+def check_inputs(config: Config) -> None:
+    """Raises ValueError or OSError with one clear line for the first problem found."""
+    _check_files(config)
+    _check_questions([*config.data.train, *config.eval.data])
+    _check_writable(config.run_dir)
+    _check_graders(config.verify.grader)
+    _check_tokenizer(config.model.path)
+    from megatron_nft.policy.family import check_layout, read_family
+    from megatron_nft.policy.precision import check_sizes
+
+    spec = read_family(config.model.path)
+    check_layout(spec, config.policy)
+    check_sizes(spec, config.policy)
+    _check_architecture(config.model)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"model folder {folder}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); "
+            "copy the tokenizer files of the model into it"
+        )
+
+
+def _check_architecture(model: ModelConfig) -> None:
+    """`model.architecture`, which stands in for the folder in `plan`, must not say otherwise than the folder."""
+    figures = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    for key, value in (model.architecture or {}).items():
+        if key in figures and figures[key] != value:
+            raise ValueError(f"model.architecture: {key} is {value!r}, config.json has {figures[key]!r}")
+
+
+def _check_files(config: Config) -> None:
+    if not config.model.path.is_dir():
+        raise ValueError(f"model.path {config.model.path}: not a folder; give a model in Hugging Face format")
+    files = [("data.train", p) for p in config.data.train] + [("eval.data", p) for p in config.eval.data]
+    if config.model.chat_template is not None:
+        files.append(("model.chat_template", config.model.chat_template))
+    for key, path in files:
+        if not path.is_file():
+            raise ValueError(f"{key}: {path} is not a file")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{key}: {path} is empty")
+
+
+def _check_questions(paths: list[Path]) -> None:
+    """Every row, as each rank will read them: better one line now than one from every rank."""
+    from megatron_nft.data.rows import read_rows
+
+    for path in paths:
+        read_rows(path)
+
+
+def _check_writable(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as e:
+        raise ValueError(f"run_dir {run_dir} cannot be written: {e.strerror or e}") from None
+
+
+def _check_graders(names: str) -> None:
+    from megatron_nft.verify.graders import load, split_names
+
+    for name in split_names(names):
+        load(name)

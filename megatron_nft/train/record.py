@@ -1,0 +1,136 @@
+"""The figures of a training step, by name, and how each is made.
+
+Every function adds what one rank knows. What all ranks know alike is added by rank 0 alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_nft.metrics import Metrics
+from megatron_nft.train.schedule import GroupFacts, StepPlan
+from megatron_nft.types import RolloutGroup, TrainingSample, Verdict
+
+if TYPE_CHECKING:
+    from megatron_nft.engines.answers import GenerationStats
+
+HISTOGRAM_BINS = 11  # correct rates 0, 0.1, …, 1 sit in bins of their own
+
+
+def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], stats: GenerationStats) -> None:
+    """Accuracy, verdicts, lengths, correct-rate histogram, over all answers of this generation batch."""
+    answers = [r for g in groups for r in g.rollouts]
+    n = len(answers)
+    lengths = [len(r.response_ids) for r in answers]
+    metrics.mean("accuracy/train", sum(r.correct for r in answers), n)
+    verdicts = Counter(r.verdict for r in answers)
+    for verdict in Verdict:
+        metrics.mean(f"verdict/{verdict.value}", verdicts[verdict], n)
+    metrics.mean("length/mean", sum(lengths), n)
+    metrics.max("length/max", max(lengths, default=0))
+    metrics.mean("length/truncated", sum(r.finish_reason == "length" for r in answers), n)
+    metrics.mean("answers/ignored", sum(r.ignored for r in answers), n)
+    metrics.sum("tokens/generated", sum(lengths))
+    rates = np.array([g.correct_rate for g in groups])
+    bins = np.minimum((rates * HISTOGRAM_BINS).astype(int), HISTOGRAM_BINS - 1)
+    metrics.histogram("correct_rate/hist", np.bincount(bins, minlength=HISTOGRAM_BINS).tolist())
+    metrics.mean("entropy/sampled", -sum(float(r.rollout_logprobs.sum()) for r in answers), sum(lengths))
+    metrics.max("seconds/verify_wait", stats.verify_wait_s)
+    metrics.mean("seconds/verify_per_answer", sum(r.verify_s for r in answers), n)
+
+
+def add_groups(metrics: Metrics, rank: int, facts: Sequence[GroupFacts]) -> None:
+    """Groups of a generation batch by what becomes of them."""
+    if rank != 0:
+        return
+    fates = Counter(f.fate for f in facts)
+    metrics.sum("generation_batches", 1)
+    metrics.sum("groups/generated", len(facts))
+    for fate in ("all_correct", "all_wrong", "too_few"):
+        metrics.sum(f"groups/{fate}", fates[fate])
+    metrics.sum("groups/dropped", len(facts) - fates["kept"])
+    metrics.sum("groups/fresh", fates["kept"])
+
+
+def add_plan(metrics: Metrics, rank: int, kept: Sequence[GroupFacts], plan: StepPlan, step: int) -> None:
+    """What was trained, kept for later and given up."""
+    if rank != 0:
+        return
+    left = {*plan.surplus, *plan.stale}
+    trained = [f for f in kept if f.draw not in left]
+    metrics.sum("groups/kept", len(trained))
+    metrics.sum("groups/surplus", len(plan.surplus))
+    metrics.sum("groups/stale_dropped", len(plan.stale))
+    metrics.mean("groups/staleness", sum(step - f.step for f in trained), len(trained))
+    metrics.sum("tokens/trained", sum(plan.response_tokens))
+
+
+def add_gap(metrics: Metrics, samples: Sequence[TrainingSample]) -> None:
+    """|trainer log-prob - engine log-prob| over the tokens of this step's kept answers."""
+    for s in samples:
+        gap = np.abs(s.behaviour_logprobs.astype(np.float64) - s.rollout_logprobs)
+        metrics.mean("gap/mean", float(gap.sum()), gap.size)
+        metrics.max("gap/max", float(gap.max(initial=0.0)))
+
+
+def add_optimizer_step(metrics: Metrics, rank: int, report: Any) -> None:
+    """One optimizer step; the report holds sums over all ranks already."""
+    if rank != 0:
+        return
+    metrics.mean("skipped_steps/share", float(report.skipped), 1)
+    metrics.sum("skipped_steps", float(report.skipped))
+    metrics.mean("lr", report.lr, 1)
+    if report.skipped:
+        return
+    metrics.mean("loss/total", report.loss, 1)
+    metrics.mean("grad_norm", report.grad_norm, 1)
+    metrics.max("grad_norm/max", report.grad_norm)
+    sums = report.metrics
+    tokens, positive, negative = (sums.get(f"{p}tokens", 0.0) for p in ("", "positive_", "negative_"))
+    metrics.mean("loss/positive", sums["positive_loss"], positive)
+    metrics.mean("loss/negative", sums["negative_loss"], negative)
+    metrics.mean("tokens/positive_share", positive, tokens)
+    metrics.mean("ratio/mean", sums["ratio"], tokens)
+    metrics.mean("ratio/log_mean", sums["log_ratio"], tokens)
+    metrics.mean("ratio/kl", sums["kl"], tokens)
+    metrics.max("ratio/max", sums["max_ratio"])
+    metrics.max("ratio/max_inverse", sums["max_inverse_ratio"])
+    if "clamped_tokens" in sums:
+        metrics.mean("clamp/share", sums["clamped_tokens"], negative)
+
+
+def add_sync(metrics: Metrics, figures: dict[str, float]) -> None:
+    """Seconds and bytes of a weight sync, the slowest rank's."""
+    for name, value in figures.items():
+        metrics.max(f"sync/{name}", value)
+
+
+def add_seconds(metrics: Metrics, phases: dict[str, float], total: float) -> None:
+    """Seconds per phase, as rank 0 saw them."""
+    for name, seconds in phases.items():
+        metrics.sum(f"seconds/{name}", seconds)
+    if total:
+        metrics.sum("seconds/total", total)
+
+
+def add_memory(metrics: Metrics, phases: dict[str, tuple[int, int]]) -> None:
+    """Per phase the most that the trainer allocated, and what the device held at its end, engine and all; the fullest
+    device's."""
+    for name, (peak, held) in phases.items():
+        metrics.max(f"memory/{name}_peak_bytes", peak)
+        metrics.max(f"memory/{name}_device_bytes", held)
+
+
+def why_empty(kept: int, needed: int, batches: int, fates: Counter) -> str:
+    """The message for a step that found too few groups to train."""
+    dropped = ", ".join(f"{n} {fate.replace('_', ' ')}" for fate, n in fates.most_common() if fate != "kept")
+    return (
+        f"{kept} of {needed} groups were kept after {batches} generation batches (rollout.max_generation_batches), "
+        f"{sum(fates.values())} questions in all; dropped: {dropped or 'none'}. A group is kept when its answers are "
+        "neither all right nor all wrong: use questions nearer to what the model can do, more answers per question "
+        "(rollout.answers_per_question), fewer groups per step (train.questions_per_step), or raise the bound"
+    )

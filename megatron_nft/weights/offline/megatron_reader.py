@@ -1,0 +1,250 @@
+"""A Megatron checkpoint (torch_dist), read region by region, without Megatron's ranks and whatever layout wrote it.
+
+Tensors are stored by their place in the whole model: one key per kind of parameter, layers stacked along axis 0 (then
+experts along axis 1), in chunks as the ranks held them. Chunks are single tensors in `*.distcp` files; `.metadata`
+says where. Neither is unpickled freely (torch_item.py, policy/checkpoint.py), and data go from the file to their place.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_nft.policy.checkpoint import read_metadata
+from megatron_nft.policy.family import ModelSpec, RopeScaling, read_family
+from megatron_nft.weights.hf_folder import name_list
+from megatron_nft.weights.names import Geometry, Kind, Place, all_places, hf_shapes
+from megatron_nft.weights.splits import unmerge
+from megatron_nft.weights.offline.torch_item import find_item
+
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+HF_FILES = "hf"  # a converted checkpoint carries config and tokenizer in this folder
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+MASTER = "optimizer.state.param."  # fp32 copies of the weights in a training checkpoint
+
+
+class MegatronCheckpoint:
+    """Keys, shapes and regions of a checkpoint folder. ValueError where it is none or is damaged."""
+
+    def __init__(self, path: Path | str) -> None:
+        """`path`: the torch_dist folder itself, or one that holds it as `megatron/` (a run's `step_...` folder)."""
+        self.path = Path(path)
+        self.folder = self.path / "megatron" if (self.path / "megatron").is_dir() else self.path
+        if not (self.folder / ".metadata").is_file():
+            raise ValueError(f"{self.path} is no Megatron checkpoint: it has no .metadata file")
+        metadata = self._read_metadata()
+        entries = metadata.state_dict_metadata
+        tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        self.objects = sorted(entries.keys() - tensors.keys())  # pickles, never read: `..._extra_state/shard_0_24`
+        self.shapes = {key: tuple(entry.size) for key, entry in tensors.items()}
+        self.dtypes = {key: entry.properties.dtype for key, entry in tensors.items()}
+        self._chunks = {key: entry.chunks for key, entry in tensors.items()}
+        self._stored = {
+            (index.fqn, tuple(index.offset)): info
+            for index, info in metadata.storage_data.items()
+            if index.fqn in tensors
+        }
+        self._check_files()
+
+    def _read_metadata(self) -> Metadata:
+        try:
+            return read_metadata(self.folder)
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / '.metadata'} is damaged: {error}") from None
+
+    def _check_files(self) -> None:
+        """ValueError, before anything is read or written, where a file is missing or shorter than .metadata says."""
+        ends: dict[str, int] = {}
+        for info in self._stored.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in ends.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; .metadata lists it")
+            if path.stat().st_size < end:
+                raise ValueError(f"{path} is cut off: it has {path.stat().st_size} bytes, .metadata lists {end}")
+
+    def spec(self) -> ModelSpec:
+        """The model's figures: from the carried config.json, or from a run's manifest."""
+        if (self.folder / HF_FILES / "config.json").is_file():
+            return read_family(self.folder / HF_FILES)
+        manifest = self.path / "manifest.json"
+        if not manifest.is_file():
+            raise ValueError(f"{self.path} says nothing of its model (no {HF_FILES}/config.json, no manifest.json)")
+        figures = json.loads(manifest.read_text(encoding="utf-8"))["model"]
+        if figures["rope_scaling"] is not None:
+            figures["rope_scaling"] = RopeScaling(**figures["rope_scaling"])
+        return ModelSpec(**figures)
+
+    def common(self) -> dict:
+        """What is not sharded: schedule, hyper-parameters, layout."""
+        path = self.folder / "common.pt"
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+
+    def read(self, key: str, start: tuple[int, ...] = ()) -> torch.Tensor:
+        """The sub-tensor at the leading indices `start`, e.g. (layer,) of a key that stacks layers."""
+        shape = self.shapes[key][len(start) :]
+        lengths = (1,) * len(start) + shape
+        offsets = start + (0,) * len(shape)
+        return self.read_region(key, offsets, lengths).view(shape)
+
+    def equal(self, a: str, b: str) -> bool:
+        """Whether two matrices have the same shape and values, compared block by block."""
+        if self.shapes[a] != self.shapes[b]:
+            return False
+        rows, width = self.shapes[a]
+        blocks = [((start, 0), (min(1024, rows - start), width)) for start in range(0, rows, 1024)]
+        return all(torch.equal(self.read_region(a, *block), self.read_region(b, *block)) for block in blocks)
+
+    def read_region(self, key: str, offsets: tuple[int, ...], lengths: tuple[int, ...]) -> torch.Tensor:
+        """The box at `offsets`. ValueError where a part of it is missing."""
+        target = torch.empty(lengths, dtype=self.dtypes[key])
+        self.read_region_into(target, key, offsets)
+        return target
+
+    def read_region_into(self, target: torch.Tensor, key: str, offsets: tuple[int, ...]) -> None:
+        """Fill `target` with the box of its shape at `offsets`, from the chunks that it touches, in its own dtype."""
+        missing = target.numel()
+        for chunk in self._chunks[key]:
+            box = [
+                (max(o, c), min(o + n, c + m))
+                for o, n, c, m in zip(offsets, target.shape, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if any(low >= high for low, high in box):
+                continue
+            info = self._stored[key, tuple(chunk.offsets)]
+            array, order = find_item(self.folder / info.relative_path, info.offset, info.length)
+            if array.shape != tuple(chunk.sizes[axis] for axis in order) or array.dtype is not self.dtypes[key]:
+                raise ValueError(
+                    f"{self.folder / info.relative_path}: the piece of {key} at {list(chunk.offsets)} is "
+                    f"{array.dtype} {list(array.shape)}, not as .metadata says"
+                )
+            part = target[tuple(slice(low - o, high - o) for (low, high), o in zip(box, offsets, strict=True))]
+            index = [slice(low - c, high - c) for (low, high), c in zip(box, chunk.offsets, strict=True)]
+            array.read_into(part.permute(order), tuple(index[axis] for axis in order))
+            missing -= part.numel()
+        if missing:
+            raise ValueError(f"{self.folder}: {missing} elements of {key} at {list(offsets)} are in none of its files")
+
+
+class MegatronWeights:
+    """A checkpoint's weights under HF names: `shapes`, `dtypes` and `read(name)` as an `HFFolder` has them."""
+
+    def __init__(self, checkpoint: MegatronCheckpoint, geometry: Geometry, *, masters: bool = False) -> None:
+        """`masters`: take the optimizer's fp32 copies where the checkpoint has them.
+
+        ValueError, naming them, for parameters that are missing, unknown, or not of the config's shape.
+        """
+        self._checkpoint, self._geometry = checkpoint, geometry
+        self.path = checkpoint.path
+        self.places = [place for place in all_places(geometry) if not place.row.tied_copy]
+        self._where = {place: self._locate(place, masters) for place in self.places}
+        self._check()
+        self.shapes = hf_shapes(geometry)
+        self.dtypes = {
+            name: checkpoint.dtypes[self._where[place][0]] for place in self.places for name in place.hf_names
+        }
+        self._place_of = {name: place for place in self.places for name in place.hf_names}
+        self._last: tuple[Place, dict[str, torch.Tensor]] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def read(self, name: str) -> torch.Tensor:
+        """One full HF tensor. The tensors of one Megatron parameter are best read one after the other."""
+        place = self._place_of[name]
+        if self._last is None or self._last[0] != place:
+            self._last = (place, self.read_place(place))
+        return self._last[1][name]
+
+    def read_place(self, place: Place) -> dict[str, torch.Tensor]:
+        """HF name -> full tensor, for all that one Megatron parameter holds."""
+        parameter = torch.empty(megatron_shape(place, self._geometry), dtype=self.dtypes[place.hf_names[0]])
+        self.read_parameter_into(parameter, place)
+        parts = unmerge(place.row.kind, parameter, self._geometry)
+        shapes = place.hf_shapes(self._geometry)
+        return {
+            name: part.reshape(shape).contiguous()
+            for name, part, shape in zip(place.hf_names, parts, shapes, strict=True)
+        }
+
+    def read_parameter_into(self, target: torch.Tensor, place: Place) -> None:
+        """Fill `target`, of the shape `megatron_shape` gives, with a whole Megatron parameter, in its own dtype."""
+        key, start = self._where[place]
+        offsets = start + (0,) * target.dim()
+        self._checkpoint.read_region_into(target.view((1,) * len(start) + tuple(target.shape)), key, offsets)
+
+    def _locate(self, place: Place, masters: bool) -> tuple[str, tuple[int, ...]]:
+        """Key and leading indices of a parameter. Keys with the layer written out are known as well."""
+        indices = tuple(i for i in (place.layer, place.expert) if i is not None)
+        # Before layers are stacked, a local spec writes its own norm names.
+        own = tuple(name.replace("{layer}.", "") for name in place.row.megatron if "{expert}" not in name)
+        for key in dict.fromkeys(place.row.stored_keys + own):
+            flat = key.replace("decoder.layers.", f"decoder.layers.{place.layer}.")
+            for candidate, start in ((key, indices), (flat, indices[1:])):
+                master = MASTER + candidate
+                if masters and master in self._checkpoint.shapes:
+                    return master, start
+                if candidate in self._checkpoint.shapes:
+                    return candidate, start
+        raise ValueError(f"{self.path} lacks {place.row.stored_keys[0]} (for {', '.join(place.hf_names)})")
+
+    def _check(self) -> None:
+        known = {key.removeprefix(MASTER) for key, _ in self._where.values()}
+        known |= {key for place in all_places(self._geometry) for key in place.row.stored_keys}
+        found = {key for key in self._checkpoint.shapes if key.startswith(MODEL_PREFIXES)}
+        unknown = {key for key in found - known if not key.endswith("_extra_state")}
+        if unknown:
+            family = self._geometry.family
+            raise ValueError(f"{self.path} holds parameters that family {family!r} does not know: {name_list(unknown)}")
+        for place, (key, start) in self._where.items():
+            shape, expected = self._checkpoint.shapes[key][len(start) :], megatron_shape(place, self._geometry)
+            vocab = place.row.kind is Kind.VOCAB  # may be padded
+            same = shape == expected or (vocab and shape[1:] == expected[1:] and shape[0] > expected[0])
+            if not same or any(i >= n for i, n in zip(start, self._checkpoint.shapes[key])):
+                raise ValueError(
+                    f"{self.path}: {key} has shape {list(self._checkpoint.shapes[key])}, which does not hold "
+                    f"{place.hf_names[0]} of the config's shape (parameter {list(expected)} at {list(start)})"
+                )
+        layers = {self._checkpoint.shapes[key][0] for key, start in self._where.values() if start}
+        if layers - {self._geometry.num_layers, self._geometry.num_experts}:
+            raise ValueError(f"{self.path} has {max(layers)} layers, the config {self._geometry.num_layers}")
+        for place, (key, _) in self._where.items():
+            if place.row.kind is Kind.VOCAB:
+                self._check_padding(key)
+        if self._geometry.tied and OUTPUT in found and not self._checkpoint.equal(OUTPUT, EMBEDDING):
+            raise ValueError(
+                f"{self.path}: config.json says tie_word_embeddings, but {OUTPUT} differs from {EMBEDDING}"
+            )
+
+    def _check_padding(self, key: str) -> None:
+        """ValueError where the config's vocabulary would cut off rows that are none of a layout's padding.
+
+        This program pads with zeros; Megatron-LM, with any values, to a multiple of 128 x TP.
+        """
+        rows, real = self._checkpoint.shapes[key][0], self._geometry.vocab_size
+        padding = rows - real
+        if padding == 0 or (rows % 128 == 0 and padding < 128 * 64):
+            return
+        for start in range(real, rows, 1024):
+            block = self._checkpoint.read_region(
+                key, (start, 0), (min(1024, rows - start), self._checkpoint.shapes[key][1])
+            )
+            if block.any():
+                raise ValueError(
+                    f"{self.path}: {key} has {rows} rows, the config's vocab_size is {real}, "
+                    "and the rows beyond it are no padding"
+                )
+
+
+def megatron_shape(place: Place, geometry: Geometry) -> tuple[int, ...]:
+    """Full shape of a Megatron parameter: its HF tensors joined along axis 0."""
+    shapes = place.hf_shapes(geometry)
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])

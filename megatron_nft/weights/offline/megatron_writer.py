@@ -1,0 +1,159 @@
+"""Writes a Megatron checkpoint (torch_dist) piece by piece, from one process, as ranks of a layout would have.
+
+Each piece is read when it is written, so one piece is all that is held. The result is what Megatron-Core's
+dist_checkpointing.load reads, in any layout.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_nft.policy.family import ModelSpec, tensor_parallel_sizes
+from megatron_nft.weights.offline.file_array import names_file
+from megatron_nft.weights.names import Kind, Place
+from megatron_nft.weights.offline.reused_memory import Scratch
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of one stored tensor."""
+
+    key: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    fill: Callable[[torch.Tensor], None]  # writes the values into a tensor [sizes], when the piece is written
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as the checkpoint lists it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The layout that decides which rank's file a parameter goes to, and in which pieces."""
+
+    tp: int
+    pp: int
+    vpp: int
+
+    def stage(self, place: Place, num_layers: int) -> int:
+        """Pipeline rank: layers go round the stages once per virtual stage; the embedding is first, the rest last."""
+        if place.layer is not None:
+            return place.layer // (num_layers // (self.pp * self.vpp)) % self.pp
+        return 0 if place.row.megatron[0].startswith("embedding.") else self.pp - 1
+
+    def check(self, spec: ModelSpec) -> None:
+        """ValueError, with the numbers, where the model cannot be divided so."""
+        for name, size in tensor_parallel_sizes(spec).items():
+            if size % self.tp:
+                raise ValueError(f"--tp {self.tp} must divide the model's {name} ({size})")
+        if spec.num_layers % (self.pp * self.vpp):
+            raise ValueError(
+                f"--pp {self.pp} x --vpp {self.vpp} must divide the model's num_hidden_layers ({spec.num_layers})"
+            )
+
+
+def boxes(kind: Kind, shape: Sequence[int], tp: int) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """(tensor-parallel rank, offsets, sizes) of the pieces of a full Megatron parameter.
+
+    GATE_UP: two pieces per rank, since a rank's parameter is [own gate rows | own up rows].
+    """
+    if kind is Kind.REPLICATED:
+        yield 0, (0,) * len(shape), tuple(shape)
+        return
+    axis, halves = (1 if kind is Kind.ROW else 0), (2 if kind is Kind.GATE_UP else 1)
+    width = shape[axis] // (tp * halves)
+    for rank in range(tp):
+        for half in range(halves):
+            offsets, sizes = [0] * len(shape), list(shape)
+            offsets[axis], sizes[axis] = (half * tp + rank) * width, width
+            yield rank, tuple(offsets), tuple(sizes)
+
+
+def write_checkpoint(
+    folder: Path,
+    stored: Mapping[str, Stored],
+    pieces_of_ranks: Sequence[Sequence[Piece]],
+    common: dict[str, Any],
+    progress: Callable[[str, int], None] = lambda key, nbytes: None,
+) -> None:
+    """Fill `folder` with one file per rank. `progress(key, bytes)` is called for every piece. OSError on a full disk.
+
+    Held at a time: the largest piece. (torch's own writer holds two or more: it reads the next while one is written.)
+    """
+    scratch = Scratch(max(_nbytes(piece, stored) for pieces in pieces_of_ranks for piece in pieces))
+    written = [
+        _write_rank(folder, f"__{rank}_0.distcp", pieces, stored, scratch, progress)
+        for rank, pieces in enumerate(pieces_of_ranks)
+    ]
+    chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in stored}
+    for piece in (piece for pieces in pieces_of_ranks for piece in pieces):
+        chunks[piece.key].append(ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)))
+    tensors = {
+        key: TensorStorageMetadata(TensorProperties(dtype=s.dtype), torch.Size(s.shape), chunks[key])
+        for key, s in stored.items()
+    }
+    FileSystemWriter(folder).finish(Metadata(tensors), written)  # .metadata, with the places of all pieces
+    torch.save(common, folder / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+def _nbytes(piece: Piece, stored: Mapping[str, Stored]) -> int:
+    return math.prod(piece.sizes) * stored[piece.key].dtype.itemsize
+
+
+def _write_rank(
+    folder: Path,
+    name: str,
+    pieces: Sequence[Piece],
+    stored: Mapping[str, Stored],
+    scratch: Scratch,
+    progress: Callable[[str, int], None],
+) -> list[WriteResult]:
+    """One file: every piece as torch.save writes it, one behind the other; flushed to disk."""
+    results = []
+    with names_file(folder / name), (folder / name).open("wb") as file:
+        for piece in pieces:
+            value = scratch.tensor(piece.sizes, stored[piece.key].dtype)
+            piece.fill(value)
+            start = file.tell()
+            _save(value, file)
+            index = MetadataIndex(piece.key, torch.Size(piece.offsets))
+            length = file.tell() - start
+            results.append(WriteResult(index, length, _StorageInfo(name, start, length)))
+            progress(piece.key, value.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+    return results
+
+
+def _save(value: torch.Tensor, file: BinaryIO) -> None:
+    """torch.save, which ends a failed write with an error of its own, of positions in the file."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

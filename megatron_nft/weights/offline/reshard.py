@@ -1,0 +1,124 @@
+"""A training checkpoint in another layout: every tensor, optimizer state included, cut as the new ranks hold it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_nft.policy.family import ModelSpec
+from megatron_nft.weights.offline.convert import SILENT, Summary, Written
+from megatron_nft.weights.hf_folder import name_list
+from megatron_nft.weights.hf_writer import open_partial, publish
+from megatron_nft.weights.offline.megatron_reader import HF_FILES, MegatronCheckpoint, MegatronWeights
+from megatron_nft.weights.offline.megatron_writer import Grid, Piece, Stored, boxes, write_checkpoint
+from megatron_nft.weights.names import Kind, Place, Row, all_places
+from megatron_nft.weights.offline.command import Reports
+
+
+def reshard(source: Path, out: Path, grid: Grid, reports: Reports = SILENT) -> Summary:
+    """Write a training checkpoint, optimizer state included, as ranks of `grid` would have saved it.
+
+    `source` may be a run's `step_...` folder (its manifest, surplus groups and all are carried over) or a bare
+    torch_dist folder. Values are copied, so the next optimizer step is the same. States of random generators belong
+    to ranks of the old layout and are left out. ValueError, before anything is written, for keys that belong to no
+    parameter, weights that are not the config's, and a `grid` that does not divide the model.
+    """
+    checkpoint = MegatronCheckpoint(source)
+    spec = checkpoint.spec()
+    grid.check(spec)
+    MegatronWeights(checkpoint, spec)  # refuses weights that are not the config's
+    if checkpoint.objects:
+        raise ValueError(f"{source} holds pickled objects, which are not read: {name_list(checkpoint.objects)}")
+    stored, ranks = _plan(checkpoint, spec, grid)
+    common = _relaid(checkpoint.common(), grid)
+    partial = open_partial(out, replace=False)
+    target = partial / "megatron" if checkpoint.folder != checkpoint.path else partial
+    target.mkdir(exist_ok=True)
+    summary = Summary([Written(key, s.shape, s.dtype) for key, s in stored.items()], len(ranks))
+    reports.total(summary.nbytes)
+    write_checkpoint(target, stored, ranks, common, reports.done)
+    if target != partial:
+        _carry_run_files(checkpoint, partial, grid)
+    elif (checkpoint.folder / HF_FILES).is_dir():
+        shutil.copytree(checkpoint.folder / HF_FILES, partial / HF_FILES)
+    publish(partial, out)
+    return summary
+
+
+def _plan(checkpoint: MegatronCheckpoint, spec: ModelSpec, grid: Grid) -> tuple[dict[str, Stored], list[list[Piece]]]:
+    """What is stored, and the pieces of every rank. Optimizer states are cut like their parameter, whose key theirs
+    ends with."""
+    places = {key: place for place in all_places(spec) for key in place.row.stored_keys}
+    stored: dict[str, Stored] = {}
+    ranks: list[list[Piece]] = [[] for _ in range(grid.tp * grid.pp)]
+    for key, shape in checkpoint.shapes.items():
+        if key.startswith("rng."):
+            continue
+        parameter = next((name for name in places if key == name or key.endswith("." + name)), None)
+        if parameter is None:
+            raise ValueError(f"{checkpoint.path} holds {key}, which belongs to no parameter of family {spec.family!r}")
+        row = places[parameter].row
+        if row.kind is Kind.VOCAB:  # every TP size has its own padding
+            shape = (spec.padded_vocab_size(grid.tp), *shape[1:])
+        stored[key] = Stored(shape, checkpoint.dtypes[key])
+        for lead in _leading_indices(row, shape):
+            place = Place(row, lead[0] if lead else None, lead[1] if len(lead) > 1 else None)
+            stage = grid.stage(place, spec.num_layers)
+            for tp_rank, offsets, sizes in boxes(row.kind, shape[len(lead) :], grid.tp):
+                start = lead + offsets
+                piece = Piece(key, start, (1,) * len(lead) + sizes, _filler(checkpoint, key, start))
+                ranks[stage * grid.tp + tp_rank].append(piece)
+    return stored, ranks
+
+
+def _filler(checkpoint: MegatronCheckpoint, key: str, start: tuple[int, ...]) -> Callable[[torch.Tensor], None]:
+    """Copies the box at `start` when it is called; rows beyond the stored ones (they pad a vocabulary) are zero."""
+
+    def fill(piece: torch.Tensor) -> None:
+        real = min(piece.shape[0], max(0, checkpoint.shapes[key][0] - start[0]))
+        if real:
+            checkpoint.read_region_into(piece[:real], key, start)
+        piece[real:] = 0
+
+    return fill
+
+
+def _leading_indices(row: Row, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    if "{layer}" not in row.megatron[0]:
+        return [()]
+    if row.expert:
+        return [(layer, expert) for layer in range(shape[0]) for expert in range(shape[1])]
+    return [(layer,) for layer in range(shape[0])]
+
+
+def _relaid(common: dict, grid: Grid) -> dict:
+    """common.pt with the new layout. `resharded_from` makes it differ from every rank's own, so that a loader does not
+    look for generator states."""
+    if "layout" in common:
+        old = common["layout"]
+        new = {"world": grid.tp * grid.pp * old["dp"], "tp": grid.tp, "pp": grid.pp, "vpp": grid.vpp}
+        common["layout"] = old | new | {"resharded_from": old}
+    return common
+
+
+def _carry_run_files(checkpoint: MegatronCheckpoint, partial: Path, grid: Grid) -> None:
+    """Surplus groups and the manifest, with the new layout and the new files' sizes and SHA-256."""
+    for path in checkpoint.path.iterdir():
+        if path.is_dir() and path != checkpoint.folder:
+            shutil.copytree(path, partial / path.name)
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text(encoding="utf-8"))
+    manifest["layout"] |= {"tp": grid.tp, "pp": grid.pp}
+    manifest["files"] = {
+        str(path.relative_to(partial)): _facts(path) for path in sorted(partial.rglob("*")) if path.is_file()
+    }
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _facts(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,0 +1,125 @@
+"""Where the data of a tensor lie that torch.save wrote into the middle of a file, found without reading the data.
+
+torch.save writes a zip: `data.pkl` says dtype, shape and strides, `data/0` has the bytes as they are.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_nft.weights.offline.file_array import FileArray
+
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_LOCAL_HEADER = 30  # bytes; the lengths of name and extra field are its last two pairs
+
+
+class _Figures(NamedTuple):
+    """Of a tensor, as its pickle has them."""
+
+    dtype: torch.dtype
+    record: str  # the name of its storage's file in the zip
+    offset: int  # elements
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def find_item(path: Path, start: int, length: int) -> tuple[FileArray, tuple[int, ...]]:
+    """(array, order): axis i of the array is axis order[i] of the tensor, which torch.save keeps in memory's order.
+
+    `start`, `length`: where the zip lies in the file, bytes. ValueError where it is damaged or holds anything but one
+    dense tensor.
+    """
+    with path.open("rb") as file:
+        try:
+            item = zipfile.ZipFile(_Window(file, start, length))
+            root = next(name for name in item.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+            figures = _TensorUnpickler(io.BytesIO(item.read(root + "data.pkl"))).load()
+            if not isinstance(figures, _Figures):
+                raise pickle.UnpicklingError(f"it is a {type(figures).__name__}")
+            dtype, record, offset, shape, strides = figures
+            stored = item.getinfo(f"{root}data/{record}")
+        except (zipfile.BadZipFile, StopIteration, KeyError) as error:
+            raise ValueError(f"{path} is cut off or damaged at {start}: {error}") from None
+        except (pickle.UnpicklingError, TypeError) as error:
+            raise ValueError(f"{path} at {start} holds no plain tensor: {error}") from None
+        file.seek(start + stored.header_offset + _LOCAL_HEADER - 4)
+        names = sum(int.from_bytes(file.read(2), "little") for _ in range(2))
+    order = tuple(sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis)))
+    dense, expected = 1, []
+    for axis in reversed(order):
+        expected.append(dense)
+        dense *= shape[axis]
+    if any(shape[axis] > 1 and strides[axis] != step for axis, step in zip(reversed(order), expected, strict=True)):
+        raise ValueError(f"{path} at {start}: a tensor of shape {shape} with strides {strides} is not read")
+    begin = start + stored.header_offset + _LOCAL_HEADER + names + offset * dtype.itemsize
+    return FileArray(path, begin, dtype, tuple(shape[axis] for axis in order)), order
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: io.BufferedIOBase, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise OSError(f"position {base + offset} lies before the part")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._length - self._at))
+        self._file.seek(self._start + self._at)
+        data = self._file.read(count)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads the figures of one tensor; no other name is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _figures
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> tuple[torch.dtype, str]:
+        _, dtype, record, _, _ = pid
+        return dtype, record
+
+
+def _figures(storage: tuple[torch.dtype, str], offset: int, shape: tuple, strides: tuple, *_: Any) -> _Figures:
+    return _Figures(*storage, offset, tuple(shape), tuple(strides))

@@ -1,0 +1,1 @@
+"""Ways for a bucket of weights to reach engine servers."""

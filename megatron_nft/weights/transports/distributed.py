@@ -1,0 +1,191 @@
+"""The `distributed` transport: each stage leader broadcasts its buckets to all ranks of all engines, over gloo or NCCL.
+
+A broadcast blocks every engine until all have it, so two leaders must never broadcast at the same time: leaders take
+turns, stage by stage. An engine that is lost breaks the group for all: the group is then made anew without it and the
+whole stream is sent again (`torn`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from itertools import count
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+
+from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Meeting, address_towards
+from megatron_nft.weights.buckets import Bucket
+from megatron_nft.engines.weights import EngineServer
+from megatron_nft.weights.transports.servers import ServerTransport
+from megatron_nft.weights.together import gather_objects
+from megatron_nft.weights.transport import EngineLost, WeightSyncError
+
+POLL_S = 0.0005
+CLOSE_S = 10.0  # for an idle group to be gone: a process that exits meanwhile is aborted by the C++ runtime
+_numbers = count()  # group names are used once per process
+
+
+class DistributedTransport(ServerTransport):
+    """See the module. Groups are made at the first sync and kept."""
+
+    name = "distributed"
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self._group: BroadcastGroup | None = None
+        self._group_name = ""
+        self._members: list[str] = []  # URLs
+        self._has_turn = False
+        ranks_per_stage = self._layout.world_size // self._layout.pp_size
+        self._leader_ranks = [stage * ranks_per_stage for stage in range(self._layout.pp_size)]
+
+    def begin(self, version: int) -> None:
+        """Opens the sessions and, at the first sync or after a loss, the groups. No rank leaves before the others."""
+        errors: list[Exception] = []
+        with _kept(errors):
+            super().begin(version)
+        self.torn = False
+        for behind in gather_objects(self.behind, self._layout.world_gloo):
+            self.behind |= behind
+        if not self.engines():
+            raise self._none_left()  # on every rank
+        for leader in self._leader_ranks:  # one group at a time: an engine that waits for one cannot join another
+            if self._layout.rank == leader and (self._group is None or self._members != self.engines()):
+                with _kept(errors):
+                    self._join_engines()
+            dist.barrier(group=self._layout.world_gloo)
+        if errors:
+            raise errors[0]
+
+    def _join_engines(self) -> None:
+        """Make this leader's group with every engine that is not behind; one that is lost meanwhile is left out."""
+        self._leave()
+        while self._group is None:
+            try:
+                self._group = self._meet_engines()
+            except EngineLost as lost:
+                self.behind[lost.url] = lost.reason
+                if not self.engines():
+                    raise self._none_left() from None
+
+    def _meet_engines(self) -> BroadcastGroup:
+        servers = [server for server in self._servers if server.url not in self.behind]
+        where = urlsplit(servers[0].url)
+        name = f"megatron-nft-{os.getpid()}-{next(_numbers)}"
+        world_size = 1 + len(servers) * self._facts.tp_size
+        timeout_s = self._config.sync.timeout_s
+        address = address_towards(where.hostname, where.port)
+        meeting = Meeting.open(address, name, world_size, self._layout.device, timeout_s)
+        answers = [
+            self._threads.submit(server.join, meeting, 1 + i * self._facts.tp_size) for i, server in enumerate(servers)
+        ]
+        self._group_name, self._members = name, [server.url for server in servers]
+        return _open_group(meeting, timeout_s, answers)
+
+    def send(self, bucket: Bucket) -> None:
+        self._ledger.note(bucket.metas)
+        if self.torn:
+            return
+        self._take_turn()
+        answers = [
+            (server, self._threads.submit(server.load_broadcast, bucket, self._group_name))
+            for server in self._servers
+            if server.url in self._members
+        ]
+        self._group.broadcast(bucket.flat)
+        if not self._arrived([future for _, future in answers]):
+            self._leave()  # engines that wait for the rest of the broadcast get an error and answer
+        refusals = []
+        for server, future in answers:
+            try:
+                future.result()
+            except EngineLost as lost:
+                self.behind[server.url] = lost.reason
+                self.torn = True
+            except WeightSyncError as error:
+                refusals.append(str(error))
+        if refusals and not self.torn:
+            raise WeightSyncError("; ".join(refusals))
+
+    def _arrived(self, answers: list[Future]) -> bool:
+        """Until the broadcast and all answers are there; False as soon as one of them failed.
+
+        An engine that refuses answers at once and does not take part in the broadcast, which then never ends.
+        """
+        while not (self._group.is_sent() and all(answer.done() for answer in answers)):
+            if any(answer.done() and answer.exception() for answer in answers):
+                return False
+            time.sleep(POLL_S)
+        try:
+            self._group.wait()
+        except RuntimeError:  # a member left
+            return False
+        return not any(answer.exception() for answer in answers)
+
+    def _take_turn(self) -> None:
+        """Wait until the leader of the stage before has sent everything."""
+        if not self._has_turn and self._layout.pp_rank > 0:
+            turn = torch.zeros(1)
+            dist.recv(turn, src=self._leader_ranks[self._layout.pp_rank - 1], group=self._layout.world_gloo)
+        self._has_turn = True
+
+    def end_stream(self) -> None:
+        if not self._leads:
+            return
+        self._take_turn()
+        if self._layout.pp_rank + 1 < self._layout.pp_size:
+            dist.send(torch.zeros(1), dst=self._leader_ranks[self._layout.pp_rank + 1], group=self._layout.world_gloo)
+        self._has_turn = False
+
+    def _leave(self, wait_s: float = 0.0) -> None:
+        if self._group is None:
+            return
+        self._group.close(wait_s)
+        self._group = None
+        for server in self._servers:
+            if server.url in self._members and server.url not in self.behind:
+                self._threads.submit(_forget, server, self._group_name)
+
+    def close(self) -> None:
+        self._leave(CLOSE_S)
+        super().close()
+
+
+def _open_group(meeting: Meeting, timeout_s: float, answers: list[Future]) -> BroadcastGroup:
+    """The group, once all have joined. Raises what a server answered that cannot join, without waiting for the rest."""
+    opened: list[BroadcastGroup] = []
+    joining = threading.Thread(target=lambda: opened.append(BroadcastGroup(meeting, timeout_s)), daemon=True)
+    joining.start()
+    while joining.is_alive() or not all(answer.done() for answer in answers):
+        for answer in answers:
+            if answer.done():
+                answer.result()
+        time.sleep(POLL_S)
+    for answer in answers:
+        answer.result()
+    if not opened:
+        raise WeightSyncError(f"the engines did not join the update group within {timeout_s:g} s (sync.timeout_s)")
+    return opened[0]
+
+
+@contextmanager
+def _kept(errors: list[Exception]) -> Iterator[None]:
+    """Any error at all: the other ranks wait in a collective."""
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
+
+
+def _forget(server: EngineServer, group_name: str) -> None:
+    """Tell a server to drop its end of a group. Whatever it answers, the group is gone."""
+    try:
+        server.leave(group_name)
+    except (EngineLost, WeightSyncError):
+        return
