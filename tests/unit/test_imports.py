@@ -12,6 +12,7 @@ LAYER = {
     "types": 0,
     "processes": 0,
     "distributed": 0,
+    "files": 0,
     "config": 0,
     "algorithms": 1,
     "losses": 1,

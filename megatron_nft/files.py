@@ -1,0 +1,169 @@
+"""Files: written whole or not at all, digests, rows of JSONL and parquet, files of the Hugging Face hub.
+
+Writing has one rule. The content goes into a hidden file in the same folder, `.NAME.PID.partial`, which is flushed to
+disk and then takes the name in one step; afterwards the folder is flushed too. Whoever reads the name, at any moment
+and after a loss of power, finds the whole new file or the whole old one. A write that fails removes what it began; the
+file that a killed process leaves is hidden and ends in `.partial`, so no pattern of finished files matches it.
+
+Imports no torch; pyarrow and huggingface_hub are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+BLOCK_BYTES = 1 << 20  # read at a time for a digest
+BATCH_ROWS = 1024  # parquet rows held at a time
+_MAX_JSON_DIGITS = 4000  # Python refuses to make longer integers from text
+
+
+class RowsError(ValueError):
+    """A file whose rows cannot be read. The message names the file and, where there is one, the row."""
+
+
+class HubError(ValueError):
+    """A file that cannot be had from the Hugging Face hub. The message names data set and file."""
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return once a file's content, or a folder's list of names, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` when the block ends without an error; the folder must exist.
+
+    For writers that stream; `write_atomically` is for what is in memory. Two processes may write the same path at once
+    (the last one wins), two threads of one process may not.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        flush_to_disk(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path`, whole or not at all; the folder must exist.
+
+    Text becomes UTF-8. Lone surrogates, which models do write and UTF-8 cannot hold, become question marks: one of
+    them must not cost the file.
+    """
+    with replacing(path) as file:
+        file.write(content.encode("utf-8", errors="replace") if isinstance(content, str) else content)
+
+
+def sha256_of_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """The SHA-256 of a file's content in hexadecimal; `on_bytes` is told how many more bytes were read."""
+    digest, buffer = hashlib.sha256(), bytearray(BLOCK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            if on_bytes is not None:
+                on_bytes(count)
+    return digest.hexdigest()
+
+
+def read_rows(path: Path, *, replace_invalid_text: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, values by column) of every row of a .jsonl (also .json) or .parquet file of any columns.
+
+    In JSONL a row is a line, empty lines are passed over, and integers too long for Python stay text. Text that is not
+    UTF-8 is refused or, with `replace_invalid_text`, gets replacement characters so that the row is not lost. RowsError
+    where the file cannot be read, ends in anything else, or a line holds no JSON object.
+    """
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, replace_invalid_text)
+    elif path.suffix in (".jsonl", ".json"):
+        yield from _read_jsonl(path, "replace" if replace_invalid_text else "strict")
+    else:
+        raise RowsError(f"{path}: files of rows end in .jsonl or .parquet, not in {path.suffix or 'nothing'!r}")
+
+
+def _read_jsonl(path: Path, errors: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise RowsError(f"{path}: cannot be read ({error.strerror or error})") from None
+    with file:
+        offset = 0
+        # As bytes: text files also end a line at U+2028 and its like, which JSON strings may hold.
+        for number, raw in enumerate(file, start=1):
+            where = f"{path}, row {number}"
+            try:
+                line = raw.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8", errors)
+                row = json.loads(line, parse_int=_integer) if line.strip() else None
+            except UnicodeDecodeError as error:
+                position = offset + error.start
+                raise RowsError(f"{where}: not UTF-8 text (byte {position}); save the file as UTF-8") from None
+            except json.JSONDecodeError as error:
+                problem = f"{error.msg} at character {error.pos + 1}"
+                raise RowsError(f"{where}: not JSON ({problem}); one object per line") from None
+            except RecursionError:
+                raise RowsError(f"{where}: not JSON (nested too deeply); one object per line") from None
+            offset += len(raw)
+            if isinstance(row, dict):
+                yield number, row
+            elif line.strip():
+                raise RowsError(f"{where}: a {type(row).__name__}, not an object with columns")
+
+
+def _integer(digits: str) -> int | str:
+    return int(digits) if len(digits) <= _MAX_JSON_DIGITS else digits
+
+
+def _read_parquet(path: Path, replace_invalid_text: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                columns = [_values(c) if replace_invalid_text else c.to_pylist() for c in batch.columns]
+                for values in zip(*columns, strict=True):
+                    number += 1
+                    yield number, dict(zip(batch.schema.names, values, strict=True))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise RowsError(f"{path}: cannot be read as parquet, after row {number} ({error})") from None
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of an Arrow column; text that is not UTF-8 with replacement characters."""
+    import pyarrow as pa
+
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = column.view(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
+    values: list[Any] = column.to_pylist()
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        return [None if value is None else value.decode("utf-8", errors="replace") for value in values]
+    return values
+
+
+def hub_file(repo: str, path: str) -> Path:
+    """The local copy of a file of a data set on the hub, downloaded unless the cache has it. HubError where it fails.
+
+    repo: `owner/name`. path: within the data set.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(hf_hub_download(repo, path, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise HubError(f"{path} of {repo} cannot be had from the hub ({type(error).__name__}: {error})") from None
