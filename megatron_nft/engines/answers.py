@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_nft.engines.engine import Completion, Engine, Request, SamplingParams, WeightVersionError
@@ -21,18 +20,6 @@ class Verifier(Protocol):
     def submit(self, response: str, answer: str, data_source: str = "", extra: dict[str, Any] | None = None) -> Future:
         """Future of a `verify.Graded`."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationStats:
-    """What one call of `generate_groups` took on this rank."""
-
-    generate_s: float  # from the first request to the last answer, grading of earlier answers included
-    verify_wait_s: float  # from the last answer to the last verdict: what grading adds to the step
-    num_answers: int
-    prompt_tokens: int  # of every question once
-    response_tokens: int
-    num_truncated: int  # answers that met the length limit
 
 
 def training_sampling(config: Config) -> SamplingParams:
@@ -51,12 +38,15 @@ def generate_groups(
     weight_version: int,
     tokenizer: Any,
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[RolloutGroup], GenerationStats]:
+) -> tuple[list[RolloutGroup], float]:
     """`rollout.answers_per_question` graded answers to each drawn question, groups in the order of `draws`.
 
     Answers cut off at the length limit are not graded: they are wrong (`algorithm.truncated=negative`) or left out of
     the loss (`drop`). `on_progress(done, total)` is called after every answer. WeightVersionError where the engine or
     an answer is of another version than `weight_version`.
+
+    The second value is `verify_wait_s`, the seconds from the last answer to the last verdict: what grading adds to the
+    step.
     """
     if engine.weight_version != weight_version:
         raise WeightVersionError(f"the engine has weight version {engine.weight_version}, not {weight_version}")
@@ -65,7 +55,6 @@ def generate_groups(
     groups = [RolloutGroup(draw, prompt, [None] * num_samples, step) for draw, prompt in draws]
     pending: list[tuple[Rollout, Future]] = []
     total = num_samples * len(draws)
-    start = time.perf_counter()
     answers = engine.generate(requests, training_sampling(config))
     for done, (request, sample, completion) in enumerate(answers, start=1):
         draw, prompt = draws[request]
@@ -85,15 +74,7 @@ def generate_groups(
         rollout.verdict, rollout.extracted, rollout.verify_s = graded.verdict, graded.extracted, graded.seconds
         rollout.ignored = graded.ignored
         rollout.grader_verdicts = graded.by_grader
-    stats = GenerationStats(
-        generate_s=generated - start,
-        verify_wait_s=time.perf_counter() - generated,
-        num_answers=total,
-        prompt_tokens=sum(len(prompt.token_ids) for _, prompt in draws),
-        response_tokens=sum(len(r.response_ids) for g in groups for r in g.rollouts),
-        num_truncated=total - len(pending),
-    )
-    return groups, stats
+    return groups, time.perf_counter() - generated
 
 
 def _to_rollout(draw: int, sample: int, completion: Completion, tokenizer: Any) -> Rollout:

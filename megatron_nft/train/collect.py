@@ -102,7 +102,7 @@ def generate(t: Trainer, draws: list, step: int, metrics: Metrics) -> list[Rollo
             t.phases.progress()
             advance()
 
-        groups, stats = generate_groups(
+        groups, verify_wait_s = generate_groups(
             t.engine,
             draws,
             t.config,
@@ -112,7 +112,7 @@ def generate(t: Trainer, draws: list, step: int, metrics: Metrics) -> list[Rollo
             tokenizer=t.tokenizer,
             on_progress=on_progress,
         )
-    step_metrics.add_rollouts(metrics, groups, stats)
+    step_metrics.add_rollouts(metrics, groups, verify_wait_s)
     if t.config.verify.shuffle_within_groups:
         shuffle_verdicts(groups, t.config.seed)
     return groups

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +15,10 @@ from megatron_nft.metrics import Metrics
 from megatron_nft.train.schedule import GroupFacts, StepPlan
 from megatron_nft.types import RolloutGroup, TrainingSample, Verdict
 
-if TYPE_CHECKING:
-    from megatron_nft.engines.answers import GenerationStats
-
 HISTOGRAM_BINS = 11  # correct rates 0, 0.1, …, 1 sit in bins of their own
 
 
-def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], stats: GenerationStats) -> None:
+def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s: float) -> None:
     """Accuracy, verdicts, lengths, correct-rate histogram, over all answers of this generation batch."""
     answers = [r for g in groups for r in g.rollouts]
     n = len(answers)
@@ -39,7 +36,7 @@ def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], stats: Genera
     bins = np.minimum((rates * HISTOGRAM_BINS).astype(int), HISTOGRAM_BINS - 1)
     metrics.histogram("correct_rate/hist", np.bincount(bins, minlength=HISTOGRAM_BINS).tolist())
     metrics.mean("entropy/sampled", -sum(float(r.rollout_logprobs.sum()) for r in answers), sum(lengths))
-    metrics.max("seconds/verify_wait", stats.verify_wait_s)
+    metrics.max("seconds/verify_wait", verify_wait_s)
     metrics.mean("seconds/verify_per_answer", sum(r.verify_s for r in answers), n)
 
 

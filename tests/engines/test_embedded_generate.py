@@ -52,7 +52,7 @@ def generate(engine, verifier, config, count=3, **kwargs):
 
 def test_groups_come_in_order_and_graded(engine, verifier, tmp_path):
     progress = []
-    groups, stats = generate(engine, verifier, config(tmp_path), on_progress=lambda *a: progress.append(a))
+    groups, verify_wait_s = generate(engine, verifier, config(tmp_path), on_progress=lambda *a: progress.append(a))
     assert [g.draw for g in groups] == [100, 101, 102]
     assert progress == [(i, 120) for i in range(1, 121)]
     tokenizer = make_tokenizer()
@@ -68,12 +68,8 @@ def test_groups_come_in_order_and_graded(engine, verifier, tmp_path):
             assert r.verdict is (Verdict.CORRECT if good else Verdict.WRONG)
             assert not r.ignored
     rollouts = [r for g in groups for r in g.rollouts]
-    assert stats.num_answers == 120
-    assert stats.num_truncated == sum(r.finish_reason == "length" for r in rollouts) > 0
-    assert stats.response_tokens == sum(len(r.response_ids) for r in rollouts)
-    assert stats.prompt_tokens == 3 * len(draws(1)[0][1].token_ids)
-    assert stats.generate_s > 0
-    assert stats.verify_wait_s >= 0
+    assert len(rollouts) == 120
+    assert 0 <= verify_wait_s < 60
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
 
 

@@ -91,7 +91,7 @@ def test_figures_of_rollouts():
         RolloutGroup(0, PROMPT, [rollout(0, Verdict.CORRECT, 2), rollout(1, Verdict.WRONG, 6, "length")], 1),
         RolloutGroup(1, PROMPT, [rollout(0, Verdict.UNPARSEABLE, 4), rollout(1, Verdict.TIMEOUT, 4)], 1),
     ]
-    step_metrics.add_rollouts(metrics, groups, SimpleNamespace(verify_wait_s=0.5))
+    step_metrics.add_rollouts(metrics, groups, 0.5)
     record = Metrics.merge([metrics.state()])
     assert record["accuracy/train"] == 0.25
     assert [record[f"verdict/{v.value}"] for v in Verdict] == [0.25] * 4
@@ -99,6 +99,7 @@ def test_figures_of_rollouts():
     assert record["correct_rate/hist"] == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]  # rates 0 and 0.5
     assert record["entropy/sampled"] == 0.5
     assert record["tokens/generated"] == 16
+    assert record["seconds/verify_wait"] == 0.5
 
 
 def test_the_gap_is_measured_over_tokens():
