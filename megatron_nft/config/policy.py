@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_nft.config.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from megatron_nft.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 FP8_ALIGNMENT = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32, "nvfp4": 64}
 """recipe -> what the sizes of its matrices, tokens included, must be multiples of: a block of its scales, and what

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_nft.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from megatron_nft.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class DataConfig(Section):

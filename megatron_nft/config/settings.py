@@ -12,7 +12,6 @@ from pydantic import model_validator
 
 from megatron_nft.config.policy import ModelConfig, OptimizerConfig, PolicyConfig
 from megatron_nft.config.rollout import DataConfig, RolloutConfig, VerifyConfig
-from megatron_nft.config.section import NonNegativeInt, PositiveInt, Section
 from megatron_nft.config.training import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -21,6 +20,7 @@ from megatron_nft.config.training import (
     SyncConfig,
     TrainConfig,
 )
+from megatron_nft.section import NonNegativeInt, PositiveInt, Section
 
 
 class Config(Section):

@@ -1,4 +1,4 @@
-"""What the sections of the settings have in common."""
+"""What the sections of the settings have in common, whatever package defines them."""
 
 from __future__ import annotations
 
