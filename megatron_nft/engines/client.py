@@ -22,8 +22,9 @@ from megatron_nft.engines.engine import Completion, EngineError, Request, Sampli
 
 if TYPE_CHECKING:
     from megatron_nft.config import ServerConfig
-    from megatron_nft.engines.sglang.router import Router
     from megatron_nft.engines.server import ServerGroup
+    from megatron_nft.engines.sglang.router import Router
+    from megatron_nft.engines.sleep import SleepingServers
 
 BACKOFF_S = 0.5  # before the second try, doubled for each further one
 PROBE_TIMEOUT_S = 30.0  # for the question which weights a server has; a busy one is slow to answer
@@ -70,18 +71,22 @@ class HttpEngine(ABC):
         weight_version: int,
         allow_version_change: bool = False,
         group: ServerGroup | None = None,
+        sleeping: SleepingServers | None = None,
         all_urls: Sequence[str] = (),
         router: Router | None = None,
     ) -> None:
         """allow_version_change: an answer may begin under `weight_version` and end under a newer one.
 
-        group: servers that this process started, ended with the engine. router: requests go to it.
+        group: servers that this process started, ended with the engine. sleeping: the same servers, where they share
+        the trainer's GPU (rollout.server.memory_saver). router: requests go to it.
         """
         if not urls:
             raise ValueError("an engine client needs at least one server URL")
         self.urls, self.all_urls = list(urls), list(all_urls or urls)
         self.group = group
         self.weight_version = weight_version
+        self.memory_released = False
+        self._sleeping = sleeping
         self._config, self._allow_version_change = config, allow_version_change
         self._router, self._admitting = router, asyncio.Lock()
         self._targets = [_Target(url.rstrip("/")) for url in ([router.url] if router else urls)]
@@ -163,6 +168,20 @@ class HttpEngine(ABC):
         if len(set(found)) > 1:
             raise EngineError(f"the servers {', '.join(self.urls)} have different weight versions: {found}")
         self.weight_version = found[0]
+
+    def release_memory(self) -> None:
+        """See `engine.Engine.release_memory`. The rank that started the servers tells them; others only note it."""
+        if self._config.memory_saver and not self.memory_released:
+            if self._sleeping is not None:
+                self._sleeping.release()
+            self.memory_released = True
+
+    def resume_memory(self) -> None:
+        """See `engine.Engine.resume_memory`."""
+        if self.memory_released:
+            if self._sleeping is not None:
+                self._sleeping.resume()
+            self.memory_released = False
 
     def close(self) -> None:
         """Ends the client and the servers that were started with it. May be called twice."""

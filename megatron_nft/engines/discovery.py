@@ -8,12 +8,12 @@ A server that dies is started again by its node on the same port, so a file stay
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_nft.engines.engine import EngineError
+from megatron_nft.files import write_atomically
 
 POLL_S = 0.5
 
@@ -22,9 +22,7 @@ def register(folder: Path, node: str, urls: Sequence[str]) -> Path:
     """Announce the servers of `node`. Whole or not at all: a reader never sees half a file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{node}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"urls": list(urls)}), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps({"urls": list(urls)}))
     return path
 
 

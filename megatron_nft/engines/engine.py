@@ -89,6 +89,21 @@ class Engine(Protocol):
         """Log-probs of token_ids[1:] given what stands before each, temperature 1: int32 [L] -> float32 [L - 1]."""
         ...
 
+    memory_released: bool
+    """Whether `release_memory` was called, and no `resume_memory` since. Alike on all ranks that do both together."""
+
+    def release_memory(self) -> None:
+        """Gives the memory that the engine shares with the trainer to the trainer. Local: no rank waits for another.
+
+        All answers must have arrived. Does nothing for an engine that keeps its memory (rollout.server.memory_saver is
+        off, or the engine is embedded).
+        """
+        ...
+
+    def resume_memory(self) -> None:
+        """Takes the memory back; does nothing unless it was released. The engine then needs a weight sync. Local."""
+        ...
+
     def close(self) -> None:
         """Ends what the engine started. May be called twice."""
         ...

@@ -10,15 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_nft.engines.engine import Engine, EngineError
 from megatron_nft.engines.discovery import wait_for_engines
+from megatron_nft.engines.engine import Engine, EngineError
 
 if TYPE_CHECKING:
     import torch
 
     from megatron_nft.config import Config, RolloutConfig, ServerConfig
-    from megatron_nft.engines.sglang.router import Router
     from megatron_nft.engines.server import ServerGroup
+    from megatron_nft.engines.sglang.router import Router
+    from megatron_nft.engines.sleep import SleepingServers
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 CLIENTS = {"sglang": "SGLangEngine", "vllm": "VLLMEngine"}
@@ -96,12 +97,24 @@ def open_engine(
         weight_version=version,
         allow_version_change=allow_version_change,
         group=group,
+        sleeping=_sleeping(rollout, group),
         all_urls=list(dict.fromkeys(url for urls in started for url in urls)),
         router=router,
     )
     if given and load_weights:
         engine.adopt_version()
     return engine
+
+
+def _sleeping(rollout: RolloutConfig, group: ServerGroup | None) -> SleepingServers | None:
+    """The servers that this rank started, where they release their memory while the trainer works."""
+    from megatron_nft.engines.sleep import SleepingServers
+
+    server = rollout.server
+    if group is None or not server.memory_saver:
+        return None
+    memory = importlib.import_module(f"megatron_nft.engines.{rollout.engine}.memory")
+    return SleepingServers(group, memory.MEMORY_CALLS[server.sleep_level], server.start_timeout_s)
 
 
 def _share(

@@ -17,9 +17,9 @@ import threading
 from pathlib import Path
 
 from megatron_nft.config import Config, ConfigError, load_config
-from megatron_nft.engines.open import NO_WEIGHTS, start_servers
-from megatron_nft.engines.engine import EngineError
 from megatron_nft.engines.discovery import register
+from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.open import NO_WEIGHTS, start_servers
 from megatron_nft.engines.server import ServerGroup
 
 POLL_S = 1.0

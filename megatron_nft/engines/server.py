@@ -21,9 +21,9 @@ from pathlib import Path
 
 import httpx
 
-from megatron_nft.processes import free_port
 from megatron_nft.engines import supervisor as keeper
 from megatron_nft.engines.engine import EngineError
+from megatron_nft.processes import free_port
 
 LOG_TAIL_LINES = 30
 HEALTH_POLL_S = 0.25

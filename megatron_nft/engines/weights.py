@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import httpx
 
-from megatron_nft.weights.transports.broadcast_group import Meeting
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.names import Geometry
 from megatron_nft.weights.transport import EngineLost, Reference, WeightSyncError
+from megatron_nft.weights.transports.broadcast_group import Meeting
 
 
 @dataclass(frozen=True, slots=True)

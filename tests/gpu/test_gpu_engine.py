@@ -17,7 +17,6 @@ from gpu_engines import checked_sync, server_settings, start_engine, used_bytes
 from gpu_policies import likelihood_loss, make_policy, make_samples, packed
 
 from megatron_nft.engines.engine import EngineError, Request, SamplingParams
-from megatron_nft.engines.sleep import SleepingServers
 
 pytestmark = [pytest.mark.needs("engine", "sglang"), pytest.mark.slow]
 
@@ -38,12 +37,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def colocated(layout, model, tmp_path_factory):
-    """(policy, engine, sync, servers): one server for the tests of this file, memory saver on."""
+    """(policy, engine, sync): one server for the tests of this file, memory saver on."""
     policy = make_policy(
         layout, model, rollout={"engine": "sglang", "server": server_settings(memory_saver=True, max_restarts=1)}
     )
     engine, sync = start_engine(policy, tmp_path_factory.mktemp("engine-run"))
-    yield policy, engine, sync, SleepingServers(engine.group, policy.config.rollout.server, "sglang")
+    yield policy, engine, sync
     sync.close()
     engine.close()
 
@@ -55,7 +54,7 @@ def greedy(engine) -> list[int]:
 
 
 def test_weights_go_over_cuda_ipc_and_are_checked(colocated):
-    policy, engine, sync, _ = colocated
+    policy, engine, sync = colocated
     receipt = checked_sync(policy, sync, version=1)
     assert receipt.transport == "tensor"
     assert receipt.engine_checked == len(receipt.checksums) > 0
@@ -71,17 +70,17 @@ def test_weights_go_over_cuda_ipc_and_are_checked(colocated):
 
 
 def test_memory_comes_and_goes_for_twenty_steps_without_creep(colocated):
-    policy, engine, sync, sleeping = colocated
+    policy, engine, sync = colocated
     awake, asleep, peaks = [], [], []
     for step in range(20):
         greedy(engine)
-        sleeping.release()
+        engine.release_memory()
         asleep.append(used_bytes())
         torch.cuda.reset_peak_memory_stats()
         policy.train_step(packed(policy, make_samples([200, 300], VOCAB)), likelihood_loss, 100.0)
         peaks.append(torch.cuda.max_memory_allocated())
         torch.cuda.empty_cache()
-        sleeping.resume()
+        engine.resume_memory()
         checked_sync(policy, sync, version=10 + step)
         awake.append(used_bytes())
     assert min(awake) - max(asleep) > 1 << 30  # the KV cache alone is larger
@@ -91,22 +90,22 @@ def test_memory_comes_and_goes_for_twenty_steps_without_creep(colocated):
 
 
 def test_an_engine_that_dies_asleep_is_started_again_and_gets_the_weights(colocated):
-    policy, engine, sync, sleeping = colocated
-    sleeping.release()
+    policy, engine, sync = colocated
+    engine.release_memory()
     keeper = engine.group.servers[0]._keeper
     for process in psutil.Process(keeper.pid).children(recursive=True):
         process.send_signal(signal.SIGKILL)
     keeper.wait(60)
-    sleeping.resume()
+    engine.resume_memory()
     checked_sync(policy, sync, version=100)
     assert greedy(engine)
-    sleeping.release()
+    engine.release_memory()
     keeper = engine.group.servers[0]._keeper
     for process in psutil.Process(keeper.pid).children(recursive=True):
         process.send_signal(signal.SIGKILL)
     keeper.wait(60)
     with pytest.raises(EngineError, match=r"rollout\.server\.max_restarts"):
-        sleeping.resume()
+        engine.resume_memory()
 
 
 def test_a_short_nft_run_on_one_gpu(tmp_path):

@@ -14,7 +14,10 @@ from megatron_nft.config import ServerConfig
 from megatron_nft.engines import sleep
 from megatron_nft.engines.engine import EngineError
 from megatron_nft.engines.server import Server, ServerGroup
+from megatron_nft.engines.sglang.client import SGLangEngine
+from megatron_nft.engines.sglang.memory import MEMORY_CALLS as SGLANG
 from megatron_nft.engines.sleep import SleepingServers
+from megatron_nft.engines.vllm.memory import MEMORY_CALLS as VLLM
 
 # As in SGLang 0.5.17: a release while requests run, or a resume of what is not released, ends the scheduler.
 SERVER = textwrap.dedent(
@@ -102,7 +105,7 @@ VLLM_SERVER = textwrap.dedent(
 def start(tmp_path):
     groups = []
 
-    def make(*arguments: str, number=1, restarts=1, busy=0, program=SERVER, engine="sglang", **config: object):
+    def make(*arguments: str, number=1, restarts=1, busy=0, program=SERVER, calls=SGLANG, sleep_level="all"):
         servers = [
             Server(
                 f"server {i}",
@@ -114,8 +117,7 @@ def start(tmp_path):
             for i in range(number)
         ]
         groups.append(ServerGroup(servers, start_timeout_s=120.0, max_restarts=restarts))
-        settings = ServerConfig.model_validate({"memory_saver": True, "start_timeout_s": 120.0, **config})
-        return servers, SleepingServers(groups[-1], settings, engine)
+        return servers, SleepingServers(groups[-1], calls[sleep_level], timeout_s=120.0)
 
     yield make
     for group in groups:
@@ -145,7 +147,7 @@ def test_memory_is_released_once_the_server_is_idle_and_taken_back(start, level,
 
 @pytest.mark.parametrize(("level", "tags"), [("all", ["kv_cache", "weights"]), ("kv_cache", ["kv_cache"])])
 def test_vllm_sleeps_at_the_level_that_is_set_and_is_not_left_paused(start, level, tags):
-    (server,), sleeping = start(program=VLLM_SERVER, engine="vllm", sleep_level=level)
+    (server,), sleeping = start(program=VLLM_SERVER, calls=VLLM, sleep_level=level)
     for _ in range(2):
         sleeping.release()
         assert state(server)["released"] == tags
@@ -212,23 +214,22 @@ def test_a_server_that_dies_of_the_call_is_told(start):
         sleeping.resume()
 
 
-def test_only_an_engine_that_was_released_is_resumed(monkeypatch):
-    from megatron_nft.train import parts as module
-
+@pytest.mark.parametrize("memory_saver", [False, True])
+def test_only_an_engine_that_was_released_is_resumed(memory_saver):
     calls = []
-    monkeypatch.setattr(module, "gather", lambda value, group: calls.append("all ranks"))
-    monkeypatch.setattr(module, "release_unused", lambda: calls.append("free"))
-    trainer = module.Trainer.__new__(module.Trainer)
-    trainer.layout = SimpleNamespace(world_gloo=None)
-    trainer.sleeping = SimpleNamespace(release=lambda: calls.append("release"), resume=lambda: calls.append("resume"))
-    for memory_saver, expected in (
-        (False, []),
-        (True, ["release", "all ranks", "free", "all ranks", "resume"]),
-    ):
-        trainer.config = SimpleNamespace(rollout=SimpleNamespace(server=SimpleNamespace(memory_saver=memory_saver)))
-        calls.clear()
-        trainer.resume_engine()
-        trainer.release_engine()
-        trainer.resume_engine()
-        trainer.resume_engine()
-        assert calls == expected
+    sleeping = SimpleNamespace(release=lambda: calls.append("release"), resume=lambda: calls.append("resume"))
+    config = ServerConfig(memory_saver=memory_saver)
+    for own in (sleeping, None):  # None: a rank whose servers another rank started
+        engine = SGLangEngine(["http://127.0.0.1:9"], config, weight_version=0, sleeping=own)
+        try:
+            engine.resume_memory()
+            assert not engine.memory_released
+            engine.release_memory()
+            engine.release_memory()
+            assert engine.memory_released == memory_saver
+            engine.resume_memory()
+            engine.resume_memory()
+            assert not engine.memory_released
+        finally:
+            engine.close()
+    assert calls == (["release", "resume"] if memory_saver else [])

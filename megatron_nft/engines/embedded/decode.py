@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from megatron_nft.engines.engine import SamplingParams
 from megatron_nft.engines.embedded.sampling import draw_tokens, uniforms
+from megatron_nft.engines.engine import SamplingParams
 
 COMPACT_BELOW = 0.75
 """Ended rows are removed once the share of rows under way falls below this: a copy of the cache, paid back soon."""

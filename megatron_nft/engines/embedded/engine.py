@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.initialization import no_init_weights
 
 from megatron_nft.engines.embedded.decode import decode
-from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightUpdateError
 from megatron_nft.engines.embedded.sampling import row_keys
+from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightUpdateError
 
 MEMORY_SHARE = 0.8
 """Share of the free memory that the copies of the weights may take; the rest is for the KV cache and the trainer."""
@@ -208,6 +208,14 @@ class EmbeddedEngine:
             names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
             raise WeightUpdateError(f"{len(missing)} of {len(self._tensors)} tensors did not come: {names}")
         self._received, self._complete, self.weight_version = {}, True, version
+
+    memory_released = False  # the weights stay: every rank holds a small model of its own
+
+    def release_memory(self) -> None:
+        """Does nothing. See `engine.Engine.release_memory`."""
+
+    def resume_memory(self) -> None:
+        """Does nothing. See `engine.Engine.resume_memory`."""
 
     def close(self) -> None:
         """Gives the model's memory back."""

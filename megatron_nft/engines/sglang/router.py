@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from megatron_nft.processes import free_port
 from megatron_nft.engines.engine import EngineError
+from megatron_nft.processes import free_port
 
 if TYPE_CHECKING:
     from megatron_nft.config import ServerConfig

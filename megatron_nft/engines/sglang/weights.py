@@ -13,13 +13,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_nft.weights.transports.broadcast_group import Meeting
-from megatron_nft.weights.buckets import Bucket
-from megatron_nft.engines.weights import HttpServer, ServerFacts
 from megatron_nft.engines.sglang.shards import EngineReference
+from megatron_nft.engines.weights import HttpServer, ServerFacts
+from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.names import Geometry
 from megatron_nft.weights.shared_memory import flattened_bucket
 from megatron_nft.weights.transport import HFReference, Reference, WeightSyncError
+from megatron_nft.weights.transports.broadcast_group import Meeting
 
 IDLE_POLL_S = 0.05
 PAUSE_MODE = {"finish": "retract", "abort": "abort", "continue": "retract"}

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 
-from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams
 from megatron_nft.engines.client import PROBE_TIMEOUT_S, Aborted, HttpEngine, integer_version
+from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams
 
 if TYPE_CHECKING:
     from megatron_nft.config import ServerConfig

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_nft.weights.transports.broadcast_group import Meeting
-from megatron_nft.weights.buckets import Bucket
 from megatron_nft.engines.weights import HttpServer, ServerFacts
+from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.names import Geometry
 from megatron_nft.weights.shared_memory import shared_memory
 from megatron_nft.weights.transport import HFReference, Reference, WeightSyncError
+from megatron_nft.weights.transports.broadcast_group import Meeting
 
 PAUSE_MODE = {"finish": "wait", "abort": "abort", "continue": "keep"}
 """sync.in_flight -> vLLM's mode. `keep` freezes requests; their KV caches of the old weights are used further."""
