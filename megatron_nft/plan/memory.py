@@ -44,7 +44,6 @@ PARTS = (
     "engine KV cache",
     "reserve",
 )
-PHASES = ("train", "sync", "generate")
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Any layout loads what any other has saved: tensors are stored by their place in the whole model. The same layout goes on
 bit for bit. RNG states belong to a rank and are restored only where the layout is the same one.
 
-Files: `*.distcp` (tensors), `.metadata` (where each piece lies), `common.pt` (schedule, hyper-parameters, `extra`) and
+Files: `*.distcp` (tensors), `.metadata` (where each piece lies), `common.pt` (schedule, hyper-parameters) and
 `metadata.json`. They are what stock Megatron-Core reads. Two differences from its own writer:
 
 - Written by torch's own FileSystemWriter in this process. Megatron's writer starts a manager process and forks one
@@ -63,8 +63,8 @@ ALLOWED_IN_METADATA = {
 }
 
 
-def save_sharded(policy: Policy, folder: Path | str, extra: dict[str, Any] | None = None) -> None:
-    """Write `folder` (made if needed), all ranks together. `extra`: plain values and tensors, the same on every rank.
+def save_sharded(policy: Policy, folder: Path | str) -> None:
+    """Write `folder` (made if needed), all ranks together.
 
     An error on one rank, such as a full disk, is raised on all of them.
     """
@@ -77,7 +77,6 @@ def save_sharded(policy: Policy, folder: Path | str, extra: dict[str, Any] | Non
             "settings": _settings(policy),
             "layout": _layout(policy),
             "schedule": policy.schedule.state_dict(),
-            "extra": extra or {},
         }
         sharded, common = save_preprocess(state | {"content_metadata": _content()})
         common = _without_classes(common)
@@ -115,8 +114,8 @@ def _on_first_rank(work: Callable[[], Any], group: dist.ProcessGroup) -> None:
         raise OSError(problem[0])
 
 
-def load_sharded(policy: Policy, folder: Path | str) -> dict[str, Any]:
-    """Load `folder` into `policy`, all ranks together; returns the `extra` that was saved.
+def load_sharded(policy: Policy, folder: Path | str) -> None:
+    """Load `folder` into `policy`, all ranks together.
 
     ValueError where the files hold what this program never writes, or another model.
     """
@@ -154,7 +153,6 @@ def load_sharded(policy: Policy, folder: Path | str) -> dict[str, Any]:
             tensor.copy_(loaded["fp8"][name][0])
         if "rng" in loaded:
             _set_rng(loaded["rng"])
-    return loaded["extra"]
 
 
 def _load_model(chunk: torch.nn.Module, state: dict[str, Any]) -> None:

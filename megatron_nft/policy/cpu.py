@@ -6,10 +6,6 @@ schedules, gradient clipping and optimizers. Two means cover all of it:
 - `REPLACED`: the functions that are replaced for the whole process, each with what stands in for it;
 - `on_cpu()`: a torch-function mode that maps device arguments to the CPU. It costs time on every torch call, so it is
   active only inside the calls into Megatron, not while an engine generates.
-
-One entry mends an error as well: loading a checkpoint, megatron-core 0.16.1's distributed optimizer gives torch's AdamW
-*one* `step` tensor for all parameters, so every step counts once per parameter and the bias correction of the resumed
-run is silently wrong. Here each parameter gets its own.
 """
 
 from __future__ import annotations
@@ -54,14 +50,15 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool =
     torch.set_rng_state(new_state)
 
 
-def _with_own_step(original: Callable[..., None]) -> Callable[..., None]:
-    """Wraps DistributedOptimizer._set_main_param_and_optimizer_states(self, model_param, tensors)."""
+def _with_step(original: Callable[..., None]) -> Callable[..., None]:
+    """Wraps DistributedOptimizer._set_main_param_and_optimizer_states(self, model_param, tensors), which copies every
+    tensor of a parameter's state from `tensors`. torch's AdamW has a `step` there, which megatron-core loads elsewhere
+    and leaves out of `tensors`."""
 
     def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         if "step" in state and "step" not in tensors:
-            state["step"] = state["step"].clone()
             tensors = {**tensors, "step": state["step"]}
         original(self, model_param, tensors)
 
@@ -91,7 +88,7 @@ REPLACED: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("torch.cuda", "manual_seed"): lambda _: lambda seed: torch.default_generator.manual_seed(seed),
     ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state"): lambda _: _set_rng_state,
     ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"): _on_host,
-    (DISTRIBUTED_OPTIMIZER, "DistributedOptimizer._set_main_param_and_optimizer_states"): _with_own_step,
+    (DISTRIBUTED_OPTIMIZER, "DistributedOptimizer._set_main_param_and_optimizer_states"): _with_step,
 }
 """(module, dotted name) -> what makes the stand-in from the original, where no CUDA device exists."""
 

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens over a vocabulary that is split over tensor-parallel ranks.
 
-The [T, V] logits are never gathered over ranks and, on the fused path (`linear_logprobs`), exist for `chunk_tokens`
-rows at a time: the forward pass keeps log Z and the entropy per token, the backward pass computes the logits again.
+The [T, V] logits are never gathered over ranks and exist for `chunk_tokens` rows at a time: the forward pass keeps
+log Z and the entropy per token, and the backward pass computes the logits again.
 
 With logits l = h W^T / temperature, log Z = log sum_v exp(l_v) and p = exp(l - log Z):
 
@@ -33,26 +33,6 @@ ChunkLogits = Callable[[slice], Tensor]  # rows -> [C, valid] logits, already di
 NO_LOGIT = -1e30  # the maximum of no logits; finite, for 0 times it must be 0
 
 
-def vocab_parallel_logprobs(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    tp_group: dist.ProcessGroup | None = None,
-    vocab_size: int | None = None,
-    chunk_tokens: int = 1024,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """log p(labels) and, if asked for, the entropy, both fp32 [T], from this rank's logits [T, v].
-
-    `labels` int64 [T] in [0, vocab_size); rows of the vocabulary from `vocab_size` on are padding and have probability
-    0 (None: there are none).
-    """
-    _check(temperature, chunk_tokens)
-    logprobs, entropy = _FromLogits.apply(logits, labels, tp_group, vocab_size, chunk_tokens, temperature, with_entropy)
-    return logprobs, entropy if with_entropy else None
-
-
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -66,10 +46,16 @@ def linear_logprobs(
     with_entropy: bool = False,
     use_triton: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `vocab_parallel_logprobs` of hidden [T, H] @ weight [v, H]^T, without the [T, v] logits.
+    """log p(labels) and, if asked for, the entropy, both fp32 [T] (fp64 for fp64 input), of the softmax over
+    hidden [T, H] @ weight [v, H]^T / temperature.
 
-    Under `sequence_parallel` hidden is this rank's [T / tp, H] and is gathered; its gradient is scattered back. Else
-    hidden is the same on all TP ranks and its gradient is summed over them. `use_triton` None: where it can be.
+    `labels` int64 [T] in [0, vocab_size); vocabulary rows from `vocab_size` on are padding and have probability 0 (None:
+    there are none). Under `sequence_parallel`, `hidden` is this rank's [T / tp, H]: it is gathered, and its gradient is
+    scattered back. Otherwise `hidden` is the same on all TP ranks, and its gradient is summed over them. `use_triton`
+    None uses the Triton kernels where they can be used.
+
+    ValueError for a temperature that is not positive, for `chunk_tokens` below 1, and where `hidden` and `labels` differ
+    in their number of tokens.
     """
     _check(temperature, chunk_tokens)
     kernels = triton_kernels(hidden) if use_triton is None else _kernels() if use_triton else None
@@ -110,45 +96,6 @@ def _check(temperature: float, chunk_tokens: int) -> None:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
-
-
-class _FromLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        tp_group: dist.ProcessGroup | None,
-        vocab_size: int | None,
-        chunk_tokens: int,
-        temperature: float,
-        with_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        first, valid = _vocab_range(logits.size(1), vocab_size, tp_group)
-        wide = _wide(logits)
-
-        def chunk(rows: slice) -> Tensor:
-            return logits[rows, :valid].to(wide) / temperature
-
-        found = _local_sums(chunk, labels - first, valid, wide, chunk_tokens, with_entropy)
-        log_z, label_logit, entropy = _combine(*found, tp_group)
-        ctx.save_for_backward(logits, labels, log_z, entropy)
-        ctx.settings = (first, valid, chunk_tokens, temperature, with_entropy)
-        return _outputs(label_logit - log_z, entropy)
-
-    @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple:
-        logits, labels, log_z, entropy = ctx.saved_tensors
-        first, valid, chunk_tokens, temperature, with_entropy = ctx.settings
-        grad_logits = torch.zeros_like(logits)
-        for rows in _chunks(logits.size(0), chunk_tokens):
-            l_CV = logits[rows, :valid].to(log_z.dtype) / temperature
-            grad = _grad_logits(
-                l_CV, labels[rows] - first, log_z[rows], entropy[rows],
-                grad_logprobs[rows], grad_entropy[rows] if with_entropy else None,
-            )  # fmt: skip
-            grad_logits[rows, :valid] = (grad / temperature).to(logits.dtype)
-        return grad_logits, None, None, None, None, None, None
 
 
 class _FromHidden(torch.autograd.Function):

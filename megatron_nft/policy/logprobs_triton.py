@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16)
+from megatron_nft.policy.logprobs import NO_LOGIT
+
 MULTIPLE = 128  # of a tile's columns: whole tiles of the matrix units
 MAX_BLOCK = 4096  # columns that a program holds at a time
 NUM_WARPS = 8
-NO_LOGIT = -1e30  # the maximum of no logits; finite, for 0 times it must be 0
 
 
 @triton.jit

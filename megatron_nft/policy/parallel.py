@@ -45,14 +45,9 @@ class ParallelLayout:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
-    ep_group: dist.ProcessGroup
     world_gloo: dist.ProcessGroup  # every rank, host memory
     replica_gloo: dist.ProcessGroup  # the TP x PP ranks of this replica, host memory
     replica_ranks: tuple[tuple[int, ...], ...]  # [dp_size] global ranks of each replica, ascending: leader first
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -62,10 +57,10 @@ class ParallelLayout:
     def is_replica_leader(self) -> bool:
         return self.tp_rank == 0 and self.pp_rank == 0
 
-    @property
-    def leader_rank(self) -> int:
-        """Global rank of this replica's leader."""
-        return self.replica_ranks[self.dp_rank][0]
+    def round_num_micro_batches(self, count: int) -> int:
+        """The next number of micro-batches, at least one, that the pipeline schedule can run."""
+        multiple = self.pp_size if self.vpp_size else 1
+        return max(1, -(-count // multiple)) * multiple
 
     @property
     def last_stage_rank(self) -> int:
@@ -209,7 +204,6 @@ def _layout(policy: PolicyConfig, device: torch.device) -> ParallelLayout:
         tp_group=ps.get_tensor_model_parallel_group(),
         pp_group=ps.get_pipeline_model_parallel_group(),
         dp_group=ps.get_data_parallel_group(),
-        ep_group=ps.get_expert_model_parallel_group(),
         world_gloo=world_gloo,
         replica_gloo=groups[dp_rank],
         replica_ranks=replicas,

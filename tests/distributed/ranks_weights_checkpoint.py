@@ -117,7 +117,7 @@ def check_resharded_training_goes_on_to_the_same_weights(ranks: Ranks) -> None:
     made = make_policy(source, optimizer=optimizer, **TP2)
     step(made), step(made)
     run = ranks.scratch / "step_000002"
-    save_sharded(made, run / "megatron", {"note": 1})
+    save_sharded(made, run / "megatron")
     layout = {"tp": 2, "pp": 1, "dp": 1}
     manifest = {"format": 1, "step": 2, "model": read_figures(source), "layout": layout, "files": {}}
     on_first(ranks, lambda: (run / "manifest.json").write_text(json.dumps(manifest)))
@@ -135,7 +135,7 @@ def check_resharded_training_goes_on_to_the_same_weights(ranks: Ranks) -> None:
         assert not any(key.startswith("rng.") for key in MegatronCheckpoint(out).shapes)
         assert all(row.same for row in compare_optimizers(MegatronCheckpoint(run), MegatronCheckpoint(out)))
         resumed = make_policy(source, load=False, optimizer=optimizer, **policy)
-        assert load_sharded(resumed, out / "megatron") == {"note": 1}
+        load_sharded(resumed, out / "megatron")
         step(resumed)
         np.testing.assert_allclose(first_logprobs(resumed), expected, atol=2e-5, err_msg=str(grid))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_nft.policy.logprobs import linear_logprobs, vocab_parallel_logprobs
+from megatron_nft.policy.logprobs import linear_logprobs
 
 TOKENS, HIDDEN, VOCAB = 96, 4, 512
 
@@ -71,6 +71,6 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="temperature is 0"):
         linear_logprobs(hidden, weight, labels, temperature=0)
     with pytest.raises(ValueError, match="chunk_tokens is 0"):
-        vocab_parallel_logprobs(hidden @ weight.T, labels, chunk_tokens=0)
+        linear_logprobs(hidden, weight, labels, chunk_tokens=0)
     with pytest.raises(ValueError, match="hidden has 95 tokens over the TP ranks, labels has 96"):
         linear_logprobs(hidden[:95], weight, labels)
