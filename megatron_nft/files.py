@@ -166,4 +166,4 @@ def hub_file(repo: str, path: str) -> Path:
     try:
         return Path(hf_hub_download(repo, path, repo_type="dataset"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise HubError(f"{path} of {repo} cannot be had from the hub ({type(error).__name__}: {error})") from None
+        raise HubError(f"{repo}/{path} cannot be had from the hub ({type(error).__name__}: {error})") from None

@@ -8,12 +8,30 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+from megatron_nft.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean over everything that is counted, such as tokens. Tensors of any shape are summed over their elements."""
+
+    total: Tensor | float
+    count: Tensor | float
+
+
+@dataclass(frozen=True, slots=True)
+class Max:
+    """The largest of what was seen. A tensor stands for its largest element, an empty one for nothing."""
+
+    value: Tensor | float
 
 
 class Metrics:
@@ -40,6 +58,13 @@ class Metrics:
         t, c = self._slot(name, "mean", (0.0, 0.0))
         self._value[name] = (t + float(total), c + float(count))
 
+    def add(self, name: str, value: Mean | Max) -> None:
+        """A mean or a maximum whose parts are numbers."""
+        if isinstance(value, Mean):
+            self.mean(name, float(value.total), float(value.count))
+        else:
+            self.max(name, float(value.value))
+
     def sum(self, name: str, value: float) -> None:
         """A total over ranks and calls."""
         self._value[name] = self._slot(name, "sum", 0.0) + float(value)
@@ -60,7 +85,7 @@ class Metrics:
 
     @staticmethod
     def merge(states: Iterable[dict[str, tuple[str, Any]]]) -> dict[str, float | list[int]]:
-        """Combine the ranks' states into one flat record; a mean of nothing is left out."""
+        """Combine the ranks' states into one flat record; a mean or maximum of nothing is left out."""
         total = Metrics(*states)
         out: dict[str, float | list[int]] = {}
         for name, kind in total._kind.items():
@@ -68,7 +93,7 @@ class Metrics:
             if kind == "mean":
                 if value[1] > 0:
                     out[name] = value[0] / value[1]
-            else:
+            elif kind != "max" or value > -math.inf or math.isnan(value):
                 out[name] = value
         return out
 
@@ -108,9 +133,7 @@ class JsonlSink:
                         kept[step] = line
                 except (ValueError, KeyError, TypeError):  # the line that a killed run was writing
                     continue
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(f"{line}\n" for line in kept.values()))
         self.last_step = max(kept, default=None)
         self._file = path.open("a", encoding="utf-8")
 
@@ -144,6 +167,8 @@ class TensorBoardSink:
 
 def _write_histogram(writer: Any, name: str, counts: list[int], step: int) -> None:
     """Counts of equal bins over [0, 1]."""
+    import numpy as np  # algorithms import this module, and their settings must be readable without it
+
     if not sum(counts):
         return
     edges = np.linspace(0, 1, len(counts) + 1)

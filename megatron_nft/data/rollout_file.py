@@ -10,7 +10,6 @@ in the step that trains it.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_nft.files import replacing
 from megatron_nft.types import Prompt, Rollout, RolloutGroup
 
 FATES = ("trained", "surplus", "all_correct", "all_wrong", "too_few", "ignored")
@@ -77,15 +77,8 @@ def write_rollouts(path: Path, groups: Sequence[RolloutGroup], fates: Sequence[s
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as f:
-            pq.write_table(table, f, compression="zstd", row_group_size=4096)
-            f.flush()
-            os.fsync(f.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        pq.write_table(table, file, compression="zstd", row_group_size=4096)
     return len(rows)
 
 

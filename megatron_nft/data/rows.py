@@ -14,11 +14,12 @@ Rows are counted from 1; in JSONL a row is a line.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_nft import files
 
 COLUMNS = ("data_source", "prompt", "reward_model", "answer", "ability", "extra_info")
 _PANDAS_INDEX = "__index_level_0__"  # written by pandas without being asked; carries nothing
@@ -54,59 +55,16 @@ def read_raw(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     DataError when it cannot be read or holds no row.
     """
-    path = Path(path)
-    if path.suffix == ".parquet":
-        rows = _read_parquet(path)
-    elif path.suffix in (".jsonl", ".json"):
-        rows = _read_jsonl(path)
-    else:
-        raise DataError(f"{path}: question files end in .parquet or .jsonl, not in {path.suffix or 'nothing'!r}")
     empty = True
-    for row in rows:
-        empty = False
-        yield row
+    try:
+        for number, values in files.read_rows(Path(path)):
+            empty = False
+            values.pop(_PANDAS_INDEX, None)
+            yield number, values
+    except files.RowsError as error:
+        raise DataError(str(error)) from None
     if empty:
         raise DataError(f"{path}: holds no questions")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
-                for values in batch.to_pylist():
-                    number += 1
-                    values.pop(_PANDAS_INDEX, None)
-                    yield number, values
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read as parquet ({e})") from None
-    except (pa.ArrowInvalid, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: is no sound parquet file, after row {number} ({e})") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror or e})") from None
-    except UnicodeDecodeError as e:
-        line = path.read_bytes()[: e.start].count(b"\n") + 1
-        raise DataError(f"{path}, row {line}: not UTF-8 text (byte {e.start}); save the file as UTF-8") from None
-    # Not splitlines(): it also splits at U+2028 and its like, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, row {number}"
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise DataError(f"{where}: no JSON ({e.msg} at character {e.pos + 1}); one object per line") from None
-        if not isinstance(values, dict):
-            raise DataError(f"{where}: holds {_kind(values)}, not an object with a prompt and an answer")
-        yield number, values
 
 
 def _check_columns(names: Iterable[str], where: str) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_nft.evaluate.tasks import Task
 
 DEFAULT_BENCHMARKS = "aime24,aime25,amc23,math500,olympiadbench,minerva"
-DEFAULT_GRADERS = "math_verify,dapo_boxed"
+DEFAULT_GRADERS = "maths,dapo_boxed"
 OVERRIDABLE = ("rollout.server.", "rollout.embedded_batch_tokens", "verify.")
 
 
@@ -223,9 +223,9 @@ def _protocol(
     tokenizer: Any,
     identity: ModelIdentity,
 ) -> dict[str, Any]:
+    from megatron_nft.engines.open import find_python
     from megatron_nft.evaluate.protocol import build_protocol, describe_benchmark, digest
     from megatron_nft.evaluate.versions import installed_engine_version, package_versions, served_engine_version
-    from megatron_nft.engines.open import find_python
 
     server = config.rollout.server
     if server.urls and args.engine != "embedded":
@@ -260,8 +260,8 @@ def _protocol(
 @contextmanager
 def _open_parts(args: argparse.Namespace, config: Config) -> Iterator[Parts]:
     """Engine and verifier, both ended whatever happens."""
-    from megatron_nft.evaluate.run import Parts
     from megatron_nft.engines.open import open_engine
+    from megatron_nft.evaluate.run import Parts
     from megatron_nft.verify import VerifierPool
 
     with VerifierPool(config.verify) as verifier:

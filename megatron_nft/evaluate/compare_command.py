@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status of the command; see cli.py. 0 whichever is better."""
     from megatron_nft.evaluate.compare import compare, to_json
-    from megatron_nft.evaluate.run import write_atomically
+    from megatron_nft.files import write_atomically
 
     try:
         comparisons, average, differ = compare(args.a, args.b, allow_different=args.allow_different)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from megatron_nft.files import sha256_of_file
 from megatron_nft.weights.hf_folder import INDEX_NAME, HFFolder
 
 IDENTITY_FILES = (
@@ -66,7 +67,7 @@ def identify_model(path: Path, *, on_bytes: Callable[[int], None] | None = None)
     num_parameters, positions = inspect_model(path)
     files = [path / name for name in IDENTITY_FILES if (path / name).is_file()] + sorted(path.glob("*.safetensors"))
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter's lock
-        sums = list(pool.map(lambda file: _sha256(file, on_bytes), files))
+        sums = list(pool.map(lambda file: sha256_of_file(file, on_bytes), files))
     lines = "".join(f"{checksum}  {file.name}\n" for checksum, file in zip(sums, files))
     return ModelIdentity(str(path), hashlib.sha256(lines.encode()).hexdigest(), num_parameters, positions)
 
@@ -91,13 +92,3 @@ def _check_shards(path: Path) -> None:
             f"model folder {path} is incomplete: {len(missing)} of {len(listed)} weight files are missing "
             f"({', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}); download or export it again"
         )
-
-
-def _sha256(file: Path, on_bytes: Callable[[int], None] | None) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as f:
-        while block := f.read(8 << 20):
-            digest.update(block)
-            if on_bytes is not None:
-                on_bytes(len(block))
-    return digest.hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from megatron_nft.evaluate.questions import QuestionResult, evaluate_questions
 from megatron_nft.evaluate.records import AnswerFile
 from megatron_nft.evaluate.summary import to_markdown
 from megatron_nft.evaluate.tasks import Task, by_answer_room
+from megatron_nft.files import write_atomically
 from megatron_nft.types import Prompt
 
 
@@ -176,13 +176,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise EvaluationError(f"{path} holds a {type(value).__name__}, not an object")
     return value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole file or the old one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

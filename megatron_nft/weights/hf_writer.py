@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_nft.files import flush_to_disk
 from megatron_nft.weights.buckets import Bucket, TensorMeta
-from megatron_nft.weights.offline.file_array import names_file
 from megatron_nft.weights.hf_folder import DTYPES, INDEX_NAME
+from megatron_nft.weights.offline.file_array import names_file
 
 CARRIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 """Files of the source folder that are copied; weights, their index and code are not."""
@@ -128,12 +129,3 @@ def carry_files(source: Path, target: Path, dtype: torch.dtype) -> None:
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def flush_to_disk(path: Path) -> None:
-    """Returns once a file's content, or a folder's list of names, would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

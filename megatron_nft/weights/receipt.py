@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_nft.files import write_atomically
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
@@ -33,7 +35,5 @@ class Receipt:
         """run_dir/sync/version_000012.json"""
         path = run_dir / "sync" / f"version_{self.version:06d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.rename(path)
+        write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
         return path

@@ -11,8 +11,9 @@ from megatron_nft.evaluate.model_folder import ModelIdentity
 from megatron_nft.evaluate.protocol import Sampling, build_protocol, describe_benchmark
 from megatron_nft.evaluate.questions import Answer, QuestionResult
 from megatron_nft.evaluate.records import AnswerFile
-from megatron_nft.evaluate.run import EvaluationError, answer_path, make_results, write_atomically
+from megatron_nft.evaluate.run import EvaluationError, answer_path, make_results
 from megatron_nft.evaluate.tasks import Task, make_prompts
+from megatron_nft.files import write_atomically
 from megatron_nft.types import Verdict
 
 
@@ -38,7 +39,7 @@ def write_evaluation(folder, scores, *, name="aime24", samples=4, temperature=0.
             i,
             "sums",
             [
-                Answer("t", 5, "stop", v, "1", {"math_verify": v})
+                Answer("t", 5, "stop", v, "1", {"maths": v})
                 for v in [Verdict.CORRECT] * right + [Verdict.WRONG] * (samples - right)
             ],
         )

@@ -22,12 +22,12 @@ from megatron_nft.weights.hf_writer import (
     write_file,
 )
 from megatron_nft.weights.import_hf import check_folder
+from megatron_nft.weights.names import Kind, Place, all_places
+from megatron_nft.weights.offline.command import Reports
 from megatron_nft.weights.offline.megatron_reader import HF_FILES, MegatronCheckpoint, MegatronWeights, megatron_shape
 from megatron_nft.weights.offline.megatron_writer import Grid, Piece, Stored, boxes, write_checkpoint
-from megatron_nft.weights.names import Kind, Place, all_places
 from megatron_nft.weights.offline.reused_memory import Scratch
 from megatron_nft.weights.splits import unmerge
-from megatron_nft.weights.offline.command import Reports
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -18,8 +18,8 @@ from megatron_nft.policy.checkpoint import read_metadata
 from megatron_nft.policy.family import ModelSpec, RopeScaling, read_family
 from megatron_nft.weights.hf_folder import name_list
 from megatron_nft.weights.names import Geometry, Kind, Place, all_places, hf_shapes
-from megatron_nft.weights.splits import unmerge
 from megatron_nft.weights.offline.torch_item import find_item
+from megatron_nft.weights.splits import unmerge
 
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 HF_FILES = "hf"  # a converted checkpoint carries config and tokenizer in this folder

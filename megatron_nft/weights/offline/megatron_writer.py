@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_nft.policy.family import ModelSpec, tensor_parallel_sizes
-from megatron_nft.weights.offline.file_array import names_file
 from megatron_nft.weights.names import Kind, Place
+from megatron_nft.weights.offline.file_array import names_file
 from megatron_nft.weights.offline.reused_memory import Scratch
 
 

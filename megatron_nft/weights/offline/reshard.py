@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,14 +9,15 @@ from pathlib import Path
 
 import torch
 
+from megatron_nft.files import sha256_of_file
 from megatron_nft.policy.family import ModelSpec
-from megatron_nft.weights.offline.convert import SILENT, Summary, Written
 from megatron_nft.weights.hf_folder import name_list
 from megatron_nft.weights.hf_writer import open_partial, publish
-from megatron_nft.weights.offline.megatron_reader import HF_FILES, MegatronCheckpoint, MegatronWeights
-from megatron_nft.weights.offline.megatron_writer import Grid, Piece, Stored, boxes, write_checkpoint
 from megatron_nft.weights.names import Kind, Place, Row, all_places
 from megatron_nft.weights.offline.command import Reports
+from megatron_nft.weights.offline.convert import SILENT, Summary, Written
+from megatron_nft.weights.offline.megatron_reader import HF_FILES, MegatronCheckpoint, MegatronWeights
+from megatron_nft.weights.offline.megatron_writer import Grid, Piece, Stored, boxes, write_checkpoint
 
 
 def reshard(source: Path, out: Path, grid: Grid, reports: Reports = SILENT) -> Summary:
@@ -120,5 +120,4 @@ def _carry_run_files(checkpoint: MegatronCheckpoint, partial: Path, grid: Grid) 
 
 
 def _facts(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
