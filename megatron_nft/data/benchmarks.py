@@ -7,14 +7,14 @@ messages are used as they stand and whose repeated copies of a question are read
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_nft.data.rows import DataError, read_rows
+from megatron_nft.data.rows import DataError, read_raw, read_rows
+from megatron_nft.files import HubError, hub_file
+from megatron_nft.verify.boxed import last_box
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 """Put under every question that comes without an instruction of its own (Qwen2.5-Math's wording)."""
@@ -68,7 +68,7 @@ def _gsm8k(row: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _minerva(row: dict[str, Any]) -> tuple[str, Any]:
-    return row["problem"], last_boxed(row["solution"])
+    return row["problem"], answer_of_solution(row["solution"])
 
 
 def _olympiad(row: dict[str, Any]) -> tuple[str, Any]:
@@ -144,12 +144,10 @@ def find_file(benchmark: Benchmark, folder: Path | None) -> Path:
 
 def read_benchmark(benchmark: Benchmark, path: Path) -> list[Question]:
     """Every question of the file, in its order. BenchmarkError or DataError names the row that cannot be used."""
-    first = next(read_raw_rows(path), None)
-    if first is None:
-        raise BenchmarkError(f"{path}: holds no question of {benchmark.title}")
-    if "prompt" in first[1]:
+    _, first = next(read_raw(path))
+    if "prompt" in first:
         return read_prepared(path)
-    return [convert_row(benchmark, values, f"{path}, row {number}") for number, values in read_raw_rows(path)]
+    return [convert_row(benchmark, values, f"{path}, row {number}") for number, values in read_raw(path)]
 
 
 def read_prepared(path: Path) -> list[Question]:
@@ -158,9 +156,9 @@ def read_prepared(path: Path) -> list[Question]:
     Published files carry columns of their own beside prompt and reward_model; they are left aside. A file without
     reward_model is one of our own and is read as strictly as training data.
     """
-    first = next(read_raw_rows(path), (0, {}))[1]
+    _, first = next(read_raw(path))
     if "reward_model" in first:
-        found = [_from_verl(values, str(number), f"{path}, row {number}") for number, values in read_raw_rows(path)]
+        found = [_from_verl(values, str(number), f"{path}, row {number}") for number, values in read_raw(path)]
     else:
         rows = enumerate(read_rows(path), start=1)
         found = [Question(str(n), row.messages, row.answer, row.data_source, row.extra) for n, row in rows]
@@ -184,23 +182,6 @@ def convert_row(benchmark: Benchmark, values: dict[str, Any], where: str) -> Que
         raise BenchmarkError(f"{where}: {e}") from None
 
 
-def read_raw_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, row) of a .jsonl or .parquet file of any layout. BenchmarkError where it cannot be read."""
-    path = Path(path)
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            yield from enumerate(pq.read_table(path).to_pylist(), start=1)
-        except (pa.ArrowException, OSError) as e:
-            raise BenchmarkError(f"{path}: cannot be read as parquet ({e})") from None
-    elif path.suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    else:
-        raise BenchmarkError(f"{path}: must be a .jsonl or .parquet file")
-
-
 def boxed_message(problem: str) -> dict[str, str]:
     """The problem with the boxed-answer instruction, as the user's message."""
     return {"role": "user", "content": f"{problem.strip()}\n{BOXED_INSTRUCTION}"}
@@ -217,17 +198,12 @@ def answer_text(value: Any) -> str:
     raise ValueError(f"the answer is {value!r} ({type(value).__name__}); a text, a number or a list of them is needed")
 
 
-def last_boxed(text: str) -> str:
-    r"""What stands in the last complete \boxed{...} of `text`, braces balanced. ValueError where there is none."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
-        depth, end = 1, match.end()
-        while end < len(text) and depth:
-            step = 2 if text[end] == "\\" else 1  # an escaped brace is not a brace
-            depth += {"{": 1, "}": -1}.get(text[end], 0) if step == 1 else 0
-            end += step
-        if depth == 0:
-            return text[match.end() : end - 1].strip()
-    raise ValueError(f"no complete \\boxed{{}} in {text[-60:]!r}")
+def answer_of_solution(solution: str) -> str:
+    r"""Return the content of the last complete `\boxed{}` of a solution. Raises ValueError if there is none."""
+    answer = last_box(solution)
+    if answer is None:
+        raise ValueError(f"no complete \\boxed{{}} in {solution[-60:]!r}")
+    return answer.strip()
 
 
 def _from_verl(values: dict[str, Any], number: str, where: str) -> Question:
@@ -265,34 +241,10 @@ def _text(value: Any, column: str) -> str:
     return value
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as e:
-        raise BenchmarkError(f"{path}: {e.strerror or e}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as e:
-            raise BenchmarkError(f"{path}, row {number}: not UTF-8 text (byte {e.start})") from None
-        except json.JSONDecodeError as e:
-            raise BenchmarkError(f"{path}, row {number}: not JSON ({e})") from None
-        if not isinstance(row, dict):
-            raise BenchmarkError(f"{path}, row {number}: a {type(row).__name__}, not an object")
-        yield number, row
-
-
 def _download(benchmark: Benchmark) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    hub = benchmark.hub
     try:
-        return Path(hf_hub_download(hub.repo, hub.path, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as e:
+        return hub_file(benchmark.hub.repo, benchmark.hub.path)
+    except HubError as error:
         raise BenchmarkError(
-            f"benchmark {benchmark.name}: {hub.path} of {hub.repo} cannot be had from the hub ({type(e).__name__}); "
-            f"download it elsewhere and name its folder with --data"
+            f"benchmark {benchmark.name}: {error}; download it elsewhere and name its folder with --data"
         ) from None

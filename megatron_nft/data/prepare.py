@@ -8,7 +8,6 @@ counted, never guessed.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_nft.data.benchmarks import BENCHMARKS, BOXED_INSTRUCTION, HubFile, answer_text, last_boxed
+from megatron_nft.data.benchmarks import BENCHMARKS, BOXED_INSTRUCTION, HubFile, answer_of_solution, answer_text
 from megatron_nft.data.rows import DataError, read_raw
+from megatron_nft.files import HubError, hub_file, replacing, write_atomically
 
 _DAPO_PROMPT = re.compile(
     r"\ASolve the following math problem step by step\. The last line of your response should be of the form "
@@ -38,7 +38,7 @@ class SourceSet:
 
 
 def _math(row: dict[str, Any]) -> tuple[str, Any]:
-    return row["problem"], row["answer"] if "answer" in row else last_boxed(row["solution"])
+    return row["problem"], row["answer"] if "answer" in row else answer_of_solution(row["solution"])
 
 
 def _verl_only(row: dict[str, Any]) -> tuple[str, Any]:
@@ -177,16 +177,10 @@ def open_source(source: str | None, name: str, split: str, subset: str | None) -
 
 
 def _download(repo: str, path: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     try:
-        return Path(hf_hub_download(repo, path, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as e:
-        raise DataError(
-            f"{repo}/{path} cannot be had from the hub ({type(e).__name__}: {e}); "
-            "download it elsewhere and give the file's path"
-        ) from None
+        return hub_file(repo, path)
+    except HubError as error:
+        raise DataError(f"{error}; download it elsewhere and give the file's path") from None
 
 
 def _load_dataset(repo: str, split: str, subset: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -201,15 +195,13 @@ def _load_dataset(repo: str, split: str, subset: str | None) -> Iterator[tuple[i
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     """All rows as .parquet or .jsonl, whole or not at all. DataError for another ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        pq.write_table(pa.Table.from_pylist(rows), partial)
+        with replacing(path) as file:
+            pq.write_table(pa.Table.from_pylist(rows), file)
     elif path.suffix == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        partial.write_text(text, encoding="utf-8")
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     else:
         raise DataError(f"{path}: the output ends in .parquet or .jsonl")
-    os.replace(partial, path)

@@ -10,8 +10,8 @@ import re
 from typing import Any
 
 from megatron_nft.types import Verdict
-from megatron_nft.verify.algebra.normalize import squash, tidy
-from megatron_nft.verify.extract import last_box
+from megatron_nft.verify.algebra.normalize import normalize, without_spaces
+from megatron_nft.verify.boxed import last_box
 from megatron_nft.verify.outcome import Outcome
 
 _answer_line = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
@@ -29,11 +29,11 @@ def grade_minerva(response: str, answer: str, data_source: str, extra: dict[str,
 
 
 def _same_string(found: str | None, answer: str, missing: str) -> Outcome:
-    gold = squash(tidy(last_box(answer) or answer))
+    gold = without_spaces(normalize(last_box(answer) or answer))
     if not gold:
         return Outcome(Verdict.UNPARSEABLE, reason="the reference answer is empty")
     if found is None:
         return Outcome(Verdict.UNPARSEABLE, reason=missing)
     box = last_box(found)  # "Answer: \boxed{5}"
-    text = squash(tidy(found if box is None else box))
+    text = without_spaces(normalize(found if box is None else box))
     return Outcome(Verdict.CORRECT if text == gold else Verdict.WRONG, found.strip())

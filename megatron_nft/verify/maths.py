@@ -1,9 +1,11 @@
-r"""The default grader: mathematical equality of the final answer of a response with the reference answer.
+r"""The default grader `maths`: whether the final answer of a response is mathematically equal to the reference answer.
 
-1. The answer is found (extract.py) and put into one spelling (tidy.py). Equal spellings are equal answers.
-2. Both are read (answer.py) and compared by structure and value (compare.py): exact for rational numbers, at random
-   points to 25 digits for expressions. This decides nearly all answers in well under a millisecond.
-3. What our parser does not read (integrals, sums, logic) goes to math-verify, which works symbolically.
+1. Find the answer (extract.py) and put it into one spelling (algebra/normalize.py). Equal spellings are equal answers.
+2. Read both answers as trees (algebra/answer.py) and compare them by structure and value (algebra/equality.py): exactly
+   for rational numbers, at random points to 25 digits for expressions. This decides nearly all answers, in well under a
+   millisecond.
+3. Only where our algebra cannot decide (integrals, sums, limits and the like) ask the math-verify package, which works
+   symbolically.
 """
 
 from __future__ import annotations
@@ -18,21 +20,22 @@ from math_verify import LatexExtractionConfig, parse, verify
 from megatron_nft.types import Verdict
 from megatron_nft.verify.algebra.answer import read
 from megatron_nft.verify.algebra.equality import same
-from megatron_nft.verify.algebra.normalize import squash, tidy
+from megatron_nft.verify.algebra.normalize import normalize, without_spaces
 from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, Tree
 from megatron_nft.verify.algebra.units import is_unit, scale_of
 from megatron_nft.verify.algebra.values import OutOfRange, Undecided
 from megatron_nft.verify.algebra.wording import is_words, same_wording, word_tree
-from megatron_nft.verify.extract import find_answer, last_boxes
+from megatron_nft.verify.boxed import last_boxes
+from megatron_nft.verify.extract import find_answer
 from megatron_nft.verify.outcome import Outcome
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # its own timeouts are off: the worker is killed instead
 
-MAX_CHARS = 200_000  # of an extracted answer
-MAX_SYMBOLIC_CHARS = 1000  # of an answer that math-verify is asked about
+MAX_CHARS = 200_000  # longer answers are not read
+MAX_SYMBOLIC_CHARS = 1000  # math-verify is not asked about longer answers
 _gsm8k = re.compile(r"####\s*(.+)")
 _unit_at_end = re.compile(r"\\text\{([^{}]*)\}(?:\^\{?\d\}?)?$")
-_symbolic = re.compile(  # what math-verify reads and we do not
+_symbolic = re.compile(  # what math-verify can read and our parser cannot
     r"\\(?:i{0,3}int|oint|sum|prod|lim|det|gcd|lcm|max|min|bmod|mod|setminus|cap|partial|frac\s*\{\s*d"
     r"|begin\s*\{[a-z]*matrix\}(?=.*\\end))(?![a-z])"
 )
@@ -41,16 +44,19 @@ _negation = re.compile(r"\b(?:not|no|never|isn't|none)\b", re.IGNORECASE)
 
 @lru_cache(maxsize=8192)
 def gold_text(answer: str) -> str:
-    r"""The reference answer in one spelling: a bare answer, or a solution that ends in `\boxed{}` or `#### n`."""
-    if "\\boxed" in answer:
+    r"""Return the reference answer in one spelling.
+
+    answer: the bare answer, or a solution that ends in `\boxed{}` or `#### n`.
+    """
+    if "box" in answer:
         answer = last_boxes(answer) or answer
     elif "####" in answer:
         answer = _gsm8k.findall(answer)[-1]
-    return tidy(answer)
+    return normalize(answer)
 
 
 def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
-    """Whether the final answer of `response` is equal to `answer`."""
+    """Grade whether the final answer of `response` is equal to the reference `answer`."""
     gold = gold_text(answer)
     if not gold:
         return Outcome(Verdict.UNPARSEABLE, reason="the reference answer is empty")
@@ -59,8 +65,8 @@ def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | 
         return Outcome(Verdict.UNPARSEABLE, reason="no answer found in the response")
     if len(extracted) > MAX_CHARS:
         return Outcome(Verdict.UNPARSEABLE, extracted, f"the answer has {len(extracted)} characters")
-    found = tidy(extracted)
-    if squash(found) == squash(gold):
+    found = normalize(extracted)
+    if without_spaces(found) == without_spaces(gold):
         return Outcome(Verdict.CORRECT, extracted)
     if not found:
         return Outcome(Verdict.UNPARSEABLE, extracted, "the answer is empty")
@@ -68,8 +74,9 @@ def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | 
 
 
 def _compare(gold: str, found: str, extracted: str) -> Outcome:
-    gold_readings, gold_problem = _readings(gold, loosely=False)
-    found_readings, found_problem = _readings(found, loosely=True)
+    """Compare two normalised answers: correct if any reading of one is the same as any reading of the other."""
+    gold_readings, gold_problem = _readings(gold, lenient=False)
+    found_readings, found_problem = _readings(found, lenient=True)
     undecided = None
     for gold_tree in gold_readings:
         for found_tree in found_readings:
@@ -86,35 +93,38 @@ def _compare(gold: str, found: str, extracted: str) -> Outcome:
         return Outcome(Verdict.CORRECT, extracted)
     if gold_problem:
         return _symbolically(gold, found, extracted, gold_problem, "the reference answer")
-    if found_problem or undecided:
-        return _symbolically(gold, found, extracted, found_problem or undecided, "the answer")
+    if problem := found_problem or undecided:
+        return _symbolically(gold, found, extracted, problem, "the answer")
     if gold_readings[0][0] == "prose":
         return Outcome(Verdict.UNPARSEABLE, extracted, "the reference answer mixes words and mathematics")
     return Outcome(Verdict.WRONG, extracted)
 
 
 def _repeats_with_unit(gold: str, found: str) -> bool:
-    r"""Whether `found` is `gold` and a unit behind it, whatever `gold` is: `(3, 4] \text{ cm}`."""
+    r"""Whether `found` is `gold` followed by a unit, whatever `gold` is: `(3, 4] \text{ cm}`."""
     unit = _unit_at_end.search(found)
     return (
         unit is not None
         and is_unit(unit[1])
         and scale_of(unit[1])[0] == 1
-        and squash(found[: unit.start()].rstrip()) == squash(gold)
+        and without_spaces(found[: unit.start()].rstrip()) == without_spaces(gold)
     )
 
 
 @lru_cache(maxsize=8192)
-def _readings(text: str, loosely: bool) -> tuple[tuple[Tree, ...], NotUnderstood | None]:
-    """Readings of a tidy text, or why there are none."""
+def _readings(text: str, lenient: bool) -> tuple[tuple[Tree, ...], NotUnderstood | None]:
+    """Return the readings of a normalised text, or the reason why there are none."""
     try:
-        return read(text, loosely=loosely), None
+        return read(text, lenient=lenient), None
     except NotUnderstood as error:
         return (), error
 
 
 def _symbolically(gold: str, found: str, extracted: str, problem: Exception, whose: str) -> Outcome:
-    """Ask math-verify about what our own parser does not read."""
+    """Ask math-verify about an answer that our own algebra cannot decide, if math-verify is known to read such answers.
+
+    problem: why our algebra cannot decide. whose: the answer that it cannot read, for the verdict's reason.
+    """
     if is_words(gold) or is_words(found) or _negation.search(found):
         same_words = word_tree(gold) == word_tree(found) != ("text", "")
         return Outcome(Verdict.CORRECT if same_words else Verdict.WRONG, extracted)
@@ -122,7 +132,7 @@ def _symbolically(gold: str, found: str, extracted: str, problem: Exception, who
     if isinstance(problem, TooMuch) or max(len(gold), len(found)) > MAX_SYMBOLIC_CHARS:
         return unreadable
     if not (isinstance(problem, Undecided) or _symbolic.search(gold) or _symbolic.search(found)):
-        return unreadable  # math-verify leaves out what it does not know: 2 hours 30 for 2 hours 20
+        return unreadable  # math-verify ignores what it does not know: to it 2 hours 30 is 2 hours 20
     gold_parsed, found_parsed = _parse(gold), _parse(found)
     if not gold_parsed or not found_parsed:
         return unreadable
@@ -132,12 +142,12 @@ def _symbolically(gold: str, found: str, extracted: str, problem: Exception, who
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> tuple[Any, ...]:
-    """math-verify's reading of a formula as a whole."""
+    """Return math-verify's reading of a whole formula."""
     parsed = parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None, fallback_mode="no_fallback")
     return tuple(part for part in parsed if not isinstance(part, str))
 
 
 def warm_up() -> None:
-    """Fill caches before workers are forked."""
+    """Fill the caches before workers are forked."""
     for response, answer in (("\\boxed{\\sqrt{2}x^2}", "0.5"), ("\\boxed{\\int x dx}", "\\int_0^1 x dx")):
         grade(response, answer, "", None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_nft.types import Verdict
 from megatron_nft.verify.algebra.answer import read
-from megatron_nft.verify.algebra.normalize import tidy
+from megatron_nft.verify.algebra.normalize import normalize
 from megatron_nft.verify.algebra.tree import NotUnderstood, Tree
 from megatron_nft.verify.algebra.values import Undecided, values_at_points
 from megatron_nft.verify.extract import find_answer
@@ -41,7 +41,7 @@ def grade(
     extracted = find_answer(response)
     if extracted is None:
         return Outcome(Verdict.UNPARSEABLE, reason="no answer found in the response")
-    found = _number(tidy(extracted))
+    found = _number(normalize(extracted))
     if found is None:
         return Outcome(Verdict.UNPARSEABLE, extracted, "the answer is not a number")
     return Outcome(Verdict.CORRECT if abs(found - gold) <= tolerance * abs(gold) else Verdict.WRONG, extracted)

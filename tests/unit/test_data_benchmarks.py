@@ -12,14 +12,16 @@ from megatron_nft.data.benchmarks import (
     BENCHMARKS,
     BOXED_INSTRUCTION,
     BenchmarkError,
+    answer_of_solution,
     answer_text,
     find_file,
     get_benchmark,
-    last_boxed,
     read_benchmark,
     read_prepared,
 )
 from megatron_nft.data.rows import DataError
+from megatron_nft.types import Verdict
+from megatron_nft.verify import grade_one
 
 PUBLIC = Path(os.environ.get("NFT_DATA_DIR", Path(__file__).parents[2] / "../shared/data"))
 needs_public = pytest.mark.skipif(
@@ -116,7 +118,7 @@ def test_without_a_network_the_hub_says_what_to_do(monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BenchmarkError, match=r"amc23: amc2023.*of ChenDRAG/VeRL_math_validation.*with --data"):
+    with pytest.raises(BenchmarkError, match=r"amc23: ChenDRAG/VeRL_math_validation/amc2023.*with --data"):
         find_file(BENCHMARKS["amc23"], None)
 
 
@@ -156,22 +158,22 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
 def test_files_that_cannot_be_used_are_named(tmp_path):
     path = tmp_path / "math500.jsonl"
     path.write_bytes(b'{"problem": "p", "answer": "1"}\n{"problem": "\xff"}\n')
-    with pytest.raises(BenchmarkError, match=r"math500\.jsonl, row 2: not UTF-8"):
+    with pytest.raises(DataError, match=r"math500\.jsonl, row 2: not UTF-8"):
         read_benchmark(BENCHMARKS["math500"], path)
     path.write_text('{"problem": "p", "answer"\n')
-    with pytest.raises(BenchmarkError, match="row 1: not JSON"):
+    with pytest.raises(DataError, match="row 1: not JSON"):
         read_benchmark(BENCHMARKS["math500"], path)
     path.write_text("[1]\n")
-    with pytest.raises(BenchmarkError, match="row 1: a list"):
+    with pytest.raises(DataError, match="row 1: a list"):
         read_benchmark(BENCHMARKS["math500"], path)
     path.write_text("\n")
-    with pytest.raises(BenchmarkError, match="holds no question of MATH-500"):
+    with pytest.raises(DataError, match=r"math500\.jsonl: holds no questions"):
         read_benchmark(BENCHMARKS["math500"], path)
     parquet = tmp_path / "math500.parquet"
     parquet.write_bytes(b"PAR1")
-    with pytest.raises(BenchmarkError, match="cannot be read as parquet"):
+    with pytest.raises(DataError, match="cannot be read as parquet"):
         read_benchmark(BENCHMARKS["math500"], parquet)
-    with pytest.raises(DataError, match=r"must be a \.jsonl or \.parquet"):
+    with pytest.raises(DataError, match=r"end in \.jsonl or \.parquet"):
         read_benchmark(BENCHMARKS["math500"], tmp_path / "math500.csv")
 
 
@@ -200,12 +202,30 @@ def test_answers_of_any_type_become_text(value, text):
         ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
         ("\\fbox{3}", "3"),
         ("\\boxed{4} and \\boxed{5", "4"),  # the last complete one
+        ("\\boxed{1} and \\boxed{3}", "3"),  # the last one alone, without those joined to it
+        ("\\boxed{ 10 }\\%", "10"),
     ],
 )
-def test_last_box(text, inside):
-    assert last_boxed(text) == inside
+def test_the_answer_of_a_solution_is_its_last_box(text, inside):
+    assert answer_of_solution(text) == inside
+
+
+@pytest.mark.parametrize(
+    ("solution", "inside"),
+    [
+        ("First \\boxed{4}, finally \\framebox{7}.", "7"),
+        ("First \\boxed{4}, finally $\\boxed 5$.", "5"),
+        ("First \\fbox{4}, finally $\\fbox\n6$.", "6"),
+    ],
+)
+def test_a_reference_is_the_box_that_the_graders_read(solution, inside):
+    """Two parsers once disagreed on these: one of them knew neither \\framebox nor a box without braces."""
+    assert answer_of_solution(solution) == inside
+    assert grade_one(f"\\boxed{{{inside}}}", solution).verdict is Verdict.CORRECT
+    assert grade_one("\\boxed{4}", solution).verdict is Verdict.WRONG
+    assert grade_one(solution, inside, "dapo_boxed").verdict is Verdict.CORRECT
 
 
 def test_no_box_is_an_error():
     with pytest.raises(ValueError, match="no complete"):
-        last_boxed("the answer is 4")
+        answer_of_solution("the answer is 4")

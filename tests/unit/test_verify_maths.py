@@ -12,11 +12,12 @@ from megatron_nft.types import Verdict
 from megatron_nft.verify import Outcome, grade_one, graders, maths
 from megatron_nft.verify.algebra.answer import read
 from megatron_nft.verify.algebra.equality import same
-from megatron_nft.verify.algebra.normalize import squash, tidy
+from megatron_nft.verify.algebra.normalize import normalize, without_spaces
 from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, read_number
 from megatron_nft.verify.algebra.units import canonical
 from megatron_nft.verify.algebra.values import OutOfRange, Undecided, exact, same_value
-from megatron_nft.verify.extract import find_answer, last_box, last_boxes
+from megatron_nft.verify.boxed import last_box, last_boxes
+from megatron_nft.verify.extract import find_answer
 from megatron_nft.verify.outcome import combine, shorten
 
 CORPUS = Path(__file__).parents[1] / "golden" / "grading_corpus.jsonl"
@@ -61,13 +62,13 @@ def test_equal_spellings_have_equal_values():
     """The quick way (equal spelling) accepts nothing that reading and comparing would not."""
     checked = 0
     for answer, changed in mutations(20_000, seed=1):
-        gold, found = tidy(answer), tidy(changed)
-        if gold == found or not gold or squash(gold) != squash(found):
+        gold, found = normalize(answer), normalize(changed)
+        if gold == found or not gold or without_spaces(gold) != without_spaces(found):
             continue
         if "text" in gold:  # a space within a word is a slip of the pen
             continue
         try:
-            readings = read(gold, loosely=False), read(found)
+            readings = read(gold, lenient=False), read(found)
             assert any(same(a, b) for a, b in itertools.product(*readings)), (answer, changed)
         except (NotUnderstood, Undecided):
             continue
@@ -87,7 +88,7 @@ def test_no_input_makes_the_grader_fail(monkeypatch):
 def test_every_answer_is_the_same_as_itself():
     for answer in ANSWERS:
         try:
-            readings = read(tidy(answer), loosely=False)
+            readings = read(normalize(answer), lenient=False)
         except NotUnderstood:
             continue
         for tree in readings:
@@ -113,13 +114,13 @@ def test_every_answer_is_the_same_as_itself():
         ("8.49×10⁻⁴", r"8.49\times10^{-4}"),  # noqa: RUF001
     ],
 )
-def test_tidy(text, expected):
-    assert tidy(text) == expected
+def test_normalize(text, expected):
+    assert normalize(text) == expected
 
 
-def test_tidy_is_stable():
+def test_normalize_is_idempotent():
     for answer in ANSWERS:
-        assert tidy(tidy(answer)) == tidy(answer)
+        assert normalize(normalize(answer)) == normalize(answer)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_numbers_of_too_many_digits(token):
 
 
 def value_of(text: str):
-    return exact(read(tidy(text))[0])
+    return exact(read(normalize(text))[0])
 
 
 @pytest.mark.parametrize(

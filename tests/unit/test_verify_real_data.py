@@ -20,7 +20,7 @@ from verify_rewrites import (
 
 from megatron_nft.verify import maths
 from megatron_nft.verify.algebra.answer import read
-from megatron_nft.verify.algebra.normalize import tidy
+from megatron_nft.verify.algebra.normalize import normalize
 from megatron_nft.verify.algebra.tree import NotUnderstood
 from megatron_nft.verify.algebra.values import mp, symbols, value
 from megatron_nft.verify.maths import grade
@@ -132,9 +132,9 @@ def test_values_agree_with_sympy():
     import sympy
 
     compared, different = 0, []
-    for text in {tidy(content(a)) for name in ("math500", "olympiadbench", "minerva_math") for a in references(name)}:
+    for text in {normalize(content(a)) for name in ("math500", "olympiadbench", "minerva_math") for a in references(name)}:
         try:
-            tree = read(text, loosely=False)[0]
+            tree = read(text, lenient=False)[0]
         except NotUnderstood:
             continue
         parsed = maths._parse(text) if tree[0] in "+-*/^!" or tree[0] in ("f", "root", "log", "binom") else ()

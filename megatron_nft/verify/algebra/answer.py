@@ -1,4 +1,4 @@
-r"""The structure of an answer: lists, tuples, intervals, sets, matrices, relations, quantities, words."""
+r"""Read a normalised answer as a tree: lists, tuples, intervals, sets, matrices, relations, quantities, words."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import contextlib
 import itertools
 import re
 
-from megatron_nft.verify.algebra.normalize import squash
+from megatron_nft.verify.algebra.normalize import without_spaces
 from megatron_nft.verify.algebra.parse import Parser
-from megatron_nft.verify.algebra.presentation import plain_layout
+from megatron_nft.verify.algebra.presentation import strip_presentation
 from megatron_nft.verify.algebra.tokens import tokenize
 from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, Tree
 from megatron_nft.verify.algebra.units import SHORT_WORDS, UNIT_WORDS, canonical, is_unit, scale_of
-from megatron_nft.verify.algebra.wording import is_fluff, is_words, word_tree
+from megatron_nft.verify.algebra.wording import is_filler, is_words, word_tree
 
 MAX_CHARS = 10_000
 _OPENING = frozenset(("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil", r"\beginmatrix"))
@@ -32,11 +32,13 @@ _short_unit = re.compile(rf"(?<![A-Za-z\\])(?:{'|'.join(sorted(SHORT_WORDS))})(?
 _number_sets = frozenset(("Z", "N", "R", "Q", "C"))
 
 
-def read(text: str, *, loosely: bool = True) -> tuple[Tree, ...]:
-    """The readings of a tidy answer, the likeliest first. NotUnderstood when there is none.
+def read(text: str, *, lenient: bool = True) -> tuple[Tree, ...]:
+    """Return the readings of a normalised answer, the likeliest first.
 
-    More than one where the writing is ambiguous: `1,200` is a number or a list, `(C) 12` a choice with its content. Not
-    `loosely`, as for a reference: `(12,102)` is a pair only.
+    There are several where the notation is ambiguous: `1,200` is a number or a list, `(C) 12` a choice followed by its
+    content. A response is read leniently; a reference is not: there `(12,102)` is only a pair.
+
+    Raises NotUnderstood if there is no reading, TooMuch if the text is too long or too deeply nested.
     """
     if len(text) > MAX_CHARS:
         raise TooMuch(f"longer than {MAX_CHARS} characters")
@@ -45,9 +47,9 @@ def read(text: str, *, loosely: bool = True) -> tuple[Tree, ...]:
     choice = _choice_start.match(text)
     if is_words(text):
         readings.append(word_tree(text))
-    text = plain_layout(text)
+    text = strip_presentation(text)
     vocabularies = [UNIT_WORDS] if not _short_unit.search(text) else [UNIT_WORDS, UNIT_WORDS - SHORT_WORDS]
-    for variant, unit_words in itertools.product(_variants(text, loosely), vocabularies):
+    for variant, unit_words in itertools.product(_variants(text, lenient), vocabularies):
         try:
             readings.append(_item_or_list(tokenize(variant, unit_words)))
         except NotUnderstood as caught:
@@ -57,27 +59,27 @@ def read(text: str, *, loosely: bool = True) -> tuple[Tree, ...]:
     if choice:
         readings.append(("s", next(filter(None, choice.groups()))))
         with contextlib.suppress(NotUnderstood):
-            readings.extend(read(text[choice.end() :], loosely=loosely))
+            readings.extend(read(text[choice.end() :], lenient=lenient))
     if not readings:
         raise error or NotUnderstood("empty")
     return tuple(readings)
 
 
-def _variants(text: str, loosely: bool) -> list[str]:
-    r"""The text in the ways it can be meant: `1,200` as one number or two, `\log` as natural or to the base of ten.
+def _variants(text: str, lenient: bool) -> list[str]:
+    r"""Return the ways in which the text can be meant: `1,200` as one number or two, `\log` to base e or to base 10.
 
-    If `loosely`, `t/RC` is t/(RC) too.
+    If `lenient`, `t/RC` can also mean t/(RC).
     """
-    variants = _with_thousands(text, loosely)
+    variants = _with_thousands(text, lenient)
     if _bare_log.search(text):
         variants += [_bare_log.sub(r"\\lg ", variant) for variant in variants]
-    if loosely and _slash.search(text):
+    if lenient and _slash.search(text):
         variants += [_slash.sub(r"/(\1 \2)", variant) for variant in variants]
     return variants
 
 
-def _with_thousands(text: str, loosely: bool) -> list[str]:
-    """The text with `1,200` as one number: outside brackets and, if `loosely`, within; last as it stands."""
+def _with_thousands(text: str, lenient: bool) -> list[str]:
+    """Return the text with `1,200` as one number outside brackets, if `lenient` also inside them, and unchanged."""
     if "," not in text or not _thousands.search(text):
         return [text]
 
@@ -87,14 +89,15 @@ def _with_thousands(text: str, loosely: bool) -> list[str]:
         return match[0] if depth else match[0].replace(",", "")
 
     variants = [_thousands.sub(outside_brackets, text)]
-    if loosely:
+    if lenient:
         variants.append(_thousands.sub(lambda match: match[0].replace(",", ""), text))
-    if loosely or not re.search(r"\d,0", text):  # 40,000 is no list of 40 and 000
+    if lenient or not re.search(r"\d,0", text):  # 40,000 is not a list of 40 and 000
         variants.append(text)
     return list(dict.fromkeys(variants))
 
 
 def _item_or_list(tokens: list[str]) -> Tree:
+    r"""Read one answer or several; of a derivation only what follows the last `\Rightarrow`."""
     if not tokens:
         raise NotUnderstood("empty")
     if r"\Rightarrow" in tokens:
@@ -114,14 +117,14 @@ def _item_or_list(tokens: list[str]) -> Tree:
 
 
 def _is_number_set(item: Tree) -> bool:
-    r"""Whether an item only says what kind of number a letter is: `k \in \mathbb{Z}`."""
+    r"""Whether an item only says which kind of number a letter is: `k \in \mathbb{Z}`."""
     if item[0] != "rel" or item[1] != (r"\in",):
         return False
     return item[3] == ("reals",) or (item[3][0] == "s" and item[3][1].removeprefix(r"mathbb:") in _number_sets)
 
 
 def _split(tokens: list[str], separators: tuple[str, ...]) -> list[list[str]]:
-    """Parts between `separators` that stand outside all brackets."""
+    """Split at those `separators` that stand outside all brackets."""
     parts: list[list[str]] = [[]]
     depth = 0
     for token in tokens:
@@ -139,8 +142,8 @@ def _split(tokens: list[str], separators: tuple[str, ...]) -> list[list[str]]:
 
 
 def _item(tokens: list[str]) -> Tree:
-    """One answer of a list."""
-    while len(tokens) > 1 and tokens[0][:1] == '"' and is_fluff(tokens[0]):
+    """Read one answer of a list, without introductory words such as `The answer is:`."""
+    while len(tokens) > 1 and tokens[0][:1] == '"' and is_filler(tokens[0]):
         tokens = tokens[2 if tokens[1] == ":" and len(tokens) > 2 else 1 :]
     if any(token in _RELATIONS for token in tokens):
         return _relation(tokens)
@@ -148,6 +151,7 @@ def _item(tokens: list[str]) -> Tree:
 
 
 def _relation(tokens: list[str]) -> Tree:
+    """Read a chain of equations or inequalities such as `a = b <= c`."""
     parts: list[list[str]] = [[]]
     signs: list[str] = []
     depth = 0
@@ -167,7 +171,7 @@ def _relation(tokens: list[str]) -> Tree:
 
 
 def _braced(tokens: list[str]) -> Tree | None:
-    """A tuple, interval, set, union, matrix or the name of a set; None for a plain expression."""
+    """Read a tuple, interval, set, union, matrix or the name of a set; None for a plain expression."""
     parts = _split(tokens, (r"\cup",))
     if len(parts) == 1 and "U" in tokens:
         parts = _split(tokens, ("U",))
@@ -193,7 +197,7 @@ def _braced(tokens: list[str]) -> Tree | None:
 
 
 def _by_condition(tokens: list[str]) -> Tree | None:
-    r"""What stands behind the bar of `\{x \mid x > 2\}`; None for elements."""
+    r"""Read the condition of `\{x \mid x > 2\}`; None if the braces list elements."""
     bar = next((index for index, token in enumerate(tokens) if token in ("|", ":")), 0)
     if not bar or any(token[0].isdigit() or token == "," for token in tokens[:bar]):
         return None
@@ -206,7 +210,7 @@ def _items(tokens: list[str]) -> list[Tree]:
 
 
 def _is_one_bracket(tokens: list[str]) -> bool:
-    """Whether the first token's bracket is closed by the last token."""
+    """Whether the bracket opened by the first token is closed by the last one."""
     depth = 0
     for index, token in enumerate(tokens):
         depth += (token in _OPENING) - (token in _CLOSING)
@@ -216,6 +220,7 @@ def _is_one_bracket(tokens: list[str]) -> bool:
 
 
 def _matrix(tokens: list[str]) -> Tree:
+    """Read a matrix as its rows."""
     if tokens[-1] != r"\endmatrix" or not _is_one_bracket(tokens):
         raise NotUnderstood("a matrix within an expression")
     rows = [row for row in _split(tokens[1:-1], ("\\\\",)) if row]
@@ -226,7 +231,7 @@ def _matrix(tokens: list[str]) -> Tree:
 
 
 def _quantity(tokens: list[str]) -> Tree:
-    """An expression with its unit, or words."""
+    """Read an expression with its unit, or words."""
     if not tokens:
         raise NotUnderstood("empty")
     if all(token[0] == '"' for token in tokens):
@@ -238,7 +243,7 @@ def _quantity(tokens: list[str]) -> Tree:
     if parts := _compound(value, tokens[len(value) :]):
         return parts
     if any(token[0] == '"' and (" " in token or not is_unit(token[1:])) for token in value):
-        return ("prose", squash("".join(tokens)))
+        return ("prose", without_spaces("".join(tokens)))
     tree = Parser(list(value)).parse()
     if unit and r"\%" not in unit:
         factor, unit = scale_of(unit)
@@ -252,7 +257,10 @@ def _quantity(tokens: list[str]) -> Tree:
 
 
 def _split_modulus(tokens: list[str]) -> tuple[list[str], str]:
-    r"""The tokens before `\pmod{7}` or `(mod 7)`, and 7: it may be left out and not be another, as a unit."""
+    r"""Return the tokens before `\pmod{7}` or `(mod 7)`, and "7".
+
+    A modulus is treated like a unit: it may be left out, but must not differ.
+    """
     at = next((index for index, token in enumerate(tokens) if token in _MODULI), 0)
     if not at:
         return tokens, ""
@@ -264,7 +272,7 @@ def _split_modulus(tokens: list[str]) -> tuple[list[str], str]:
 
 
 def _compound(value: list[str], unit: list[str]) -> Tree | None:
-    """`2 hours 30 minutes` as its parts; None for an ordinary quantity."""
+    """Read `2 hours 30 minutes` as its parts; None for an ordinary quantity."""
     if not unit or len(value) < 3 or not all(token[0].isdigit() or _is_unit(token) for token in value):
         return None
     words = [index for index, token in enumerate(value) if token[0] == '"']
@@ -276,6 +284,7 @@ def _compound(value: list[str], unit: list[str]) -> Tree | None:
 
 
 def _text(phrase: str) -> Tree:
+    """Read words; `(C)` and single letters are symbols."""
     choice = _choice.match(phrase)
     if choice:
         return ("s", choice[1])
@@ -287,7 +296,7 @@ def _is_unit(token: str) -> bool:
 
 
 def _split_unit(tokens: list[str]) -> tuple[list[str], str]:
-    r"""The tokens before a unit, and the unit: `\text{cm}^2`, `\text{m}/\text{s}`, `dollars`."""
+    r"""Return the tokens before a unit, and the unit: `\text{cm}^2`, `\text{m}/\text{s}`, `dollars`."""
     end = len(tokens)
     while end > 1:
         token = tokens[end - 1]

@@ -1,4 +1,4 @@
-"""Whether two answers, as read by answer.py, are the same."""
+"""Whether two answers, read by answer.py, are the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from megatron_nft.verify.algebra.quantity import same_quantity
-from megatron_nft.verify.algebra.regions import FLIPPED, ORDERS, joined, region, variable
+from megatron_nft.verify.algebra.regions import FLIPPED, ORDERS, combine_inequalities, region, variable
 from megatron_nft.verify.algebra.tree import Tree
 from megatron_nft.verify.algebra.values import OutOfRange, Undecided, close, symbols, values_at_points
 
@@ -16,7 +16,7 @@ _STRUCTURES = frozenset(("list", "tuple", "set", "union", "matrix", "reals"))
 
 
 def same(gold: Tree, found: Tree) -> bool:
-    """Whether `found` answers what `gold` does. Undecided where a value cannot be computed."""
+    """Whether `found` is the same answer as the reference `gold`. Raises Undecided where a value cannot be computed."""
     if gold == found:
         return True
     return any(_same_expanded(*pair) for pair in itertools.product(_expansions(gold), _expansions(found)))
@@ -90,7 +90,7 @@ def _in_order(gold: Sequence[Tree], found: Sequence[Tree]) -> bool:
 
 
 def _in_any_order(gold: Sequence[Tree], found: Sequence[Tree]) -> bool:
-    """Whether the two have the same elements equally often."""
+    """Whether both have the same elements, each the same number of times."""
     if len(gold) != len(found):
         return False
     if len(gold) > _MAX_ITEMS:
@@ -105,22 +105,22 @@ def _in_any_order(gold: Sequence[Tree], found: Sequence[Tree]) -> bool:
 
 
 def _expansions(tree: Tree) -> list[Tree]:
-    r"""`tree` without `\pm`; two readings of `(\pm 3, \pm 2)`, which may be four points or two."""
+    r"""Return the tree without `\pm`; there are two readings of `(\pm 3, \pm 2)`: four points or two."""
     if tree[0] in ("tuple", "list", "set") and _has_sign(tree):
         return [_expand(tree, linked=False), _expand(tree, linked=True)]
     return [_expand(tree)]
 
 
 def _expand(tree: Tree, linked: bool = True) -> Tree:
-    r"""`1 \pm x` as the list of its two values; in lists and sets in their place.
+    r"""Write `1 \pm x` as the list of its two values, merged into a surrounding list or set.
 
-    linked: whether all signs in a tuple are the upper ones, or all the lower ones.
+    linked: the signs in a tuple are all upper or all lower ones, so that `(\pm 3, \pm 2)` is two points, not four.
     """
     if tree[0] == "tuple" and _has_sign(tree):
         sides = [[_signed(part, sign) for part in tree[3:]] for sign in (1, -1)]
         if linked:
             return ("list", *((*tree[:3], *side) for side in sides))
-        choices = [(a, b) if a != b else (a,) for a, b in zip(*sides, strict=True)]
+        choices = [(upper, lower) if upper != lower else (upper,) for upper, lower in zip(*sides, strict=True)]
         if len(choices) > _MAX_SIGNS:
             raise OutOfRange(f"a tuple of more than {_MAX_SIGNS} parts with signs")
         return ("list", *((*tree[:3], *point) for point in itertools.product(*choices)))
@@ -130,7 +130,7 @@ def _expand(tree: Tree, linked: bool = True) -> Tree:
             expanded = _expand(item, linked)
             items.extend(expanded[1:] if expanded[0] == "list" else [expanded])
         found = (tree[0], *items)
-        return joined(found[1:]) or found if tree[0] == "list" else found
+        return combine_inequalities(found[1:]) or found if tree[0] == "list" else found
     if tree[0] == "rel" and tree[1] == ("=",) and _has_sign(tree[3]):
         return ("list", *(("rel", ("=",), tree[2], _signed(tree[3], sign)) for sign in (1, -1)))
     if tree[0] not in ("tuple", "union", "matrix", "rel", "text", "prose") and _has_sign(tree):
@@ -143,6 +143,7 @@ def _has_sign(tree: Tree) -> bool:
 
 
 def _signed(tree: Tree, sign: int) -> Tree:
+    r"""Replace every `\pm` by its upper sign (1) or its lower sign (-1), and every `\mp` by the other one."""
     parts = tuple(_signed(part, sign) if isinstance(part, tuple) else part for part in tree)
     if tree[0] in ("pm", "mp"):
         plus = (tree[0] == "pm") == (sign > 0)
@@ -154,6 +155,7 @@ def _signed(tree: Tree, sign: int) -> Tree:
 
 
 def _same_relation(gold: Tree, found: Tree) -> bool:
+    """Compare where at least one side is a relation: `x = 5` also answers 5, and `x > 3` the interval (3, inf)."""
     if gold[0] == "rel" and found[0] == "rel":
         return _same_relations(gold, found)
     relation = gold if gold[0] == "rel" else found
@@ -161,7 +163,7 @@ def _same_relation(gold: Tree, found: Tree) -> bool:
     if signs == (r"\in",) or signs[0] in ORDERS or signs == ("!=",):
         values = [region(relation)]
     elif gold[0] == "rel" and not _is_name(gold[2]):
-        values = []  # 0 does not answer 2x + 3y = 0
+        values = []  # 0 is not an answer to 2x + 3y = 0
     elif set(signs) <= {"=", r"\approx", r"\equiv"}:
         values = [relation[-1]]
         if r"\approx" in signs:
@@ -195,7 +197,7 @@ def _same_relations(gold: Tree, found: Tree) -> bool:
 
 
 def _is_name(tree: Tree) -> bool:
-    """Whether a left side only names what the right side gives: x, f(x), m_{max}, ABC."""
+    """Whether a left side is only the name of what the right side gives: x, f(x), m_{max}, ABC."""
     if tree[0] == "*":
         return all(part[0] in ("s", "app") for part in tree[1:])
     if tree[0] == "tuple":  # (x, y)
@@ -208,7 +210,7 @@ def _is_derivative(tree: Tree) -> bool:
 
 
 def _proportional(gold: Tree, found: Tree, *, sign_matters: bool) -> bool:
-    """Whether the differences of the two sides are equal up to a constant factor."""
+    """Whether the differences of the two sides are equal up to a constant factor, positive if `sign_matters`."""
     if any(side[0] in _STRUCTURES | {"text", "prose", "unit"} for side in (*gold[2:], *found[2:])):
         turned = not sign_matters and _in_order(gold[2:], found[:1:-1])
         return turned or _in_order(gold[2:], found[2:])

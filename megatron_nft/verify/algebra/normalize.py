@@ -1,7 +1,7 @@
 r"""One spelling for what LaTeX, Unicode and people write in many ways.
 
-`tidy` changes the look and never the value: `\dfrac12`, `$\frac{1}{2}$` and `½` become `\frac{1}{2}`. Two answers whose
-`squash(tidy(...))` are equal are the same answer; everything else is left to the parser.
+`normalize` changes the notation and never the value: `\dfrac12`, `$\frac{1}{2}$` and `½` become `\frac{1}{2}`. Two
+answers whose `without_spaces(normalize(...))` are equal are the same answer; everything else is left to the parser.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _fraction_characters = re.compile("(\\d*)([¼-¾⅐-⅞])")
 _unicode_root = re.compile(r"\\sqrt\s+([\d.]+|\\pi)")  # √10, where TeX would take one digit
 
 _command = re.compile(r"\\([A-Za-z]+)\s*")
-_spacing = re.compile(r"(\\\\)|\\[ ,;:>!\n]|~")  # a row's end, `\\ `, is no space
+_spacing = re.compile(r"(\\\\)|\\[ ,;:>!\n]|~")  # the end of a row, `\\ `, is not a space
 _thousands_comma = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!|\\!\s*,)\s*(?=\d{3})")  # `10,\!080`, `10{,}080`
 _thousands_space = re.compile(r"(?<![\d.,])\d{1,3}(?:\s\d{3})+(?!\d)")  # `10 080`
 _text = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -50,8 +50,8 @@ _old_font = re.compile(r"\{\s*\\(?:rm|bf|it|sf|tt)\b([^{}]*)\}")
 _markdown = re.compile(r"\*\*|__(?=\S)|`")
 
 
-def tidy(text: str) -> str:
-    """`text` in one spelling; what it stands for is unchanged."""
+def normalize(text: str) -> str:
+    """Return `text` in one spelling, with the same meaning."""
     if text.isascii():
         if text.isalnum():
             return text
@@ -68,16 +68,17 @@ def tidy(text: str) -> str:
     return _strip_end(_space_run.sub(" ", text).strip())
 
 
-def squash(text: str) -> str:
-    """A tidy text without the spaces that mean nothing (`1 2` stays two numbers)."""
+def without_spaces(text: str) -> str:
+    """Return a normalised text without the spaces that mean nothing (`1 2` stays two numbers)."""
     return _space.sub(lambda match: match[1] or "", text) if " " in text else text
 
 
 def _plain_characters(text: str) -> str:
+    """Replace Unicode characters by LaTeX or ASCII."""
     text = _fraction_characters.sub(_vulgar_fraction, text)
     text = _currency.sub(r"\2 \1", text)
-    text = _superscripts.sub(lambda match: "^{" + "".join(map(_SUPERSCRIPTS.get, match[0])) + "}", text)
-    text = _subscripts.sub(lambda match: "_{" + "".join(map(_SUBSCRIPTS.get, match[0])) + "}", text)
+    text = _superscripts.sub(lambda match: "^{" + "".join(_SUPERSCRIPTS[sign] for sign in match[0]) + "}", text)
+    text = _subscripts.sub(lambda match: "_{" + "".join(_SUBSCRIPTS[sign] for sign in match[0]) + "}", text)
     text = "".join(CHARACTERS.get(character, character) for character in text)
     text = _unicode_root.sub(r"\\sqrt{\1}", text)
     text = unicodedata.normalize("NFKC", text)  # full-width digits, mathematical letters
@@ -90,13 +91,14 @@ def _vulgar_fraction(match: re.Match[str]) -> str:
 
 
 def _plain_latex(text: str) -> str:
+    """Replace LaTeX commands by their one spelling, and drop those that only affect the layout."""
     if "matrix" not in text and "array" not in text and "cases" not in text:
         text = _double_backslash.sub(r"\\", text)
     text = text.replace(r"\$", r"\dollar ").replace("$", " ")
-    for bracket in (r"\(", r"\)", r"\[", r"\]"):  # of formulas
+    for bracket in (r"\(", r"\)", r"\[", r"\]"):  # the delimiters of formulas
         text = text.replace(bracket, " ")
     text = _bold_letter.sub(r" \1 ", _color.sub(" ", text))
-    text = _repeating.sub(_repeating_decimal, _infix.sub(_before, text))
+    text = _repeating.sub(_repeating_decimal, _infix.sub(_infix_as_prefix, text))
     text = _thousands_comma.sub(",", text)
     text = _spacing.sub(lambda match: match[1] or " ", text)
     text = _old_font.sub(r"\\text{\1}", text)
@@ -111,13 +113,13 @@ def _plain_latex(text: str) -> str:
     return text
 
 
-def _before(match: re.Match[str]) -> str:
-    r"""`{3 \over 4}` as `\frac{3}{4}`, `{n \choose k}` as `\binom{n}{k}`."""
+def _infix_as_prefix(match: re.Match[str]) -> str:
+    r"""Write `{3 \over 4}` as `\frac{3}{4}` and `{n \choose k}` as `\binom{n}{k}`."""
     return rf"\{'frac' if match[2] == 'over' else 'binom'}{{{match[1].strip()}}}{{{match[3].strip()}}}"
 
 
 def _repeating_decimal(match: re.Match[str]) -> str:
-    r"""`0.1\overline{6}` as `\frac{15}{90}`: what stands before the period is taken from all up to its end."""
+    r"""Write `0.1\overline{6}` as `\frac{15}{90}`: (16 - 1) / 90, where 1 are the digits before the period."""
     before, period = (match[1] or "0") + match[2], match[3] or match[4]
     if len(before) + len(period) > MAX_PERIOD_DIGITS:
         return match[0]
@@ -137,7 +139,7 @@ def _plain_command(match: re.Match[str]) -> str:
 
 
 def _plain_text(match: re.Match[str]) -> str:
-    r"""`\text{ and }` separates answers, `\text{e}` is e, `\text{5}` is 5; other words stay marked as words."""
+    r"""Write `\text{ and }` as a comma, `\text{e}` as e and `\text{5}` as 5; other words stay marked as words."""
     words = match[1].strip()
     words = _hours_and.sub("", words)
     lowered = words.lower().strip(" ,;")
@@ -153,6 +155,6 @@ def _plain_text(match: re.Match[str]) -> str:
 
 
 def _strip_end(text: str) -> str:
-    """Without full stops, commas and line breaks at the end, inside a last `\\text{}` as well."""
+    r"""Drop full stops, commas and line breaks at the end, also inside a final `\text{}`."""
     text = _trailing.sub("", text)
     return _inner_trailing.sub("}", text) if text.endswith("}") else text

@@ -1,6 +1,6 @@
-r"""An expression as a tree (tree.py), read from tokens by recursive descent.
+r"""Parse the tokens of an expression into a tree (tree.py) by recursive descent.
 
-What is not understood raises `NotUnderstood`; nothing is guessed.
+Anything that the parser does not understand raises `NotUnderstood`; it never guesses.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ MAX_DEPTH = 100
 _OPEN = {"(": ")", "[": "]", "{": "}"}
 _ROUND = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil")}
 _PREFIXES = frozenset((r"\angle", r"\triangle"))
-_FUNCTION_LETTERS = frozenset("fghFGHPQuI")  # of one letter: f(2) is not 2 f
+_FUNCTION_LETTERS = frozenset("fghFGHPQuI")  # single letters that are functions: f(2) is not 2 f
 
 
 class Parser:
-    """One pass over a list of tokens."""
+    """One pass over a list of tokens, with one method per level of precedence."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
@@ -27,16 +27,18 @@ class Parser:
         self.depth = 0
 
     def parse(self) -> Tree:
-        """The whole list as one expression."""
+        """Read the whole list as one expression. Raises NotUnderstood if it is not one."""
         tree = self.sum()
         if self.at < len(self.tokens):
             raise NotUnderstood(f"unexpected {self.tokens[self.at]!r}")
         return tree
 
     def peek(self) -> str:
+        """Return the next token without taking it; the empty string at the end."""
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
 
     def take(self) -> str:
+        """Take the next token."""
         token = self.peek()
         if not token:
             raise NotUnderstood("unexpected end")
@@ -44,11 +46,13 @@ class Parser:
         return token
 
     def expect(self, token: str) -> None:
+        """Take the next token, which has to be `token`."""
         if self.peek() != token:
             raise NotUnderstood(f"expected {token!r}, found {self.peek()!r}")
         self.at += 1
 
     def sum(self) -> Tree:
+        r"""Read terms joined by `+`, `-`, `\pm` and `\mp`."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise TooMuch("nested too deeply")
@@ -70,6 +74,7 @@ class Parser:
         return total
 
     def product(self) -> Tree:
+        """Read factors and divisors, with or without a sign between them."""
         value = self.signed()
         while True:
             token = self.peek()
@@ -85,10 +90,10 @@ class Parser:
                 return value
 
     def starts_factor(self, token: str) -> bool:
-        """Whether `token` continues a product without a sign."""
+        """Whether `token` continues a product that is written without a multiplication sign."""
         if not token:
             return False
-        if token[0].isdigit() or token[0] == ".":  # `1 2` and `x2` are no products, `\sqrt{3}2` is
+        if token[0].isdigit() or token[0] == ".":  # `1 2` and `x2` are not products, `\sqrt{3}2` is
             return self.tokens[self.at - 1] in (")", "}")
         if token[0] == '"':
             return True
@@ -97,6 +102,7 @@ class Parser:
         return token[0].isalpha() or token in _OPEN
 
     def signed(self) -> Tree:
+        """Read a factor with its leading signs."""
         if self.peek() == "-":
             self.at += 1
             return negate(self.signed())
@@ -106,6 +112,7 @@ class Parser:
         return self.power()
 
     def power(self) -> Tree:
+        """Read an atom with everything written behind it: powers, `!`, degree and percent signs."""
         base = self.atom()
         while True:
             token = self.peek()
@@ -125,7 +132,7 @@ class Parser:
                 return base
 
     def raised(self, base: Tree) -> Tree:
-        """What follows `^`: an exponent, or a degree sign."""
+        r"""Read what follows `^`: an exponent, or the `\circ` of a degree sign."""
         if self.tokens[self.at : self.at + 3] == ["{", r"\circ", "}"]:
             self.at += 3
             return ("deg", base)
@@ -135,6 +142,7 @@ class Parser:
         return ("^", base, self.exponent())
 
     def exponent(self) -> Tree:
+        """Read an exponent, which need not stand in brackets."""
         if self.peek() in ("-", "+"):  # 10^-4
             return negate(self.power()) if self.take() == "-" else self.power()
         power = self.bracketed() if self.peek() in _OPEN else self.atom()
@@ -144,6 +152,7 @@ class Parser:
         return power
 
     def bracketed(self) -> Tree:
+        """Read an expression in brackets of any kind."""
         close = _OPEN.get(opening := self.take())
         if close is None:
             raise NotUnderstood(f"expected a bracket, found {opening!r}")
@@ -152,7 +161,7 @@ class Parser:
         return tree
 
     def argument(self) -> Tree:
-        r"""An argument in TeX's way: a group, or one token, of a number its first digit (`\frac12`)."""
+        r"""Read an argument as TeX does: a group or a single token, of a number only the first digit (`\frac12`)."""
         token = self.peek()
         if token in ("{", "("):
             return self.bracketed()
@@ -162,6 +171,7 @@ class Parser:
         return self.atom()
 
     def atom(self) -> Tree:
+        """Read a number, a symbol, a command or a bracketed expression."""
         token = self.peek()
         if token[:1].isdigit() or token[:1] == ".":
             return self.number()
@@ -183,6 +193,7 @@ class Parser:
         raise NotUnderstood(f"unexpected {token!r}" if token else "unexpected end")
 
     def number(self) -> Tree:
+        r"""Read a number: plain, mixed (`1\frac{4}{5}`) or in another base (`52_8`)."""
         token = self.take()
         value = read_number(token)
         if self.peek() == "_" and token.isalnum():
@@ -199,7 +210,7 @@ class Parser:
         return ("n", value)
 
     def mixed(self, whole: Fraction) -> Tree:
-        r"""`1\frac{4}{5}` and `1 4/5` are 9/5 where the fraction is proper; anything else is left as it was."""
+        r"""Read `1\frac{4}{5}` or `1 4/5` as 9/5 if the fraction is proper; otherwise take nothing after `whole`."""
         start, kept = self.at, list(self.tokens)
         if self.peek() == r"\frac":
             self.at += 1
@@ -214,7 +225,7 @@ class Parser:
         return ("n", whole)
 
     def symbol(self, name: str) -> Tree:
-        """A symbol with its primes and subscript; a function without a meaning where brackets follow."""
+        """Read a symbol with its primes and subscript, or an uninterpreted function if brackets follow."""
         while self.peek() == "'":
             name += self.take()
         if self.peek() == "_":
@@ -230,7 +241,7 @@ class Parser:
         return ("s", name)
 
     def raised_primes(self) -> str:
-        r"""`^{\prime}` as primes of the name; the empty string where the power is another."""
+        r"""Read `^{\prime}` as primes of the name; take nothing and return "" if it is another power."""
         at = self.at + 1
         braces = self.tokens[at] == "{"
         at += braces
@@ -243,7 +254,7 @@ class Parser:
         return "'" * (at - start)
 
     def opaque_arguments(self, name: str) -> tuple[Tree, ...]:
-        """Arguments if `name(...)` is an application; empty if it is a product such as n(n - 1)."""
+        """Return the arguments if `name(...)` is an application, or () if it is a product such as n(n - 1)."""
         start, kept, depth = self.at, list(self.tokens), self.depth
         self.at += 1
         try:
@@ -263,11 +274,12 @@ class Parser:
         return ()
 
     def subscript(self) -> str:
-        """The text of a subscript, without braces and spaces."""
+        """Return the text of a subscript without braces and spaces."""
         if self.peek() != "{":
             return self.take().lstrip('"\\')
         self.at += 1
-        depth, parts = 1, []
+        depth = 1
+        parts: list[str] = []
         while True:
             token = self.take()
             depth += (token == "{") - (token == "}")
@@ -277,11 +289,13 @@ class Parser:
                 parts.append(token.lstrip('"\\'))
 
     def word(self, text: str) -> Tree:
+        """Read a short word as a symbol."""
         if not text or len(text) > 40 or not text.replace(" ", "").isalnum():
             raise NotUnderstood(f"the words {text!r:.60} in an expression")
         return self.symbol(text)
 
     def command(self) -> Tree:
+        """Read a LaTeX command with its arguments."""
         token = self.take()
         name = token[1:]
         if name == "frac":
@@ -320,12 +334,12 @@ class Parser:
         return self.symbol(token)
 
     def function(self, name: str) -> Tree:
-        r"""`\sin^2 x`, `\log_{10} 2`, `\cos(2t)`, `\sin 2\omega t`."""
+        r"""Read a named function: `\sin^2 x`, `\log_{10} 2`, `\cos(2t)`, `\sin 2\omega t`."""
         base = power = None
         for _ in range(2):
             if self.peek() == "_" and name == "log" and base is None:
                 self.at += 1
-                is_number = self.peek()[:1].isdigit()  # of \log_2 8 and \log_2 3/4 the 2 alone
+                is_number = self.peek()[:1].isdigit()  # in \log_2 8 and \log_2 3/4 the base is just 2
                 base = ("n", read_number(self.take())) if is_number else self.exponent()
             elif self.peek() == "^" and power is None:
                 self.at += 1

@@ -1,7 +1,7 @@
-r"""How an answer is laid out, changed to what it says: environments, conditions behind it, brackets of other countries.
+r"""Reduce the presentation of a normalised answer to its content: environments, trailing conditions, ]a, b[ brackets.
 
-Texts are tidy already (tidy.py). Unlike there, what is dropped here was said: `f(x) = x^2 \text{ for all } x` becomes
-`f(x) = x^2`.
+normalize.py changes only the spelling. This module also drops things that were said but hold anyway:
+`f(x) = x^2 \text{ for all } x` becomes `f(x) = x^2`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _membership = re.compile(r"\s*\(\s*([A-Za-z](?:\s*,\s*[A-Za-z])*\s*\\in\s*(?:\\m
 _outward_bracket = re.compile(r"(^|\\cup|\\in)(\s*)([\[\](])([^\[\]()]*[,;][^\[\]()]*)([\[\])])(?=\s*(?:\\cup|$))")
 
 
-def plain_layout(text: str) -> str:
-    """`text` without its layout; conditions behind an answer that hold anyway are dropped."""
+def strip_presentation(text: str) -> str:
+    """Return `text` without environments and without conditions behind the answer that hold anyway."""
     if "\\begin" in text:
         text = _without_environment(text)
     if "\\in" in text or "\\text" in text or "\\forall" in text:
@@ -38,7 +38,10 @@ def plain_layout(text: str) -> str:
 
 
 def _without_environment(text: str) -> str:
-    r"""`\begin{cases} x = 1 \\ y = 2 \end{cases}` as `x = 1 , y = 2`; a row that starts with `=` goes on."""
+    r"""Write `\begin{cases} x = 1 \\ y = 2 \end{cases}` as `x = 1 , y = 2`.
+
+    A row that starts with `=` continues the row before it.
+    """
     match = _environment.fullmatch(text.strip())
     if match is None:
         return text
@@ -53,6 +56,6 @@ def _without_environment(text: str) -> str:
 
 
 def _inward(match: re.Match[str]) -> str:
-    """`]2, 5[` as `(2, 5)`: the French way to write an open interval."""
+    """Write `]2, 5[`, the French notation for an open interval, as `(2, 5)`."""
     opening, closing = match[3].replace("]", "("), match[5].replace("[", ")")
     return f"{match[1]}{match[2]}{opening}{match[4]}{closing}"

@@ -1,7 +1,7 @@
-r"""Whether two quantities are the same: numbers or expressions, with what may stand beside them.
+r"""Whether two quantities are the same: numbers or expressions, with their unit, percent sign or base.
 
-A unit, a percent sign or a base may be left out, and never be another one. A decimal of six digits and more stands for
-every number that it rounds.
+A unit, a percent sign or a base may be left out, but must not differ. A decimal of six or more significant digits
+stands for every number that rounds to it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from megatron_nft.verify.algebra.values import exact, same_value, symbols, value
 
 _LETTER_UNITS = frozenset("mgshJNWVKL")
 _PI: Tree = ("s", "\\pi")
-MIN_DIGITS = 6  # significant digits from which a decimal stands for the number that it rounds
+MIN_DIGITS = 6  # from this many significant digits on, a decimal stands for the number that rounds to it
 
 
 def same_quantity(gold: Tree, found: Tree) -> bool:
-    r"""Numbers or expressions, each perhaps with a unit, a percent sign or a base."""
+    """Whether `found` is the same number or expression as `gold`; each may have a unit, a percent sign or a base.
+
+    Raises Undecided where a value cannot be computed.
+    """
     gold_unit, found_unit = _unit(gold), _unit(found)
     if gold_unit and found_unit and gold_unit != found_unit:
         return gold[0] == "unit" and found[0] == "unit" and _doubled_unit(gold, found)
@@ -27,8 +30,8 @@ def same_quantity(gold: Tree, found: Tree) -> bool:
         return True
     if (gold_value[0] == "pct") != (found_value[0] == "pct"):
         return _same_but_for_percent(gold_value, found_value)
-    if gold_value[0] == "base" and found_value[0] == "n":  # 52 for 52_8, as for a unit that is left out
-        return str(found_value[1]) == gold_value[1]
+    if gold_value[0] == "base" and found_value[0] == "n":  # 52 for 52_8, like a unit that is left out
+        return bool(str(found_value[1]) == gold_value[1])
     if (gold_unit == "deg") != (found_unit == "deg") and _same_angle(gold, found):
         return True
     if not found_unit and exact(gold_value) is not None:
@@ -48,7 +51,7 @@ def _without_unit(tree: Tree) -> Tree:
 
 
 def with_letter_unit(tree: Tree) -> Tree | None:
-    """`5 m`, read as five times m, as the quantity 5 m, and `3 m/s^2` likewise; None if it cannot be one."""
+    """Turn `5 m`, read as five times m, into the quantity 5 m, likewise `3 m/s^2`; None if it cannot be a quantity."""
     below = _letter(tree[2]) if tree[0] == "/" else ""
     product = tree[1] if below else tree
     if product[0] != "*" or not (above := _letter(product[-1])) or any(symbols(part) for part in product[1:-1]):
@@ -58,7 +61,7 @@ def with_letter_unit(tree: Tree) -> Tree | None:
 
 
 def _letter(tree: Tree) -> str:
-    """`m` or `s^2` where the tree is a letter that can be a unit, else the empty string."""
+    """Return `m` or `s^2` if the tree is a letter that can be a unit, else the empty string."""
     name, power = tree, None
     if tree[0] == "^":
         name, power = tree[1], exact(tree[2])
@@ -70,7 +73,7 @@ def _letter(tree: Tree) -> str:
 
 
 def _same_angle(gold: Tree, found: Tree) -> bool:
-    r"""`\frac{\pi}{6}` for `30^\circ`, and the other way round. A plain number is no angle in radians here."""
+    r"""Whether one is `30^\circ` and the other `\frac{\pi}{6}`. A number without pi is not taken for radians."""
     degrees, radians = (gold, found) if gold[0] == "unit" else (found, gold)
     if radians[0] == "unit" or not _has_pi(radians):
         return False
@@ -82,7 +85,7 @@ def _has_pi(tree: Tree) -> bool:
 
 
 def _same_but_for_percent(gold: Tree, found: Tree) -> bool:
-    """62.5 for 62.5%, or 62.5% for 62.5: the sign may be left out, and be added where it can have been left out."""
+    """62.5 for 62.5%, or 62.5% for 62.5: the sign may be left out, or added where the reference may lack it."""
     if gold[0] == "pct":
         return _same_number(gold[1], found)
     number = exact(gold)
@@ -90,7 +93,7 @@ def _same_but_for_percent(gold: Tree, found: Tree) -> bool:
 
 
 def _doubled_unit(gold: Tree, found: Tree) -> bool:
-    r"""`90^\circ \text{ degrees}` for `90^\circ`: the unit, and then something that repeats it."""
+    r"""`90^\circ \text{ degrees}` for `90^\circ`: the unit followed by a repetition of it."""
     return found[2].startswith(f"{gold[2]} ") and _same_number(gold[1], found[1])
 
 
@@ -99,7 +102,7 @@ def _same_number(gold: Tree, found: Tree) -> bool:
 
 
 def _rounds_to(value: Tree, decimal: Tree) -> bool:
-    """Whether `decimal` is a decimal number of at least MIN_DIGITS digits that `value`, a constant, rounds to."""
+    """Whether `value` is a constant that rounds to `decimal`, a decimal number of at least MIN_DIGITS digits."""
     number = exact(decimal)
     if number is None or number == 0 or number.denominator == 1 or symbols(value):
         return False
@@ -112,11 +115,11 @@ def _rounds_to(value: Tree, decimal: Tree) -> bool:
     from_exact = exact(value)
     if from_exact is not None:
         return abs(from_exact - number) <= Fraction(1, 2 * 10**places)
-    return abs(number_of_value * 10**places - int(number * 10**places)) <= 0.5
+    return bool(abs(number_of_value * 10**places - int(number * 10**places)) <= 0.5)
 
 
 def _decimal_digits(number: Fraction) -> tuple[int, int]:
-    """Significant digits and decimal places of a number; (0, 0) for one such as 1/3 that has no end."""
+    """Return the significant digits and decimal places of a number; (0, 0) for one such as 1/3 that does not end."""
     places = 0
     denominator = number.denominator
     for prime in (2, 5):

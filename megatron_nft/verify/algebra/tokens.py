@@ -1,7 +1,7 @@
-r"""A tidy answer as a list of tokens.
+r"""Split a normalised answer into tokens.
 
-Numbers start with a digit or a dot, commands with a backslash, words (`\text{cm}`, `dollars`) with a quote; letters and
-signs stand for themselves: `2x \text{cm}` -> ["2", "x", '"cm'].
+Numbers start with a digit or a dot, commands with a backslash, and words (`\text{cm}`, `dollars`) with a quotation
+mark; letters and signs stand for themselves: `2x \text{cm}` -> ["2", "x", '"cm'].
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _SIGNS = {"==": "=", ":=": "=", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\tim
 _SIGNS |= {r"\degree": r"\degrees", r"\-": "-", r"\&": "&"}
 _MODULE = re.compile(r"\b(?:np|numpy|math|sympy|sp|torch)\.(?=[a-z])")
 _MATRIX = re.compile(r"\\(begin|end)\s*\{[pbBvV]?(?:small)?(?:matrix|array)\*?\}")
-WORD_LENGTH = 4  # letters from which a run of them is a word and not a product
+WORD_LENGTH = 4  # a run of at least this many letters is a word rather than a product
 
 
 def tokenize(text: str, unit_words: frozenset[str]) -> list[str]:
-    """Tokens of a tidy text. `unit_words` are the plain words that are read as words however short they are."""
+    """Return the tokens of a normalised text. Any run of letters in `unit_words` is a word, however short it is."""
     tokens: list[str] = []
     if "." in text and "p" in text:
         text = _MODULE.sub("", text)
@@ -59,7 +59,7 @@ def _command(token: str) -> str:
 
 
 def _letters(token: str, tokens: list[str], unit_words: frozenset[str]) -> None:
-    """A run of letters: a known name, a word, or a product of letters."""
+    """Append a run of letters to `tokens`: as a known name, a word, or a product of letters."""
     run = token.strip()
     if not run:
         return

@@ -1,22 +1,22 @@
-r"""Trees: what expressions and answers are read into.
+r"""Trees: the form into which expressions and answers are read.
 
-A tree is a nested tuple, so that equal trees are equal answers and trees can be cached:
+A tree is a nested tuple, so that equal trees are equal answers and trees can be dictionary keys:
 
-    ("n", Fraction)              number                    ("s", name)          symbol, e, i and pi among them
+    ("n", Fraction)              number                    ("s", name)          symbol, including e, i and pi
     ("+", a, b, ...)             sum                       ("*", a, b, ...)     product
     ("/", a, b)  ("^", a, b)     quotient, power           ("-", a)             minus a
     ("f", name, a)               sin, ln, abs, floor ...   ("log", base, a)  ("root", n, a)  ("binom", n, k)
-    ("app", name, a, ...)        a function without a meaning: u(t), \delta(t), f(x, y)
+    ("app", name, a, ...)        an uninterpreted function: u(t), \delta(t), f(x, y)
     ("!", a)  ("deg", a)  ("pct", a)  ("pm", a, b)  ("mp", a, b)  ("inf",)  ("base", digits, base)
 
-and around them (answer.py):
+and the structures around expressions (answer.py):
 
-    ("list", a, ...)                  1, 2 and 3: any order        ("tuple", "(", ")", a, ...)   also an interval
+    ("list", a, ...)                  1, 2 and 3 in any order      ("tuple", "(", ")", a, ...)   also an interval
     ("set", a, ...)                   {1, 2}                       ("union", a, ...)
     ("matrix", (a, ...), ...)         rows                         ("reals",)
     ("rel", ("=", "<="), a, b, c)     a = b <= c
-    ("unit", a, "cm^2")               a quantity; 90^\circ too     ("text", "ellipse")           words alone
-    ("prose", squashed text)          words and mathematics, compared as text only
+    ("unit", a, "cm^2")               a quantity; 90^\circ too     ("text", "ellipse")           only words
+    ("prose", text without spaces)    words mixed with mathematics, compared as text
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ from typing import Any
 Tree = tuple[Any, ...]
 
 MAX_DIGITS = 3000  # of a number
-MAX_EXPONENT = 3000  # of 1e3000: Fractions beyond are slow
+MAX_EXPONENT = 3000  # as in 1e3000: larger Fractions are slow
 
 
 class NotUnderstood(ValueError):
-    """The text is not an expression or answer that our parser knows."""
+    """The text is not an expression or answer that our parser can read."""
 
 
 class TooMuch(NotUnderstood):
-    """The text is too long, too deeply nested or has too many digits, for any parser."""
+    """The text is too long, too deeply nested or has too many digits for any parser."""
 
 
 def read_number(token: str) -> Fraction:
-    """The exact value of a number token."""
+    """Return the exact value of a number token such as `12`, `.5` or `4.5e33`.
+
+    Raises TooMuch for more than MAX_DIGITS digits or an exponent beyond MAX_EXPONENT.
+    """
     mantissa, _, exponent = token.lower().partition("e")
     if len(mantissa) > MAX_DIGITS or (exponent and abs(int(exponent[:9])) > MAX_EXPONENT):
         raise TooMuch("a number of too many digits")
@@ -48,9 +51,11 @@ def read_number(token: str) -> Fraction:
     return value * Fraction(10) ** int(exponent) if exponent else value
 
 
-def times(a: Tree, b: Tree) -> Tree:
-    return (*a, b) if a[0] == "*" else ("*", a, b)
+def times(left: Tree, right: Tree) -> Tree:
+    """Return the product, flattened: `(a * b) * c` is one product of three factors."""
+    return (*left, right) if left[0] == "*" else ("*", left, right)
 
 
 def negate(tree: Tree) -> Tree:
+    """Return minus `tree`; a number is negated in place."""
     return ("n", -tree[1]) if tree[0] == "n" else ("-", tree)

@@ -1,6 +1,6 @@
 r"""Units at the end of an answer: `5 \text{ cm}^2`, `18 dollars`, `90^\circ`, `60 miles per hour`, `5 \text{ million}`.
 
-An answer without its unit is accepted; an answer with another unit is not.
+An answer without the reference's unit is accepted; an answer with another unit is not.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ _SYNONYMS = {
     "person": "people", "child": "children", "man": "men", "woman": "women",
 }  # fmt: skip
 _CANONICAL = {name: unit for unit, names in _SYNONYMS.items() for name in [unit, *names.split()]}
-_AS_WRITTEN = frozenset(name for name in _CANONICAL if name != name.lower())  # J, kW, Hz: capitals count
+_AS_WRITTEN = frozenset(name for name in _CANONICAL if name != name.lower())  # J, kW, Hz: case matters
 UNIT_WORDS = frozenset(
     form
     for name in _CANONICAL
     if name.isalpha() and len(name) > 1 and name.lower() == name and name not in ("in", "min", "um", "mo")
     for form in (name, f"{name}s")
 )
-SHORT_WORDS = frozenset(word for word in UNIT_WORDS if len(word) < 4 and word not in NAMES)  # or letters: mg, km, hr
+# Short words such as mg, km and hr may also be products of letters.
+SHORT_WORDS = frozenset(word for word in UNIT_WORDS if len(word) < 4 and word not in NAMES)
 SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _NOT_UNITS = frozenset(
     words(
@@ -49,13 +50,13 @@ _PREFIX_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cube
 
 
 def is_unit(text: str) -> bool:
-    """Whether words after a number may be a unit or a noun: any words but those that change what is said."""
+    """Whether words after a number may be a unit or a noun: any words except those that change the meaning."""
     words = _word.findall(text)
     return bool(words) and not any(word.lower() in _NOT_UNITS for word in words)
 
 
 def scale_of(text: str) -> tuple[Fraction, str]:
-    """`"million dollars"` -> (1000000, "dollars"): the factor that leading words stand for, and the rest."""
+    """Split off leading words that stand for a factor: `"million dollars"` -> (1000000, "dollars")."""
     factor = Fraction(1)
     words = text.split()
     while words and words[0].lower().rstrip("s") in SCALES:
@@ -64,9 +65,9 @@ def scale_of(text: str) -> tuple[Fraction, str]:
 
 
 def canonical(text: str) -> str:
-    """One spelling of a unit: `"square centimeters"`, `"cm^2"` -> "cm^2"; `"miles per hour"`, `"mi/h"` -> "mi/h".
+    """Return one spelling of a unit: `"square centimeters"`, `"cm^2"` -> "cm^2"; `"miles per hour"`, `"mi/h"` -> "mph".
 
-    Units that are not in the table (`"eggs"`) stay as they are, in the singular.
+    Units that are not in the table (`"eggs"`) are put in the singular.
     """
     factors: list[list[Any]] = []  # [name, power]
     power, sign = 1, 1
@@ -91,7 +92,7 @@ def canonical(text: str) -> str:
 
 
 def _written(factors: list[list[Any]]) -> str:
-    """`[["m", 1], ["s", -2]]` -> "m/s^2"; factors that are all in the table in the order of the alphabet."""
+    """Join factors: `[["m", 1], ["s", -2]]` -> "m/s^2"; in alphabetical order if all of them are in the table."""
     if all(name in _SYNONYMS for name, _ in factors):
         factors = sorted(factors)
     above = [name if power == 1 else f"{name}^{power}" for name, power in factors if power > 0]

@@ -1,13 +1,14 @@
-"""Whether two trees have the same value: exactly where they are rational, else at a few points to 25 digits.
+"""Whether two trees have the same value: exactly for rational numbers, otherwise at a few points to 25 digits.
 
-Two different elementary expressions agree at random points with a probability of about zero, so equality at the points
-is taken for equality (the idea of Schwartz and Zippel). Unlike simplification this takes microseconds and cannot hang.
+Two different elementary expressions agree at random points with a probability of about zero, so equality at these
+points is taken for equality (the idea of the Schwartz-Zippel lemma). Unlike symbolic simplification this takes
+microseconds and cannot hang.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -16,12 +17,12 @@ from mpmath.ctx_mp import MPContext
 from megatron_nft.verify.algebra.tree import Tree
 from megatron_nft.verify.algebra.vocabulary import words
 
-mp = MPContext()  # our own: sympy works with the global one
+mp = MPContext()  # our own, because sympy uses the global one
 mp.dps = 40
 _TOLERANCE = mp.mpf(10) ** -25  # relative
-_ZERO = mp.mpf(10) ** -30  # absolute, for values that cancel
-MAX_BITS = 20_000  # of an exact integer
-MAX_LOG2 = 1e12  # of a power, beyond which 40 digits say nothing
+_ZERO = mp.mpf(10) ** -30  # absolute, for terms that cancel
+MAX_BITS = 20_000  # numerator and denominator of an exact value together
+MAX_LOG2 = 1e12  # logarithm of a power beyond which its 40 digits mean nothing
 CONSTANTS = frozenset(("e", "i", "\\pi"))
 _INTEGER_FUNCTIONS = frozenset(("floor", "ceil"))
 _TRIGONOMETRIC = frozenset(words("sin cos tan cot sec csc"))
@@ -34,7 +35,7 @@ _FUNCTIONS = {
 
 
 class Undecided(ArithmeticError):
-    """The values cannot be compared: there are none at any of the points."""
+    """The values cannot be compared, because no point has any."""
 
 
 class OutOfRange(Undecided):
@@ -42,11 +43,12 @@ class OutOfRange(Undecided):
 
 
 def exact(tree: Tree) -> Fraction | None:
-    """The value of a rational expression of moderate size; None for any other."""
+    """Return the exact value of a rational expression of moderate size; None for any other."""
     kind = tree[0]
     if kind == "n":
-        return tree[1]
-    if kind in ("+", "*", "/", "-", "pct", "^", "!", "binom"):
+        number: Fraction = tree[1]
+        return number
+    if kind in _EXACT:
         values = [exact(part) for part in tree[1:]]
         if None in values:
             return None
@@ -90,30 +92,30 @@ def _binomial(n: Fraction, k: Fraction) -> Fraction | None:
     return result
 
 
-_EXACT = {
+_EXACT: dict[str, Callable[..., Fraction | None]] = {
     "+": _sum,
     "*": _product,
-    "/": lambda a, b: a / b,
-    "-": lambda a: -a,
-    "pct": lambda a: a / 100,
+    "/": lambda top, bottom: top / bottom,
+    "-": lambda number: -number,
+    "pct": lambda number: number / 100,
     "^": _power,
     "!": _factorial,
     "binom": _binomial,
 }
 
 
-def same_value(a: Tree, b: Tree) -> bool:
-    """Whether `a` and `b` are the same function of their symbols. Undecided where that cannot be computed."""
-    if a == b:
+def same_value(first: Tree, second: Tree) -> bool:
+    """Whether both trees are the same function of their symbols. Raises Undecided where that cannot be computed."""
+    if first == second:
         return True
-    exact_a, exact_b = exact(a), exact(b)
-    if exact_a is not None and exact_b is not None:
-        return exact_a == exact_b
+    exact_first, exact_second = exact(first), exact(second)
+    if exact_first is not None and exact_second is not None:
+        return exact_first == exact_second
     compared = 0
-    for value_a, value_b in zip(*values_at_points(a, b), strict=True):
-        if value_a is None or value_b is None:
+    for first_value, second_value in zip(*values_at_points(first, second), strict=True):
+        if first_value is None or second_value is None:
             continue
-        if not close(value_a, value_b):
+        if not close(first_value, second_value):
             return False
         compared += 1
     if not compared:
@@ -122,7 +124,11 @@ def same_value(a: Tree, b: Tree) -> bool:
 
 
 def values_at_points(*trees: Tree) -> list[list[Any]]:
-    """Values of each tree at the same points; None where it has none (off the positive numbers: none that is real)."""
+    """Return, for each tree, its values at the same points (mpmath numbers).
+
+    A value is None where the tree has none. At the point with negative numbers all values are None unless all of them
+    are real, because roots and logarithms are meant for real arguments.
+    """
     names = sorted({name for tree in trees for name in symbols(tree)})
     discrete = any(_is_discrete(tree) for tree in trees)
     points = _points(names, discrete) if names or any(_has(tree, "app") for tree in trees) else [{}]
@@ -135,15 +141,16 @@ def values_at_points(*trees: Tree) -> list[list[Any]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def close(a: Any, b: Any) -> bool:
-    if mp.isinf(a) or mp.isinf(b):
-        return a == b
-    difference = abs(a - b)
-    return difference <= _ZERO or difference <= _TOLERANCE * max(abs(a), abs(b))
+def close(first: Any, second: Any) -> bool:
+    """Whether two mpmath numbers agree to 25 digits."""
+    if mp.isinf(first) or mp.isinf(second):
+        return bool(first == second)
+    difference = abs(first - second)
+    return bool(difference <= _ZERO or difference <= _TOLERANCE * max(abs(first), abs(second)))
 
 
 def _points(names: list[str], discrete: bool) -> Iterator[dict[str, Any]]:
-    """Two points of positive numbers and one of both signs; three of positive integers for floors and factorials."""
+    """Yield two points of positive numbers and one of both signs; if `discrete`, three points of positive integers."""
     for number in range(3):
         point: dict[str, Any] = {}
         for name in names:
@@ -160,7 +167,7 @@ def _points(names: list[str], discrete: bool) -> Iterator[dict[str, Any]]:
 
 
 def symbols(tree: Tree) -> set[str]:
-    """Names of the symbols of a tree, constants left out."""
+    """Return the names of the symbols in a tree, without the constants e, i and pi."""
     if tree[0] == "s":
         return set() if tree[1] in CONSTANTS else {tree[1]}
     return set().union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
@@ -171,7 +178,7 @@ def _has(tree: Tree, kind: str) -> bool:
 
 
 def _is_discrete(tree: Tree) -> bool:
-    """Whether the tree is made for integers: floors, factorials, (-1)^n."""
+    """Whether the tree is meant for integers: floors, factorials, (-1)^n."""
     if tree[0] in ("!", "binom") or (tree[0] == "f" and tree[1] in _INTEGER_FUNCTIONS):
         return True
     if tree[0] == "^" and symbols(tree[2]) and (base := exact(tree[1])) is not None and base < 0:
@@ -192,7 +199,10 @@ def _value_or_none(tree: Tree, point: dict[str, Any]) -> Any:
 
 
 def value(tree: Tree, point: dict[str, Any]) -> Any:
-    """The number that `tree` stands for with the symbols' values in `point`. OutOfRange where it is too large."""
+    """Return the value of `tree` as an mpmath number, where `point` gives the value of each symbol.
+
+    Raises OutOfRange where it is too large, Undecided for what has no value, such as words.
+    """
     kind = tree[0]
     if kind == "n":
         return mp.mpf(tree[1].numerator) / tree[1].denominator
@@ -202,7 +212,7 @@ def value(tree: Tree, point: dict[str, Any]) -> Any:
         return mp.inf
     if kind == "app":
         return _opaque(tree, point)
-    if kind == "base":  # a numeral of another base is equal to itself only
+    if kind == "base":  # a numeral in another base equals only itself
         return mp.mpf(zlib.crc32(f"{tree[1]}_{tree[2]}".encode()) + 1) / 1000003
     if kind == "f":
         return _function(tree[1], tree[2], point)
@@ -216,7 +226,7 @@ def _constant(name: str) -> Any:
 
 
 def _opaque(tree: Tree, point: dict[str, Any]) -> Any:
-    """A value for u(t) that depends on the value of t, and on nothing else."""
+    """Return a value for an uninterpreted u(t) that depends on the value of t and on nothing else."""
     arguments = [mp.nstr(value(part, point), 15) for part in tree[2:]]
     return mp.mpf(zlib.crc32(f"{tree[1]}({arguments})".encode(errors="replace")) % 999983 + 200000) / 500000
 
@@ -268,11 +278,11 @@ def _product_of(*values: Any) -> Any:
     return result
 
 
-_OPERATIONS = {
+_OPERATIONS: dict[str, Callable[..., Any]] = {
     "+": lambda *values: mp.fsum(values),
     "*": _product_of,
-    "/": lambda a, b: a / b,
-    "-": lambda a: -a,
+    "/": lambda top, bottom: top / bottom,
+    "-": lambda x: -x,
     "^": _to_power,
     "root": _root,
     "log": lambda base, x: mp.ln(x) / mp.ln(base),

@@ -1,18 +1,19 @@
 # ruff: noqa: RUF001 (Unicode signs that look like others are what this table is about)
-"""What signs, commands and names of LaTeX, Unicode and plain text stand for."""
+"""The meaning of the signs, commands and names of LaTeX, Unicode and plain text."""
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a literal."""
+    """Split a literal into its words."""
     return tuple(text.split())
 
 
+# Unicode character -> what it is written as in LaTeX or plain text.
 CHARACTERS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "⋅": "*", "·": "*", "∙": "*", "•": "*",
     "÷": "/", "⁄": "/", "∕": "/", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "∜": r"\sqrt[4] ", "∞": r"\infty ",
     "°": r"^\circ ", "º": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
     "≈": r"\approx ",
-       "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}",
+    "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}",
     "′": "'", "’": "'", "‘": "'", "″": "''", "“": '"', "”": '"', "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ",
     "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ", "€": r"\text{euros}", "£": r"\text{pounds}",
     "∠": r"\angle ", "△": r"\triangle ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ı": "i", "ℏ": r"\hbar ",
@@ -27,6 +28,7 @@ GREEK_LOWER = "αβγδεζηθικλμνξοπρστυφχψω"
 CHARACTERS |= {letter: f"\\{name} " for letter, name in zip(GREEK_LOWER, GREEK, strict=True)}
 CHARACTERS |= {letter.upper(): f"\\{name.capitalize()} " for letter, name in zip(GREEK_LOWER, GREEK, strict=True)}
 CHARACTERS |= {"ς": r"\sigma ", "ϕ": r"\phi ", "ϵ": r"\epsilon ", "µ": r"\mu "}
+# LaTeX command (without its backslash) -> the one spelling that the parser knows.
 COMMANDS = {
     "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "dbinom": r"\binom", "tbinom": r"\binom",
     "leq": r"\le", "leqslant": r"\le", "leqq": r"\le", "geq": r"\ge", "geqslant": r"\ge", "geqq": r"\ge",
@@ -38,6 +40,7 @@ COMMANDS = {
     "land": ",", "lor": ",", "wedge": ",", "vee": ",", "euro": r"\text{euros}", "pounds": r"\text{pounds}", "iff": ",",
     "arcsec": r"\arcsec", "implies": r"\Rightarrow", "simeq": r"\approx", "R": r"\mathbb{R}", "isin": r"\in",
 }  # fmt: skip
+# LaTeX commands that only affect the layout.
 DROPPED = words(
     """
     left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle
@@ -45,6 +48,7 @@ DROPPED = words(
     nonumber notag quad qquad hspace vspace enspace thinspace negthinspace underline checkmark phantom
     """
 )
+# LaTeX commands whose argument is text or upright letters; all become `\text`.
 TEXTS = words(
     """
     text textbf textit textrm textnormal textsf texttt textup mbox hbox mathrm mathit mathbf mathsf mathtt
@@ -54,6 +58,7 @@ TEXTS = words(
 FUNCTIONS = frozenset(
     words("sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc ln log lg exp")
 )
+# Names in plain text -> the LaTeX command, or the sign, that they stand for.
 NAMES = {name: f"\\{name}" for name in FUNCTIONS} | {
     "asin": "\\arcsin", "acos": "\\arccos", "atan": "\\arctan", "sqrt": "\\sqrt", "cbrt": "\\cbrt", "pi": "\\pi",
     "Pi": "\\pi", "infinity": "\\infty", "inf": "\\infty", "oo": "\\infty", "abs": "\\abs", "floor": "\\floor",
@@ -61,10 +66,12 @@ NAMES = {name: f"\\{name}" for name in FUNCTIONS} | {
     "gamma": "\\gamma", "lambda": "\\lambda", "omega": "\\omega", "phi": "\\phi", "and": ",", "or": ",",
     "percent": "\\%", "degrees": "\\degrees", "degree": "\\degrees", "union": "\\cup",
 }  # fmt: skip
+# Commands that put a mark or another typeface on a letter: `\vec{v}` is a symbol of its own.
 ACCENTS = frozenset(
     "\\" + name
     for name in words("dot ddot hat bar vec tilde overline widehat overrightarrow mathcal mathbb mathscr mathfrak")
 )
+# Commands that are never symbols.
 TAKEN = frozenset(
     words("""
     frac binom sqrt cbrt left right infty in cup cap pm mp approx text begin end int sum prod lim iint oint

@@ -1,4 +1,4 @@
-"""Words as answers: what of them is compared, and which stand for a number or a set."""
+"""Answers in words: how they are compared, and which of them stand for a number or a set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUMBERS = words(
     """
 )
 NUMBER_WORDS = {word: number for number, word in enumerate(_NUMBERS)}
-_FLUFF = frozenset(
+_FILLER = frozenset(
     words(
         """
         the a an value values answer answers final is are equals equal to of so therefore thus hence approximately
@@ -34,18 +34,18 @@ _point = re.compile(r"(?<!\d)[.,]|[.,](?!\d)")
 
 
 def is_words(text: str) -> bool:
-    """Whether a tidy answer is words and punctuation only, such as `no solution`."""
+    """Whether a normalised answer consists of words and punctuation, such as `no solution`."""
     return bool(_words_only.match(text))
 
 
-def is_fluff(phrase: str) -> bool:
-    """Whether words before an answer say nothing about it: `The answer is`."""
+def is_filler(phrase: str) -> bool:
+    """Whether words in front of an answer say nothing about it, such as `The answer is`."""
     found = _letters.findall(phrase.lower())
-    return bool(found) and all(word in _FLUFF for word in found)
+    return bool(found) and all(word in _FILLER for word in found)
 
 
 def normal_text(phrase: str) -> str:
-    """Words as they are compared: small letters and digits, in the singular, without articles."""
+    """Return words in the form that is compared: lower-case letters and digits, singular, without articles."""
     phrase = phrase.casefold().strip()
     opening = _opening.match(phrase)
     kept = re.findall(r"[^\W_]+", phrase[opening.end() :] if opening else phrase)
@@ -55,7 +55,7 @@ def normal_text(phrase: str) -> str:
 
 
 def word_tree(phrase: str) -> Tree:
-    """Words as a tree: a number (`twelve`), a set (`all real numbers`), or text."""
+    """Return words as a tree: a number (`twelve`), a set (`all real numbers`), or text."""
     text = normal_text(phrase)
     if phrase.strip().lower() in NUMBER_WORDS:
         return ("n", Fraction(NUMBER_WORDS[phrase.strip().lower()]))
@@ -65,7 +65,7 @@ def word_tree(phrase: str) -> Tree:
 
 
 def same_wording(gold: str, found: str) -> bool:
-    r"""Whether two tidy answers read alike, the marks of LaTeX aside: `\text{8:30 a.m.}` and `8:30 \text{ a.m.}`."""
+    r"""Whether two normalised answers read alike apart from LaTeX: `\text{8:30 a.m.}` and `8:30 \text{ a.m.}`."""
     gold, found = _as_read(gold), _as_read(found)
     return gold == found != ""
 

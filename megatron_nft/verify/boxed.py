@@ -1,0 +1,93 @@
+r"""The one parser for `\boxed{}`, `\fbox{}` and `\framebox{}`, for responses and for solutions that hold a reference.
+
+A box is complete when its brace is closed; escaped braces do not count, and `\boxed 5` boxes one character, as in TeX.
+"""
+
+from __future__ import annotations
+
+import re
+
+Span = tuple[int, int]  # start and end in the text
+
+MAX_BOXES = 20  # only this many boxes, complete or not, are looked at, from the end
+
+_box = re.compile(r"\\(?:boxed|fbox|framebox)\s*(\{?)")
+_brace = re.compile(r"\\[{}\\]|[{}]")
+_between_boxes = re.compile(
+    r"""[\s$.,;&]* (?:\\[\])])? [\s$.,;&]*
+        (?:and|or|\\text\s*\{\s*(?:and|or)\s*\}|\\quad)? [\s$\\(\[]* (?:[a-zA-Z](?:_\{?\d\}?)?\s*=\s*)?""",
+    re.VERBOSE,
+)
+_percent_after = re.compile(r"[\s$]*(?:\\?%|percent\b)")
+
+
+def last_box(text: str) -> str | None:
+    """Return the content of the last complete box, with its spaces; None if there is no complete box."""
+    spans = _boxes(text)
+    return text[slice(*spans[0][1])] if spans else None
+
+
+def last_boxes(text: str) -> str | None:
+    r"""Return the last complete box together with those joined to it, without repetitions: `\boxed{1} and \boxed{3}`.
+
+    The contents are separated by commas; a percent sign behind the last box is kept.
+    """
+    contents: list[str] = []
+    start = len(text)
+    end = 0
+    for (box_start, box_end), content in _boxes(text):
+        inner = text[slice(*content)].strip()
+        if contents and box_end >= start:  # a box around the previous one
+            start = box_start
+            continue
+        if contents and not _between_boxes.fullmatch(text[box_end:start]):
+            break
+        if inner not in contents:
+            contents.append(inner)
+        if not end:
+            end = box_end
+        start = box_start
+    if not contents:
+        return None
+    answer = ", ".join(reversed(contents))
+    return answer + percent_sign(text, end, answer)
+
+
+def percent_sign(text: str, end: int, answer: str) -> str:
+    r"""Return `\%` if a percent sign follows at `end` of `text` and `answer` does not hold one, else ""."""
+    return r"\%" if _percent_after.match(text, end) and "%" not in answer else ""
+
+
+def _boxes(text: str) -> list[tuple[Span, Span]]:
+    """Return the spans of the last complete boxes and of their contents, the last box first."""
+    found: list[tuple[Span, Span]] = []
+    stop = len(text)
+    for _ in range(MAX_BOXES):
+        at = max(text.rfind(name, 0, stop) for name in ("\\boxed", "\\fbox", "\\framebox"))
+        if at < 0:
+            break
+        stop = at
+        match = _box.match(text, at)
+        if match is None:
+            continue
+        if match[1]:
+            end = _closing_brace(text, match.end())
+        else:  # \boxed 5
+            end = match.end() + 1 if match.end() < len(text) and text[match.end()].isalnum() else -1
+        if end >= 0:
+            found.append(((at, end + (1 if match[1] else 0)), (match.end(), end)))
+    return found
+
+
+def _closing_brace(text: str, start: int) -> int:
+    """Return the index of the brace that closes the one before `start`; -1 if it is missing."""
+    depth = 1
+    for match in _brace.finditer(text, start):
+        sign = match[0]
+        if sign == "{":
+            depth += 1
+        elif sign == "}":
+            depth -= 1
+            if depth == 0:
+                return match.start()
+    return -1
