@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -22,9 +21,10 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_nft.files import RowsError, sha256_of_file
 from megatron_nft.types import Verdict
 from megatron_nft.verify.grade_report import Tally, disagree, print_report
-from megatron_nft.verify.grade_rows import RowsError, as_text, read_rows, response_column, write_rows
+from megatron_nft.verify.grade_rows import as_text, response_column, rows_to_grade, write_rows
 from megatron_nft.verify.graders import GRADERS, GraderError, split_names
 from megatron_nft.verify.inbox import VerifierError
 from megatron_nft.verify.outcome import Graded
@@ -116,15 +116,11 @@ def _check_paths(source: Path, target: Path) -> None:
 def _scan(path: Path) -> tuple[int, str]:
     """The number of rows, each of which can be read, and a checksum of the file."""
     count = 0
-    for row in read_rows(path):
+    for row in rows_to_grade(path):
         if count == 0:
             response_column(row, path)
         count += 1
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return count, digest.hexdigest()
+    return count, sha256_of_file(path)
 
 
 def _open_journal(path: Path, key: dict[str, Any]) -> int:
@@ -179,7 +175,7 @@ def _grade(path: Path, done: int, config: Any, journal: TextIO) -> Iterator[int]
 def _submissions(path: Path, done: int, pool: VerifierPool) -> Iterator[Future[Graded] | str]:
     """Per row its future, or the reason why it cannot be graded."""
     column = None
-    for number, row in enumerate(read_rows(path)):
+    for number, row in enumerate(rows_to_grade(path)):
         column = column or response_column(row, path)
         if number < done:
             continue
@@ -229,7 +225,7 @@ def _results(path: Path, journal: Path, tally: Tally) -> Iterator[dict[str, Any]
     """The columns that each row gets; counts them in `tally` on the way."""
     with journal.open(encoding="utf-8") as file:
         next(file)  # the header
-        for number, (row, line) in enumerate(zip(read_rows(path), file, strict=True), start=1):
+        for number, (row, line) in enumerate(zip(rows_to_grade(path), file, strict=True), start=1):
             result = json.loads(line)
             tally.add(number, result, row.get("answer"))
             by_grader = result.pop("grader_verdicts")
