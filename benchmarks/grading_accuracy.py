@@ -102,7 +102,7 @@ def main() -> int:
         "reference answers themselves and of equivalent rewrites it should be high, of near misses and of other rows'",
         "answers low. " + TARGETS + ".",
         "",
-        "## math_verify, our default",
+        "## maths, our default",
         "",
         *table(measure(ours, 1)),
     ]

@@ -124,8 +124,9 @@ class RolloutConfig(Section):
 class VerifyConfig(Section):
     """Grading of answers, in worker processes that can be killed."""
 
-    grader: str = "math_verify"
-    """Names, comma-separated: math_verify, dapo_boxed, dapo_minerva, numeric (or numeric:TOLERANCE), a dotted path."""
+    grader: str = "maths"
+    """Names, comma-separated; the first decides. Built in: maths, math_verify_plain, dapo_boxed, dapo_minerva, numeric
+    (or numeric:TOLERANCE). A dotted path names a function of your own. docs/verify.md says what each accepts."""
     workers: PositiveInt = 1
     """Worker processes per trainer rank."""
     timeout_s: PositiveFloat = 3.0

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_nft.data.benchmarks import Question
 from megatron_nft.evaluate.model_folder import ModelIdentity
+from megatron_nft.verify.graders import FORMER_NAMES, current_name
 
 FORMAT = 1
 """Version of protocol.json, results.json and the answer files; a result of another version is refused."""
@@ -84,16 +85,17 @@ def build_protocol(
         "benchmarks": {name: dict(part) for name, part in benchmarks.items()},
         "sampling": asdict(sampling),
         "prompt": dict(prompt),
-        "grading": dict(grading),
+        "grading": _with_current_graders(grading),
         "engine": dict(engine),
         "versions": dict(versions),
     }
+    hashed = {**body, "grading": _with_first_graders(grading)}
     identity = asdict(model)
     path = identity.pop("path")
     return {
         "format": FORMAT,
-        "protocol_hash": digest(body),
-        "run_hash": digest({**body, "model": identity}),
+        "protocol_hash": digest(hashed),
+        "run_hash": digest({**hashed, "model": identity}),
         **body,
         "model": {"path": path, **identity},
     }
@@ -115,9 +117,32 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _with_current_graders(grading: Mapping[str, Any]) -> dict[str, Any]:
+    """The grading settings with the graders' names of today."""
+    return _with_graders(grading, current_name)
+
+
+def _with_first_graders(grading: Mapping[str, Any]) -> dict[str, Any]:
+    """The grading settings with the names that the graders had first, which are the ones that are hashed.
+
+    A grader that is renamed grades as before, so evaluations begun under its former name have to keep their hash.
+    """
+    first_names = {new: old for old, new in FORMER_NAMES.items()}
+    return _with_graders(grading, lambda name: first_names.get(name, name))
+
+
+def _with_graders(grading: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    if "graders" not in grading:
+        return dict(grading)
+    names = grading["graders"].split(",")
+    renamed = (name.replace(name.strip(), rename(name.strip())) if name.strip() else name for name in names)
+    return {**grading, "graders": ",".join(renamed)}
+
+
 def _comparable(protocol: Mapping[str, Any], other: Mapping[str, Any], with_model: bool) -> dict[str, Any]:
     left_out = {"format", "protocol_hash", "run_hash", "preset"} | (set() if with_model else {"model"})
     kept = {key: value for key, value in protocol.items() if key not in left_out}
+    kept["grading"] = _with_current_graders(protocol["grading"])
     if with_model:
         kept["model"] = {key: value for key, value in protocol["model"].items() if key != "path"}
     else:

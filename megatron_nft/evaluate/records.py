@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_nft.evaluate.questions import Answer, QuestionResult
 from megatron_nft.types import Verdict
+from megatron_nft.verify.graders import current_name
 
 
 class RecordError(ValueError):
@@ -118,6 +119,6 @@ def _answer_from_json(line: dict[str, Any]) -> Answer:
         finish_reason=line["finish_reason"],
         verdict=Verdict(line["verdict"]),
         extracted=line["extracted"],
-        grader_verdicts={name: Verdict(verdict) for name, verdict in line["grader_verdicts"].items()},
+        grader_verdicts={current_name(name): Verdict(verdict) for name, verdict in line["grader_verdicts"].items()},
         verify_s=line["verify_s"],
     )

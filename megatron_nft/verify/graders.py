@@ -1,12 +1,13 @@
-"""Graders by name: the built-in ones, and a function of the user's own by dotted path.
+"""Graders by name: the built-in ones, and the user's own functions by dotted path.
 
-A grader is called in a worker process as `grade(response, answer, data_source, extra)`.
+A worker process calls a grader as `grade(response, answer, data_source, extra)`.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +17,15 @@ from megatron_nft.verify.outcome import Graded, Outcome, combine, shorten
 Grader = Callable[[str, str, str, dict[str, Any] | None], Outcome]
 
 BUILTIN = {
-    "math_verify": "megatron_nft.verify.maths.grade",
+    "maths": "megatron_nft.verify.maths.grade",
+    "math_verify_plain": "megatron_nft.verify.math_verify_plain.grade",
     "dapo_boxed": "megatron_nft.verify.dapo.grade_boxed",
     "dapo_minerva": "megatron_nft.verify.dapo.grade_minerva",
     "numeric": "megatron_nft.verify.numeric.grade",
 }
 GRADERS = tuple(BUILTIN)
+FORMER_NAMES = {"math_verify": "maths"}
+"""Former name -> name. The former name is still accepted, with a warning, and stands in files written under it."""
 
 
 class GraderError(ValueError):
@@ -29,10 +33,17 @@ class GraderError(ValueError):
 
 
 def split_names(graders: str) -> tuple[str, ...]:
-    """`"math_verify,my.module.f"` -> ("math_verify", "my.module.f"). Nothing is imported."""
-    names = tuple(name.strip() for name in graders.split(",") if name.strip())
-    if not names:
+    """Split `"maths,my.module.f"` into ("maths", "my.module.f"), with former names replaced; nothing is imported.
+
+    Raises GraderError for an unknown name, a name given twice, or none at all. Warns about former names, once each.
+    """
+    given = tuple(name.strip() for name in graders.split(",") if name.strip())
+    if not given:
         raise GraderError(f"no grader in {graders!r}: name at least one of {', '.join(GRADERS)} or a dotted path")
+    for name in given:
+        if name in FORMER_NAMES:
+            warnings.warn(f"the grader {name} is now called {FORMER_NAMES[name]}", FutureWarning, stacklevel=1)
+    names = tuple(current_name(name) for name in given)
     for name in names:
         if _tolerance(name) is None and name not in BUILTIN and "." not in name:
             raise GraderError(f"unknown grader {name!r}: use one of {', '.join(GRADERS)}, or module.function")
@@ -41,8 +52,13 @@ def split_names(graders: str) -> tuple[str, ...]:
     return names
 
 
+def current_name(name: str) -> str:
+    """Return the name by which a grader is known today; other names, known or not, are returned unchanged."""
+    return FORMER_NAMES.get(name, name)
+
+
 def _tolerance(name: str) -> float | None:
-    """0.01 for "numeric:0.01"; None for any other grader."""
+    """Return 0.01 for "numeric:0.01"; None for any other grader. Raises GraderError for an impossible tolerance."""
     kind, colon, number = name.partition(":")
     if kind != "numeric" or not colon:
         return None
@@ -56,14 +72,17 @@ def _tolerance(name: str) -> float | None:
 
 
 def load(name: str) -> Grader:
-    """The grader called `name`. GraderError says what is missing."""
+    """Import the grader called `name`. Raises GraderError, which says what is missing."""
+    name = current_name(name)
     tolerance = _tolerance(name)
     if tolerance is not None:
-        return importlib.import_module(BUILTIN["numeric"].rpartition(".")[0]).with_tolerance(tolerance)
+        from megatron_nft.verify.numeric import with_tolerance
+
+        return with_tolerance(tolerance)
     path = BUILTIN.get(name, name)
     module_name, _, attribute = path.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
         raise GraderError(f"grader {name}: cannot import {module_name}: {error}") from error
     except AttributeError as error:
@@ -74,7 +93,7 @@ def load(name: str) -> Grader:
 
 
 def _adapt(name: str, function: Callable[..., Any]) -> Grader:
-    """The user's function, whose bool or Verdict becomes an Outcome."""
+    """Wrap the user's function, so that the bool or Verdict that it returns becomes an Outcome."""
 
     def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
         result = function(response, answer, data_source, extra)
@@ -90,9 +109,9 @@ def _adapt(name: str, function: Callable[..., Any]) -> Grader:
 
 
 def call(grader: Grader, response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
-    """The grader's outcome; a grader that raises gives `unparseable` with the reason, never a silent `wrong`.
+    """Call a grader. If it raises, the outcome is `unparseable` with the reason, never a silent `wrong`.
 
-    MemoryError is left to the caller: the process may no longer be in order.
+    MemoryError is left to the caller, because the process may be in an unknown state.
     """
     try:
         return grader(response, answer, data_source, extra)
@@ -107,13 +126,16 @@ def call(grader: Grader, response: str, answer: str, data_source: str, extra: di
 def grade_one(
     response: str,
     answer: str,
-    grader: str = "math_verify",
+    grader: str = "maths",
     *,
     data_source: str = "",
     extra: dict[str, Any] | None = None,
     on_disagreement: str = "trust_first",
 ) -> Graded:
-    """Grade in this process, without the bounds on time and memory that `VerifierPool` keeps."""
+    """Grade in this process, without the limits on time and memory that `VerifierPool` enforces.
+
+    grader: one or several names, comma-separated, as in `verify.grader`.
+    """
     names = split_names(grader)
     graders = [load(name) for name in names]
     start = time.perf_counter()

@@ -31,7 +31,7 @@ def make_group(rng: np.random.Generator, step: int, draw: int, answers: int, tok
         engine = -rng.exponential(0.4, len(ids)).astype(np.float32)
         noise = rng.normal(0, 0.03, len(ids)).astype(np.float32)
         verdict = Verdict.CORRECT if right else (Verdict.TIMEOUT if k == 3 else Verdict.WRONG)
-        graders = {"math_verify": verdict, "dapo_boxed": Verdict.CORRECT if k == 2 else verdict}
+        graders = {"maths": verdict, "dapo_boxed": Verdict.CORRECT if k == 2 else verdict}
         rollouts.append(
             Rollout(
                 draw, k, ids, engine, "length" if k == 1 and draw % 3 == 0 else "stop", step, text,

@@ -62,7 +62,7 @@ def test_questions_that_are_too_hard_end_with_the_bound(settings, tmp_path):
         run_dir=settings["run_dir"] + "-hard",
         data__train=[str(questions)],
         data__max_prompt_tokens=100,
-        verify__grader="math_verify",
+        verify__grader="maths",
         rollout__max_generation_batches=3,
         eval__data=[],
     )

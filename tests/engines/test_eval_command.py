@@ -12,9 +12,9 @@ import pytest
 from tiny import make_model
 
 from megatron_nft import cli
-from megatron_nft.evaluate.records import read_answers
 from megatron_nft.engines import open as create
 from megatron_nft.engines.engine import EngineError
+from megatron_nft.evaluate.records import read_answers
 
 NUM_QUESTIONS = 8
 
@@ -43,7 +43,7 @@ def questions(tmp_path_factory):
 
 def arguments(model, questions, out, *more):
     given = ["eval", "--model", model, "--benchmarks", questions, "--out", out, "--engine", "embedded"]
-    given += ["--samples", "3", "--max-response-tokens", "20", "--grader", "math_verify", *more]
+    given += ["--samples", "3", "--max-response-tokens", "20", "--grader", "maths", *more]
     return [str(a) for a in given]
 
 

@@ -35,7 +35,7 @@ def arguments(tmp_path):
     questions = tmp_path / "sums.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["eval", "--model", model, "--benchmarks", questions, "--out", tmp_path / "out", "--engine", "vllm"]
-    given += ["--samples", "2", "--max-response-tokens", "250", "--grader", "math_verify"]
+    given += ["--samples", "2", "--max-response-tokens", "250", "--grader", "maths"]
     given += ["rollout.server.max_in_flight=1", "rollout.server.start_timeout_s=500", "rollout.server.max_restarts=0"]
     return [str(a) for a in given]
 

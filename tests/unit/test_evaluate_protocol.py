@@ -22,7 +22,7 @@ def protocol(**changes):
         "benchmarks": {"aime24": describe_benchmark(QUESTIONS, 32)},
         "sampling": Sampling(0.6, 0.7, 512, 3584, 0),
         "prompt": {"system_prompt": None, "chat_template_sha256": "ab"},
-        "grading": {"graders": "math_verify", "timeout_s": 3.0},
+        "grading": {"graders": "maths", "timeout_s": 3.0},
         "model": ModelIdentity("/models/a", "c0ffee", 7_600_000_000, 4096),
         "engine": {"name": "sglang", "version": "sglang 0.5.23"},
         "versions": {"torch": "2.13.0"},
@@ -66,6 +66,24 @@ def test_every_other_setting_changes_the_protocol(change, words):
     changed = protocol(**change)
     assert changed["protocol_hash"] != protocol()["protocol_hash"]
     assert differences(protocol(), changed) == [words]
+
+
+@pytest.mark.parametrize("graders", ["math_verify,dapo_boxed", "maths,dapo_boxed"])
+def test_a_renamed_grader_keeps_the_hash(graders):
+    """The hashes are those that were written when `maths` was still called `math_verify`."""
+    made = protocol(grading={"graders": graders, "timeout_s": 3.0})
+    assert made["protocol_hash"] == "bf86455e020c8671b29e0e1cbbb83a1095b15441d83b65549797e326eca303a2"
+    assert made["run_hash"] == "54b08eb057a49c8b639201326dc53fb20072c055da837e4a8fa0c82163a13654"
+    assert made["grading"]["graders"] == "maths,dapo_boxed"
+
+
+def test_a_renamed_grader_in_an_older_file_is_no_difference():
+    new = protocol(grading={"graders": "maths,dapo_boxed", "timeout_s": 3.0})
+    old = {**new, "grading": {"graders": "math_verify,dapo_boxed", "timeout_s": 3.0}}
+    assert differences(old, new) == []
+    plain = protocol(grading={"graders": "math_verify_plain,dapo_boxed", "timeout_s": 3.0})
+    assert differences(old, plain) == ["grading.graders: maths,dapo_boxed against math_verify_plain,dapo_boxed"]
+    assert len({p["protocol_hash"] for p in (new, plain)}) == 2
 
 
 def test_a_changed_question_or_answer_changes_the_protocol():

@@ -11,7 +11,7 @@ from megatron_nft.types import Verdict
 
 def result(index, *texts):
     answers = [
-        Answer(t, len(t), "stop", Verdict.WRONG, None, {"math_verify": Verdict.WRONG, "numeric": Verdict.CORRECT}, 0.25)
+        Answer(t, len(t), "stop", Verdict.WRONG, None, {"maths": Verdict.WRONG, "numeric": Verdict.CORRECT}, 0.25)
         for t in texts
     ]
     return QuestionResult(index, "sums", answers)
@@ -33,7 +33,16 @@ def test_answers_come_back(tmp_path):
         (2, "q1", "1+1?", "2"),
     ]
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2  # also for readers that split at U+2028
-    assert grader_names(file.results()) == ["math_verify", "numeric"]
+    assert grader_names(file.results()) == ["maths", "numeric"]
+
+
+def test_answers_graded_under_a_former_name_go_on_under_the_new_one(tmp_path):
+    """The default grader was called `math_verify` once; a folder that was begun then holds one grader, not two."""
+    path = fill(tmp_path / "a.jsonl", [result(0, "x", "y")])
+    path.write_text(path.read_text(encoding="utf-8").replace('"maths"', '"math_verify"'), encoding="utf-8")
+    with AnswerFile(path, 5, 2) as file:
+        file.append(result(1, "z", ""), id="q1", prompt="1+1?", answer="2")
+    assert grader_names(AnswerFile(path, 5, 2).results()) == ["maths", "numeric"]
 
 
 def test_characters_that_utf8_cannot_hold_do_not_lose_the_row(tmp_path):

@@ -30,12 +30,12 @@ class ScriptedEngine:
 @pytest.mark.parametrize(
     ("graders", "policy", "trained", "rate"),
     [
-        ("dapo_boxed,math_verify", "trust_first", {0: True, 1: False, 2: False}, 1 / 3),
-        ("dapo_boxed,math_verify", "drop", {0: True, 2: False}, 1 / 2),
-        ("dapo_boxed,math_verify", "not_negative", {0: True, 2: False}, 1 / 2),
-        ("math_verify,dapo_boxed", "trust_first", {0: True, 1: True, 2: False}, 2 / 3),
-        ("math_verify,dapo_boxed", "drop", {0: True, 2: False}, 1 / 2),
-        ("math_verify,dapo_boxed", "not_negative", {0: True, 1: True, 2: False}, 2 / 3),
+        ("dapo_boxed,maths", "trust_first", {0: True, 1: False, 2: False}, 1 / 3),
+        ("dapo_boxed,maths", "drop", {0: True, 2: False}, 1 / 2),
+        ("dapo_boxed,maths", "not_negative", {0: True, 2: False}, 1 / 2),
+        ("maths,dapo_boxed", "trust_first", {0: True, 1: True, 2: False}, 2 / 3),
+        ("maths,dapo_boxed", "drop", {0: True, 2: False}, 1 / 2),
+        ("maths,dapo_boxed", "not_negative", {0: True, 1: True, 2: False}, 2 / 3),
     ],
 )
 def test_disagreement_decides_who_is_trained(tmp_path, graders, policy, trained, rate):
@@ -55,4 +55,4 @@ def test_disagreement_decides_who_is_trained(tmp_path, graders, policy, trained,
     assert {s.sample_index: s.correct for s in samples} == trained
     assert [s.correct_rate for s in samples] == pytest.approx([rate] * len(trained))
     verdicts = {name: str(verdict) for name, verdict in group.rollouts[1].grader_verdicts.items()}
-    assert verdicts == {"math_verify": "correct", "dapo_boxed": "wrong"}
+    assert verdicts == {"maths": "correct", "dapo_boxed": "wrong"}

@@ -1,8 +1,11 @@
 """The parts of the default grader: spelling, reading, comparing, finding. The corpus has the verdicts as a whole."""
 
+import dataclasses
 import itertools
 import json
 import random
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -270,7 +273,14 @@ def test_last_box_and_boxes():
         ("numeric", r"\boxed{5}", "x", "unparseable"),
         ("numeric", r"\boxed{5.001 \text{ cm}}", "5", "correct"),
         ("numeric:0", r"\boxed{1/3}", r"\frac{2}{6}", "correct"),
-        ("math_verify", r"\boxed{0.5}", r"\frac{1}{2}", "correct"),
+        ("maths", r"\boxed{0.5}", r"\frac{1}{2}", "correct"),
+        ("maths", r"\boxed{5 \text{ m}}", "5 \\text{ cm}", "wrong"),
+        ("math_verify_plain", r"\boxed{0.5}", r"\frac{1}{2}", "correct"),
+        ("math_verify_plain", r"\boxed{0.4}", r"\frac{1}{2}", "wrong"),
+        ("math_verify_plain", r"\boxed{2}", r"so $x$ is $\boxed{2}$", "correct"),
+        ("math_verify_plain", r"\boxed{5 \text{ m}}", "5 \\text{ cm}", "correct"),  # it drops units; ours refuses this
+        ("math_verify_plain", "no idea", "5", "unparseable"),
+        ("math_verify_plain", r"\boxed{5}", "", "unparseable"),
     ],
 )
 def test_graders_by_name(grader, response, answer, verdict):
@@ -279,6 +289,21 @@ def test_graders_by_name(grader, response, answer, verdict):
     assert graded.grader == grader
     if verdict == "unparseable":
         assert graded.reason
+
+
+def test_the_former_name_of_the_default_grader_warns_and_grades_the_same():
+    with pytest.warns(FutureWarning, match="the grader math_verify is now called maths"):
+        graded = grade_one(r"\boxed{5 \text{ m}}", "5 \\text{ cm}", "math_verify,dapo_boxed")
+    assert graded == dataclasses.replace(
+        grade_one(r"\boxed{5 \text{ m}}", "5 \\text{ cm}", "maths,dapo_boxed"), seconds=graded.seconds
+    )
+    assert (graded.grader, graded.verdict) == ("maths", "wrong")
+
+
+def test_the_warning_of_a_former_name_is_printed_once():
+    program = "from megatron_nft.verify import split_names\nfor _ in range(3): split_names('math_verify')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr.count("FutureWarning: the grader math_verify is now called maths") == 1
 
 
 @pytest.mark.parametrize(

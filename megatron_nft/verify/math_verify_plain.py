@@ -1,0 +1,32 @@
+"""The grader `math_verify_plain`: the math-verify package and nothing else, as its README uses it.
+
+For comparison with published results and with the default grader `maths`; docs/verify.md compares what the two accept.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from math_verify import parse, verify
+
+from megatron_nft.types import Verdict
+from megatron_nft.verify.outcome import Outcome
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # its own timeouts are off: the worker is killed instead
+
+
+def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
+    r"""Grade whether math-verify finds the answers in `response` equal to the reference `answer`.
+
+    answer: the bare answer, which is put into a `\boxed{}` so that all of it is read as mathematics, or a solution that
+    has a `\boxed{}`.
+    """
+    gold = parse(answer if "\\boxed" in answer else f"\\boxed{{{answer}}}", parsing_timeout=None)
+    if not gold:
+        return Outcome(Verdict.UNPARSEABLE, reason="math-verify cannot read the reference answer")
+    found = parse(response, parsing_timeout=None)
+    if not found:
+        return Outcome(Verdict.UNPARSEABLE, reason="math-verify finds no answer in the response")
+    correct = verify(gold, found, timeout_seconds=None)
+    return Outcome(Verdict.CORRECT if correct else Verdict.WRONG, str(found[-1]))
