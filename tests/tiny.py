@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-FAMILIES = ("qwen2", "qwen3", "llama", "qwen3_moe")
+from megatron_nft.policy import families
+
+FAMILIES = tuple(families.FAMILIES)
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -64,7 +66,7 @@ def make_model(
     tokenizer = make_tokenizer()
     if vocab < len(tokenizer):
         raise ValueError(f"vocab={vocab}: must hold the tokenizer's {len(tokenizer)} tokens")
-    figures = {
+    sizes = {
         "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": ffn or 3 * hidden,
@@ -79,11 +81,12 @@ def make_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     if family == "qwen2":
-        del figures["head_dim"]
-    if family == "qwen3_moe":
-        figures |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": ffn or hidden}
-        figures |= {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **figures))
+        del sizes["head_dim"]
+    keys = families.FAMILIES[family].experts
+    if keys is not None:
+        sizes |= {keys.num_experts[0]: experts, keys.experts_per_token: 2, keys.ffn_hidden_size: ffn or hidden}
+        sizes |= {keys.normalize_weights: True, "mlp_only_layers": [], "decoder_sparse_step": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,8 +1,7 @@
-"""What model a Hugging Face folder holds, read exactly from its config.json.
+"""The model that a Hugging Face folder holds, read exactly from its config.json.
 
-Families: Qwen2 and 2.5 (`qwen2`), Qwen3 (`qwen3`), Llama 3 (`llama`), Qwen3 mixture of experts (`qwen3_moe`). A value
-that this code would not honour (another activation, a sliding window, an unknown RoPE scaling, quantized weights) is a
-ValueError that names the key, the value and what is allowed.
+The families are those of policy/families. A value that this code would not honour (another activation, a sliding
+window, an unknown RoPE scaling, quantized weights) is a ValueError that names the key, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -13,22 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nft.config import PolicyConfig
+from megatron_nft.policy.families import FAMILIES
+from megatron_nft.policy.families.record import ExpertKeys
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-# What the code does; any other value of these keys is refused. Absent keys have transformers' default, which is listed.
-HONOURED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_dropout": (0.0, None),
-    "mlp_bias": (False,),
-    "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
-    "use_sliding_window": (False,),
-    "decoder_sparse_step": (1,),
-    "mlp_only_layers": ([], None),
-}
-ATTENTION_BIAS = {"qwen2": True, "qwen3": False, "llama": False, "qwen3_moe": False}
 
 
 @dataclass(frozen=True)
@@ -43,7 +30,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The figures of a model. Names are megatron-core's."""
+    """The sizes and switches of a model. Names are megatron-core's."""
 
     family: str
     num_layers: int
@@ -51,7 +38,7 @@ class ModelSpec:
     num_attention_heads: int
     num_query_groups: int  # key/value heads
     kv_channels: int  # size of one head
-    ffn_hidden_size: int  # of the dense MLP; qwen3_moe has none and uses moe_ffn_hidden_size
+    ffn_hidden_size: int  # of the dense MLP; a mixture of experts has none and uses moe_ffn_hidden_size
     vocab_size: int  # rows of the HF embedding, without our padding
     tied: bool  # the output layer is the embedding
     norm_epsilon: float
@@ -98,18 +85,17 @@ def read_family(model_path: Path | str) -> ModelSpec:
 
 def spec_from_config(config: dict[str, Any]) -> ModelSpec:
     """The ModelSpec of a parsed config.json, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`)."""
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type is {family!r}; allowed: {', '.join(FAMILIES)}")
-    _refuse_what_is_not_honoured(config, family)
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise ValueError(f"model_type is {name!r}; allowed: {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[name]
+    family.refuse_unknown_values(config)
     heads, hidden = _positive(config, "num_attention_heads"), _positive(config, "hidden_size")
     if config.get("head_dim") is None and hidden % heads:
         raise ValueError(f"num_attention_heads ({heads}) must divide hidden_size ({hidden}) where head_dim is absent")
-    moe = family == "qwen3_moe"
     theta, scaling = _rope(config)
-    experts = ("num_experts", "num_local_experts")
     return ModelSpec(
-        family=family,
+        family=family.name,
         num_layers=_positive(config, "num_hidden_layers"),
         hidden_size=hidden,
         num_attention_heads=heads,
@@ -122,13 +108,21 @@ def spec_from_config(config: dict[str, Any]) -> ModelSpec:
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=_positive(config, "max_position_embeddings"),
-        add_qkv_bias=ATTENTION_BIAS[family],
-        qk_layernorm=family in ("qwen3", "qwen3_moe"),
-        num_experts=_positive(config, next((k for k in experts if k in config), experts[0])) if moe else 0,
-        moe_ffn_hidden_size=_positive(config, "moe_intermediate_size") if moe else 0,
-        num_experts_per_token=_positive(config, "num_experts_per_tok") if moe else 0,
-        normalize_expert_weights=bool(config.get("norm_topk_prob", False)) if moe else True,
+        add_qkv_bias=family.attention_bias,
+        qk_layernorm=family.qk_norm,
+        **({} if family.experts is None else _experts(config, family.experts)),
     )
+
+
+def _experts(config: dict[str, Any], keys: ExpertKeys) -> dict[str, Any]:
+    """The fields of ModelSpec that a mixture of experts adds."""
+    counts = keys.num_experts
+    return {
+        "num_experts": _positive(config, next((key for key in counts if key in config), counts[0])),
+        "moe_ffn_hidden_size": _positive(config, keys.ffn_hidden_size),
+        "num_experts_per_token": _positive(config, keys.experts_per_token),
+        "normalize_expert_weights": bool(config.get(keys.normalize_weights, False)),
+    }
 
 
 def tensor_parallel_sizes(spec: ModelSpec) -> dict[str, int]:
@@ -167,19 +161,6 @@ def check_layout(spec: ModelSpec, policy: PolicyConfig) -> None:
         raise ValueError(f"expert_model_parallel_size ({ep}) must be 1: {spec.family} has no experts")
     if spec.num_experts % ep:
         raise ValueError(f"expert_model_parallel_size ({ep}) must divide the model's num_experts ({spec.num_experts})")
-
-
-def _refuse_what_is_not_honoured(config: dict[str, Any], family: str) -> None:
-    for key, allowed in HONOURED.items():
-        if key in config and config[key] not in allowed:
-            values = " or ".join(map(repr, allowed))
-            raise ValueError(f"{key} is {config[key]!r}; allowed: {values}")
-    bias = config.get("attention_bias")
-    if bias is not None and bias != ATTENTION_BIAS[family]:
-        raise ValueError(f"attention_bias is {bias!r}; allowed for {family}: {ATTENTION_BIAS[family]}")
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise ValueError(f"layer_types holds {', '.join(sorted(kinds))}; allowed: full_attention in every layer")
 
 
 def _positive(config: dict[str, Any], key: str, default: int | None = None) -> int:

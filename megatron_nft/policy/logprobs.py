@@ -49,13 +49,13 @@ def linear_logprobs(
     """log p(labels) and, if asked for, the entropy, both fp32 [T] (fp64 for fp64 input), of the softmax over
     hidden [T, H] @ weight [v, H]^T / temperature.
 
-    `labels` int64 [T] in [0, vocab_size); vocabulary rows from `vocab_size` on are padding and have probability 0 (None:
-    there are none). Under `sequence_parallel`, `hidden` is this rank's [T / tp, H]: it is gathered, and its gradient is
-    scattered back. Otherwise `hidden` is the same on all TP ranks, and its gradient is summed over them. `use_triton`
-    None uses the Triton kernels where they can be used.
+    `labels` int64 [T] in [0, vocab_size); vocabulary rows from `vocab_size` on are padding and have probability 0
+    (None: there are none). Under `sequence_parallel`, `hidden` is this rank's [T / tp, H]: it is gathered, and its
+    gradient is scattered back. Otherwise `hidden` is the same on all TP ranks, and its gradient is summed over them.
+    `use_triton` None uses the Triton kernels where they can be used.
 
-    ValueError for a temperature that is not positive, for `chunk_tokens` below 1, and where `hidden` and `labels` differ
-    in their number of tokens.
+    ValueError for a temperature that is not positive, for `chunk_tokens` below 1, and where `hidden` and `labels`
+    differ in their number of tokens.
     """
     _check(temperature, chunk_tokens)
     kernels = triton_kernels(hidden) if use_triton is None else _kernels() if use_triton else None

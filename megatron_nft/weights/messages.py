@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from megatron_nft.weights.buckets import BucketPlan, Entry
-from megatron_nft.weights.names import Geometry, Place, Row
+from megatron_nft.weights.names import Geometry, ParameterRow, Place
 from megatron_nft.weights.splits import place, region, unmerge
 
 
@@ -57,7 +57,7 @@ def _pieces(entry: Entry, sender: int, room: int, geometry: Geometry) -> Iterato
 
 @lru_cache(maxsize=4096)
 def _parts(
-    row: Row, shard_shape: torch.Size, shard: int, size: int, geometry: Geometry
+    row: ParameterRow, shard_shape: torch.Size, shard: int, size: int, geometry: Geometry
 ) -> list[tuple[tuple[int, ...], int]]:
     """(shape of a row, number of rows) of each HF part of a shard, without the rows that pad the vocabulary."""
     kind, found = row.kind, []

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from gpu_policies import gradients, make_policy, make_samples, packed, relative
+from tiny import FAMILIES, make_model
 
 pytestmark = pytest.mark.needs("engine")
 
 LENGTHS = [37, 5, 120, 64, 2, 19]
 VOCAB, DENOMINATOR = 300, 37.0
-FAMILIES = ("qwen2", "qwen3", "llama", "qwen3_moe")
 
 
 def quadratic(logprobs, batch):
@@ -26,8 +26,6 @@ def quadratic(logprobs, batch):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request, tmp_path_factory):
-    from tiny import make_model
-
     folder = tmp_path_factory.mktemp(request.param) / "model"
     tied = request.param == "qwen2"
     return make_model(folder, request.param, tied=tied, hidden=128, heads=4, kv_heads=2, layers=3, vocab=VOCAB)

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 from megatron_nft.config import PolicyConfig
+from megatron_nft.policy.families import FAMILIES, Family
 from megatron_nft.policy.family import RopeScaling, check_layout, read_family, spec_from_config
 
 # As published by their authors (config.json of the hub, transformers 4 form).
@@ -102,6 +103,16 @@ def test_qwen3_moe() -> None:
     assert spec.qk_layernorm and not spec.add_qkv_bias and spec.kv_channels == 128
     assert (spec.num_experts, spec.moe_ffn_hidden_size, spec.num_experts_per_token) == (128, 768, 8)
     assert spec.normalize_expert_weights
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_record_says_what_its_parameters_say(family: Family) -> None:
+    megatron_names = {name.removeprefix("decoder.layers.{layer}.") for row in family.layer for name in row.megatron}
+    assert ("self_attention.linear_qkv.bias" in megatron_names) == family.attention_bias
+    assert ("self_attention.q_layernorm.weight" in megatron_names) == family.qk_norm
+    assert ("mlp.router.weight" in megatron_names) == (family.experts is not None)
+    assert any(row.expert for row in family.layer) == (family.experts is not None)
+    assert FAMILIES[family.name] is family
 
 
 @pytest.mark.parametrize("published", [QWEN25_MATH_7B, LLAMA31_8B, QWEN3_30B_A3B], ids=lambda c: c["model_type"])

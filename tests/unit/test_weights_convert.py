@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_folders import VICTIM, VOCAB, broken, edit_metadata, models
 from safetensors.torch import load_file, save_file
-from tiny import make_model
+from tiny import FAMILIES, make_model
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
@@ -22,7 +22,7 @@ from megatron_nft.weights.offline.megatron_reader import MegatronCheckpoint, Meg
 from megatron_nft.weights.offline.megatron_writer import Grid
 from megatron_nft.weights.offline.reshard import reshard
 
-CASES = [(family, tied) for family in ("qwen2", "qwen3", "llama", "qwen3_moe") for tied in (True, False)]
+CASES = [(family, tied) for family in FAMILIES for tied in (True, False)]
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_nft.policy.families import FAMILIES
 from megatron_nft.weights.offline.megatron_writer import Grid, boxes
-from megatron_nft.weights.names import FAMILIES, Kind, all_places, hf_shapes, place_of, rows
+from megatron_nft.weights.names import Kind, all_places, hf_shapes, place_of, rows
 from megatron_nft.weights.splits import merge, place, region, unmerge
 
 

@@ -13,7 +13,7 @@ from megatron_nft.files import sha256_of_file
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.weights.hf_folder import name_list
 from megatron_nft.weights.hf_writer import open_partial, publish
-from megatron_nft.weights.names import Kind, Place, Row, all_places
+from megatron_nft.weights.names import Kind, ParameterRow, Place, all_places
 from megatron_nft.weights.offline.command import Reports
 from megatron_nft.weights.offline.convert import SILENT, Summary, Written
 from megatron_nft.weights.offline.megatron_reader import HF_FILES, MegatronCheckpoint, MegatronWeights
@@ -88,7 +88,7 @@ def _filler(checkpoint: MegatronCheckpoint, key: str, start: tuple[int, ...]) ->
     return fill
 
 
-def _leading_indices(row: Row, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+def _leading_indices(row: ParameterRow, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     if "{layer}" not in row.megatron[0]:
         return [()]
     if row.expert:
