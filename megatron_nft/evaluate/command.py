@@ -199,19 +199,12 @@ def _tokenizer(args: argparse.Namespace) -> Any:
 
 
 def _identify(model: Path) -> ModelIdentity:
+    from megatron_nft.console import show_progress
     from megatron_nft.evaluate.model_folder import identify_model, inspect_model, weight_bytes
-    from megatron_nft.evaluate.progress import progress
 
     inspect_model(model)
-    with progress("checksum of the model (MB)", weight_bytes(model) >> 20) as counter:
-        rest = 0
-
-        def on_bytes(n: int) -> None:
-            nonlocal rest
-            megabytes, rest = divmod(rest + n, 1 << 20)
-            counter.advance(megabytes)
-
-        return identify_model(model, on_bytes=on_bytes)
+    with show_progress("checksum of the model", weight_bytes(model), in_bytes=True) as progress:
+        return identify_model(model, on_bytes=progress.advance)
 
 
 def _protocol(

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_nft.console import Progress, show_progress
 from megatron_nft.data.rollout_file import prompt_text
 from megatron_nft.evaluate.figures import benchmark_figures, macro_average, question_scores
-from megatron_nft.evaluate.progress import Counter, progress
 from megatron_nft.evaluate.protocol import FORMAT, Sampling, differences
 from megatron_nft.evaluate.questions import QuestionResult, evaluate_questions
 from megatron_nft.evaluate.records import AnswerFile
@@ -95,9 +95,9 @@ def run_tasks(
     total = sum(len(t.questions) * t.samples for t in tasks)
     done = sum(len(files[t.name].done) * t.samples for t in tasks)
     if done < total:
-        with open_parts() as parts, progress("answers", total, done) as counter:
+        with open_parts() as parts, show_progress("answers", total, done=done) as progress:
             for task in tasks:
-                _ask(task, prompts[task.name], files[task.name], sampling, max_positions, tokenizer, parts, counter)
+                _ask(task, prompts[task.name], files[task.name], sampling, max_positions, tokenizer, parts, progress)
     return {name: file.results() for name, file in files.items()}
 
 
@@ -109,7 +109,7 @@ def _ask(
     max_positions: int,
     tokenizer: Any,
     parts: Parts,
-    counter: Counter,
+    progress: Progress,
 ) -> None:
     """Asks what the file lacks."""
     missing = [p for p in prompts if p.index not in file.done]
@@ -130,7 +130,7 @@ def _ask(
                 top_p=sampling.top_p,
                 max_tokens=room,
                 seed=sampling.seed,
-                on_answer=lambda _: counter.advance(),
+                on_answer=lambda _: progress.advance(),
                 on_question=keep,
             )
 

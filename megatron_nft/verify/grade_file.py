@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_nft.console import show_progress
 from megatron_nft.files import RowsError, sha256_of_file
 from megatron_nft.types import Verdict
 from megatron_nft.verify.grade_report import Tally, disagree, print_report
@@ -94,10 +94,9 @@ def grade_file(args: argparse.Namespace, console: Console) -> Tally:
     done = _open_journal(journal, key)
     if done:
         console.print(f"going on after row {done} of {num_rows}", markup=False)
-    with _progress(console) as progress, journal.open("a", encoding="utf-8") as file:
-        task = progress.add_task("grading", total=num_rows, completed=done)
-        for line in _grade(args.input, done, config, file):
-            progress.update(task, advance=line)
+    with show_progress("grading", num_rows, done=done) as progress, journal.open("a", encoding="utf-8") as file:
+        for _ in _grade(args.input, done, config, file):
+            progress.advance()
     tally = Tally(names)
     write_rows(args.output, args.input, _results(args.input, journal, tally))
     journal.unlink()
@@ -140,17 +139,6 @@ def _open_journal(path: Path, key: dict[str, Any]) -> int:
                 return rows
     path.write_text(json.dumps(key) + "\n", encoding="utf-8")
     return 0
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _grade(path: Path, done: int, config: Any, journal: TextIO) -> Iterator[int]:

@@ -13,6 +13,7 @@ LAYER = {
     "processes": 0,
     "distributed": 0,
     "files": 0,
+    "console": 0,
     "config": 0,
     "algorithms": 1,
     "losses": 1,
