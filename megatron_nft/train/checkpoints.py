@@ -10,7 +10,6 @@ A folder is filled as `step_000020.partial` and renamed when its manifest is on 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,8 +23,8 @@ import torch.distributed as dist
 
 from megatron_nft.data.sample_file import read_samples, write_samples
 from megatron_nft.distributed import gather
+from megatron_nft.files import flush_to_disk, sha256_of_file
 from megatron_nft.types import TrainingSample
-from megatron_nft.weights.hf_writer import flush_to_disk
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d+)$")
@@ -42,9 +41,8 @@ class RunState:
     step: int = 0
     weight_version: int = 0
     cursor: int = 0  # next draw of the prompt stream
-    optimizer_steps: int = 0
     surplus: tuple[TrainingSample, ...] = field(default=(), repr=False)  # held by this rank's replica
-    figures: dict[str, Any] | None = field(default=None, repr=False)  # see Manifest
+    unwritten: dict[str, Any] | None = field(default=None, repr=False)  # see Manifest.figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +53,19 @@ class Manifest:
     step: int
     weight_version: int
     cursor: int
-    optimizer_steps: int
     seed: int
-    model: dict[str, Any]  # figures of the architecture (ModelSpec)
+    model: dict[str, Any]  # the architecture (ModelSpec)
     data: str  # digest of the training questions
     layout: dict[str, int]
     files: dict[str, dict[str, Any]]  # relative path -> {bytes, sha256}
-    figures: dict[str, Any] | None = None  # Metrics.state of the step, all ranks', where they were not written yet
+    figures: dict[str, Any] | None = None  # Metrics.state of the step, of all ranks, where its record was not written
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a checkpoint folder. OSError, ValueError or TypeError where there is none that can be read."""
+        values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        values.pop("optimizer_steps", None)  # written by versions up to 0.1.0 and read by none
+        return cls(**values)
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -75,11 +79,6 @@ def complete_steps(run_dir: Path) -> list[int]:
     return sorted((int(m[1]) for m in names), reverse=True)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 class CheckpointStore:
     """Saves and loads the checkpoints of one run folder. All methods are collective over `group`."""
 
@@ -87,6 +86,7 @@ class CheckpointStore:
         """`identity`: the manifest's seed, model, data and layout. `group`: gloo ranks of the whole world."""
         self._run_dir, self._keep, self._identity, self._group = run_dir, keep, identity, group
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        self.saved_step = 0  # of the newest checkpoint that was found or written; 0 without one
 
     def _together(self, what: str, work: Callable[[], Any]) -> Any:
         """Run `work` on every rank; if it fails on one, every rank raises the same CheckpointError."""
@@ -115,9 +115,7 @@ class CheckpointStore:
         try:
             self._together(what, lambda: self._make(partial))
             self._together(what, lambda: save_megatron(partial / "megatron"))
-            if surplus is not None:
-                path = partial / "surplus" / f"rank_{self._rank:05d}.parquet"
-            self._together(what, lambda: surplus is not None and write_samples(path, surplus))
+            self._together(what, lambda: self._write_surplus(partial, surplus))
             hashes = self._together(what, lambda: self._hash(partial))
             files = dict(item for part in gather(hashes, self._group) for item in part.items())
             self._together(what, lambda: self._finish(partial, final, state, files))
@@ -125,6 +123,7 @@ class CheckpointStore:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+        self.saved_step = state.step
         if self._rank == 0:
             self._remove_old()
         return final
@@ -136,13 +135,17 @@ class CheckpointStore:
             for folder in ("megatron", "surplus"):
                 (partial / folder).mkdir(parents=True)
 
+    def _write_surplus(self, partial: Path, surplus: Sequence[TrainingSample] | None) -> None:
+        if surplus is not None:
+            write_samples(partial / "surplus" / f"rank_{self._rank:05d}.parquet", surplus)
+
     def _hash(self, partial: Path) -> dict[str, dict[str, Any]]:
         """Size and SHA-256 of this rank's share of the files, each on disk for good."""
         paths = sorted(p for p in partial.rglob("*") if p.is_file())
         out = {}
         for path in paths[self._rank :: self._world]:
             flush_to_disk(path)
-            out[str(path.relative_to(partial))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            out[str(path.relative_to(partial))] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         return out
 
     def _finish(self, partial: Path, final: Path, state: RunState, files: dict[str, dict[str, Any]]) -> None:
@@ -153,8 +156,7 @@ class CheckpointStore:
             step=state.step,
             weight_version=state.weight_version,
             cursor=state.cursor,
-            optimizer_steps=state.optimizer_steps,
-            figures=state.figures,
+            figures=state.unwritten,
             files=dict(sorted(files.items())),
             **self._identity,
         )
@@ -185,8 +187,9 @@ class CheckpointStore:
             folder = folder_of(self._run_dir, step)
             found = [p for p in gather(self._problem(folder), self._group) if p]
             if not found:
-                manifest = Manifest(**json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+                manifest = Manifest.read(folder)
                 self._check_identity(folder, manifest)
+                self.saved_step = step
                 return folder, manifest
             say(f"checkpoint {folder} is damaged ({found[0]}); trying the one before it")
         if steps:
@@ -199,7 +202,7 @@ class CheckpointStore:
     def _problem(self, folder: Path) -> str | None:
         """What is wrong with this rank's share of the files."""
         try:
-            manifest = Manifest(**json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+            manifest = Manifest.read(folder)
         except (OSError, ValueError, TypeError) as e:
             return f"manifest.json: {e}"
         if manifest.format != FORMAT:
@@ -210,7 +213,7 @@ class CheckpointStore:
                 return f"{name} is missing"
             if path.stat().st_size != facts["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
-            if i % self._world == self._rank and _sha256(path) != facts["sha256"]:
+            if i % self._world == self._rank and sha256_of_file(path) != facts["sha256"]:
                 return f"{name} has another SHA-256 than when it was written"
         return None
 

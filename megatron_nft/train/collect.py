@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from megatron_nft.train import record as step_metrics
-from megatron_nft.data.grouping import classify, to_samples
+from megatron_nft.data.grouping import classify
 from megatron_nft.data.rollout_file import rollout_path, write_rollouts
 from megatron_nft.distributed import gather, route
-from megatron_nft.train.lifecycle import Interrupted
-from megatron_nft.metrics import Metrics
 from megatron_nft.engines.answers import generate_groups
+from megatron_nft.metrics import Metrics
+from megatron_nft.policy.parallel import ParallelLayout
+from megatron_nft.train import record
+from megatron_nft.train.checkpoints import RunState
+from megatron_nft.train.lifecycle import Interrupted
+from megatron_nft.train.parts import Parts
 from megatron_nft.train.schedule import GroupFacts, SampleKey, StepPlan
-from megatron_nft.train.parts import Trainer
-from megatron_nft.types import RolloutGroup, TrainingSample
+from megatron_nft.types import Prompt, RolloutGroup, TrainingSample
 
 
 class EmptyBatchError(RuntimeError):
@@ -35,44 +38,46 @@ class Collected:
     cursor: int
 
 
-def collect(t: Trainer, step: int, metrics: Metrics) -> Collected:
-    """Generate and grade until enough groups are kept. EmptyBatchError when the bound is reached first."""
-    rank, world = t.layout.rank, t.layout.world_size
-    needed = t.config.train.questions_per_step
-    t.prompts.cursor = t.state.cursor
-    held = {(s.draw, s.sample_index): s for s in t.state.surplus} if t.layout.is_replica_leader else {}
-    found = Collected([], [], [], held, t.state.cursor)
+def collect(parts: Parts, state: RunState, step: int, metrics: Metrics) -> Collected:
+    """Generate and grade until enough groups are kept. Collective.
+
+    EmptyBatchError when the bound on generation batches is reached first, Interrupted after a stop signal.
+    """
+    config, layout, stream = parts.config, parts.layout, parts.questions.stream
+    needed = config.train.questions_per_step
+    stream.cursor = state.cursor
+    held = {(s.draw, s.sample_index): s for s in state.surplus} if layout.is_replica_leader else {}
+    found = Collected([], [], [], held, state.cursor)
     found.kept += sorted(
-        (f for part in gather(surplus_facts(rank, held), t.layout.world_gloo) for f in part), key=_draw
+        (f for part in gather(surplus_facts(layout.rank, held), layout.world_gloo) for f in part), key=_draw
     )
     seen: Counter[str] = Counter()
-    for _ in range(t.config.rollout.max_generation_batches):
+    for _ in range(config.rollout.max_generation_batches):
         if len(found.kept) >= needed:
             return found
-        draws = t.prompts.draw(t.config.rollout.questions_per_batch)
-        groups, facts = [], []
+        draws = stream.draw(config.rollout.questions_per_batch)
+        groups: list[RolloutGroup] = []
+        facts = []
         with suppress(Interrupted):  # told to the others below: all ranks leave together
-            groups = generate(t, draws[rank::world], step, metrics)
+            groups = generate(parts, draws[layout.rank :: layout.world_size], state.weight_version, step, metrics)
         for group in groups:
             fate = classify(group)
-            kept = to_samples(group, t.config.algorithm, t.config.rollout.max_response_tokens) if fate == "kept" else []
+            kept = parts.algorithm.samples(group) if fate == "kept" else []
             found.samples |= {(s.draw, s.sample_index): s for s in kept}
             found.fates.append(fate)
-            facts.append(GroupFacts(group.draw, rank, fate, step, _sizes(kept)))
+            facts.append(GroupFacts(group.draw, layout.rank, fate, step, _sizes(kept)))
         found.groups += groups
-        answers = gather((t.stop.signum, facts), t.layout.world_gloo)
+        answers = gather((parts.life.stop.signum, facts), layout.world_gloo)
         if signum := max(s for s, _ in answers):
             raise Interrupted(signum)
         all_facts = [f for _, part in answers for f in part]
         seen.update(f.fate for f in all_facts)
-        step_metrics.add_groups(metrics, t.layout.rank, all_facts)
+        record.add_groups(metrics, layout.rank, all_facts)
         found.kept += sorted((f for f in all_facts if f.fate == "kept"), key=_draw)
-        found.cursor = t.prompts.cursor
+        found.cursor = stream.cursor
     if len(found.kept) >= needed:
         return found
-    raise EmptyBatchError(
-        step_metrics.why_empty(len(found.kept), needed, t.config.rollout.max_generation_batches, seen)
-    )
+    raise EmptyBatchError(record.why_empty(len(found.kept), needed, config.rollout.max_generation_batches, seen))
 
 
 def _draw(facts: GroupFacts) -> int:
@@ -91,30 +96,26 @@ def surplus_facts(rank: int, held: dict[SampleKey, TrainingSample]) -> list[Grou
     return [GroupFacts(draw, rank, "kept", members[0].step, _sizes(members)) for draw, members in groups.items()]
 
 
-def generate(t: Trainer, draws: list, step: int, metrics: Metrics) -> list[RolloutGroup]:
-    """This rank's questions, answered and graded."""
-    total = len(draws) * t.config.rollout.answers_per_question
-
-    with t.console.bar(f"step {step}: answers", total) as advance:
-
-        def on_progress(*_: object) -> None:
-            t.stop.check()
-            t.phases.progress()
-            advance()
-
+def generate(
+    parts: Parts, draws: list[tuple[int, Prompt]], weight_version: int, step: int, metrics: Metrics
+) -> list[RolloutGroup]:
+    """This rank's questions, answered and graded. Interrupted at the first answer after a stop signal."""
+    config = parts.config
+    total = len(draws) * config.rollout.answers_per_question
+    with parts.life.progress(f"step {step}: answers", total, interruptible=True) as on_progress:
         groups, verify_wait_s = generate_groups(
-            t.engine,
+            parts.engine,
             draws,
-            t.config,
-            t.verifier,
+            config,
+            parts.verifier,
             step=step,
-            weight_version=t.state.weight_version,
-            tokenizer=t.tokenizer,
+            weight_version=weight_version,
+            tokenizer=parts.questions.tokenizer,
             on_progress=on_progress,
         )
-    step_metrics.add_rollouts(metrics, groups, verify_wait_s)
-    if t.config.verify.shuffle_within_groups:
-        shuffle_verdicts(groups, t.config.seed)
+    record.add_rollouts(metrics, groups, verify_wait_s)
+    if config.verify.shuffle_within_groups:
+        shuffle_verdicts(groups, config.seed)
     return groups
 
 
@@ -127,19 +128,24 @@ def shuffle_verdicts(groups: list[RolloutGroup], seed: int) -> None:
             rollout.verdict, rollout.ignored = verdict, ignored
 
 
-def write_step(t: Trainer, step: int, found: Collected, plan: StepPlan, fresh: list[TrainingSample]) -> None:
-    """Rollouts to disk, by the rank that generated them: the log-probs travel back to it first."""
+def write_step(
+    run_dir: Path, step: int, found: Collected, plan: StepPlan, fresh: list[TrainingSample], layout: ParallelLayout
+) -> None:
+    """Rollouts to disk, by the rank that generated them: the trainer's log-probs travel back to it first. Collective.
+
+    fresh: this replica's samples whose log-probs were computed in this step.
+    """
     holder = {f.draw: f.holder for f in found.kept}
-    back: dict[int, list] = {r: [] for r in range(t.layout.world_size)}
-    for s in fresh if t.layout.is_replica_leader else []:
+    back: dict[int, list[tuple[int, int, np.ndarray | None]]] = {r: [] for r in range(layout.world_size)}
+    for s in fresh if layout.is_replica_leader else []:
         back[holder[s.draw]].append((s.draw, s.sample_index, s.behaviour_logprobs))
-    logprobs = {(draw, i): values for draw, i, values in route(back, t.layout.world_gloo)}
+    logprobs = {(draw, i): values for draw, i, values in route(back, layout.world_gloo)}
     for group in found.groups:
         for rollout in group.rollouts:
             rollout.trainer_logprobs = logprobs.get((rollout.draw, rollout.sample_index))
     later = {*plan.surplus, *plan.stale}
     fates = [
         fate if fate != "kept" else "surplus" if g.draw in later else "trained"
-        for g, fate in zip(found.groups, found.fates)
+        for g, fate in zip(found.groups, found.fates, strict=True)
     ]
-    write_rollouts(rollout_path(t.config.run_dir, step, t.layout.rank), found.groups, fates, step=step)
+    write_rollouts(rollout_path(run_dir, step, layout.rank), found.groups, fates, step=step)

@@ -1,12 +1,13 @@
-"""`megatron-nft train`: check the settings, then start or join the ranks."""
+"""`megatron-nft train`: check the settings, then start the ranks or join those that torchrun or Slurm started."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-from megatron_nft.train import launch as ranks
 from megatron_nft.config import Config, ConfigError, dump_config, load_config
+from megatron_nft.train import launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +35,10 @@ def rank_plan(config: Config, world_size: int) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status of the command; see cli.py."""
-    import os
-
     try:
         config = load_config(args.config, args.overrides)
-        ranks.adopt_slurm_environment()
-        world_size = int(os.environ["WORLD_SIZE"]) if ranks.joined() else config.num_processes
+        launch.adopt_slurm_environment()
+        world_size = int(os.environ["WORLD_SIZE"]) if launch.joined() else config.num_processes
         plan = rank_plan(config, world_size)
     except (ConfigError, ValueError) as e:
         print(f"megatron-nft train: settings cannot be used:\n{e}", file=sys.stderr)
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         print(plan)
         return 0
-    if ranks.joined():
+    if launch.joined():
         from megatron_nft.train.rank import run_rank
 
         return run_rank(config)
@@ -61,4 +60,4 @@ def run(args: argparse.Namespace) -> int:
         return 2
     command = [sys.executable, "-m", "megatron_nft", "train"]
     command += [x for path in args.config for x in ("--config", path)] + list(args.overrides)
-    return ranks.start_local(command, world_size)
+    return launch.start_local(command, world_size)

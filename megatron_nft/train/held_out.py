@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
+from megatron_nft.config import Config
 from megatron_nft.data.prompts import PromptStream
+from megatron_nft.distributed import gather
+from megatron_nft.engines.engine import Engine
 from megatron_nft.evaluate.figures import macro_average
-from megatron_nft.evaluate.questions import summarize_counts
+from megatron_nft.evaluate.questions import evaluate_questions, merge_counts, summarize_counts
 from megatron_nft.evaluate.statistics import bootstrap_interval
+from megatron_nft.train.lifecycle import Interrupted, Lifecycle
 from megatron_nft.types import Prompt
+from megatron_nft.verify import VerifierPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,61 @@ def load_held_out(paths: Sequence[Path], tokenizer: Any, **options: Any) -> Held
         found.benchmarks.extend([Path(path).stem] * len(prompts))
         rows += stream.num_prompts + stream.num_dropped
     return found
+
+
+class World(Protocol):
+    """The part of `policy.parallel.ParallelLayout` that is used here."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def world_gloo(self) -> dist.ProcessGroup: ...
+
+
+def evaluate_held_out(
+    held_out: HeldOut,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    verifier: VerifierPool,
+    config: Config,
+    world: World,
+    life: Lifecycle,
+) -> dict[str, float]:
+    """Held-out accuracy under names `eval/…`, each rank asking its share; the same on every rank. Collective.
+
+    Interrupted, on every rank, where a stop signal came before all had their answers.
+    """
+    if not held_out.prompts:
+        return {}
+    settings = config.eval
+    mine = held_out.prompts[world.rank :: world.world_size]
+    total = len(mine) * settings.samples
+    with life.phases("evaluate"), life.progress("held-out questions", total, interruptible=True) as on_answer:
+        counts = None
+        with suppress(Interrupted):  # told to the others below: all ranks leave together
+            life.stop.check()
+            result = evaluate_questions(
+                engine,
+                mine,
+                tokenizer,
+                verifier,
+                samples=settings.samples,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_tokens=settings.max_response_tokens or config.rollout.max_response_tokens,
+                seed=config.seed,
+                on_answer=on_answer,
+            )
+            counts = result.counts()
+        answers = gather((life.stop.signum, counts), world.world_gloo)
+        if any(part is None for _, part in answers):
+            raise Interrupted(max(signum for signum, _ in answers))
+    merged = merge_counts([part for _, part in answers])
+    return {f"eval/{name}": value for name, value in summarize_held_out(merged, held_out).items()}
 
 
 def summarize_held_out(counts: np.ndarray, held_out: HeldOut) -> dict[str, float]:

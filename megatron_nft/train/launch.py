@@ -6,7 +6,6 @@ environment variables, passes signals on, and ends the others when one fails.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_nft.processes import free_port
+from megatron_nft.processes import die_with_parent, free_port
 
 GRACE_S = 30.0  # for the other ranks to end by themselves once one has failed
 EXIT_SAVED = 75  # EX_TEMPFAIL: state is saved, run the same command again
@@ -48,11 +47,6 @@ def joined() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent is gone, however that happened (prctl PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-
-
 def start_local(command: Sequence[str], num_processes: int) -> int:
     """Run `command` as ranks 0 .. num_processes - 1 on this machine and return the exit status of the run.
 
@@ -62,7 +56,7 @@ def start_local(command: Sequence[str], num_processes: int) -> int:
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     base.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
     base.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    ranks: list[subprocess.Popen] = []
+    ranks: list[subprocess.Popen[bytes]] = []
 
     def forward(signum: int, _frame: object) -> None:
         for rank in ranks:
@@ -83,7 +77,7 @@ def start_local(command: Sequence[str], num_processes: int) -> int:
             signal.signal(s, handler)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     failed_at = None
     while any(r.poll() is None for r in ranks):
         if failed_at is None and any(r.poll() for r in ranks):
@@ -101,7 +95,7 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
     return next((c for c in (EXIT_SAVED, EXIT_INTERRUPTED) if bad == {c}), 1)
 
 
-def _end(ranks: list[subprocess.Popen]) -> None:
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
     """End the ranks that are left, politely and then not, by their own ids."""
     for sig, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         deadline = time.monotonic() + patience_s

@@ -10,7 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_nft.console import Console
 
 
 class Interrupted(Exception):
@@ -106,3 +109,33 @@ class Phases:
                 )
             time.sleep(3.0)  # the other ranks see the request within a second
             os._exit(1)
+
+
+@dataclass(frozen=True)
+class Lifecycle:
+    """How a rank is stopped, watched and seen by a person."""
+
+    phases: Phases
+    stop: StopSignals
+    console: Console
+
+    @contextmanager
+    def progress(self, description: str, total: int, *, interruptible: bool = False) -> Iterator[Callable[..., None]]:
+        """A bar; the yielded function advances it by one and keeps the stall watch quiet.
+
+        With `interruptible` it raises Interrupted once a stop signal has come.
+        """
+        with self.console.bar(description, total) as advance:
+
+            def one_more(*_: object) -> None:
+                if interruptible:
+                    self.stop.check()
+                self.phases.progress()
+                advance()
+
+            yield one_more
+
+    def close(self) -> None:
+        """End the console and the watch."""
+        self.console.close()
+        self.phases.close()

@@ -6,24 +6,27 @@ replica that trains them. What every rank must agree on is computed by each from
 
 from __future__ import annotations
 
-import time
-from contextlib import suppress
+from dataclasses import replace
 
-import numpy as np
-
-from megatron_nft.train import record as step_metrics
-from megatron_nft.train.checkpoints import RunState
-from megatron_nft.train.collect import collect, write_step
 from megatron_nft.console import step_line
-from megatron_nft.train.held_out import summarize_held_out
-from megatron_nft.evaluate.questions import evaluate_questions, merge_counts
-from megatron_nft.distributed import gather, largest
-from megatron_nft.train.lifecycle import Interrupted
+from megatron_nft.distributed import largest
 from megatron_nft.metrics import Metrics
-from megatron_nft.train.replicas import compute_behaviour_logprobs, pack_samples, send_to_replicas
-from megatron_nft.train.schedule import SampleKey, StepPlan, plan_step
-from megatron_nft.train.parts import Trainer
-from megatron_nft.types import TrainingSample
+from megatron_nft.policy import checkpoint as policy_checkpoint
+from megatron_nft.policy.policy import StepReport
+from megatron_nft.train import record
+from megatron_nft.train.checkpoints import RunState, folder_of
+from megatron_nft.train.collect import collect, write_step
+from megatron_nft.train.held_out import evaluate_held_out
+from megatron_nft.train.lifecycle import Interrupted
+from megatron_nft.train.parts import Parts
+from megatron_nft.train.replicas import (
+    compute_behaviour_logprobs,
+    micro_batch_progress,
+    pack_for_policy,
+    send_to_replicas,
+)
+from megatron_nft.train.schedule import optimizer_steps, plan_step
+from megatron_nft.train.sync import release_engine, sync_weights
 from megatron_nft.weights.export_hf import save_hf
 
 
@@ -31,161 +34,151 @@ class TrainingFailure(RuntimeError):
     """Too many optimizer steps in a row had a NaN or Inf."""
 
 
-def train(t: Trainer) -> None:
-    """Run until train.num_steps, going on from t.state. Raises Interrupted after a stop signal, between steps."""
-    num_steps = t.config.train.num_steps
-    t.phases.step = t.state.step
-    if t.metrics is not None:
-        finish_step(t)
-    while t.state.step < num_steps:
-        t.clock = time.perf_counter()
-        metrics = Metrics()
-        t.state, t.metrics = train_step(t, metrics), metrics
-        finish_step(t)
-        if signum := largest(t.stop.signum, t.layout.world_gloo):
-            raise Interrupted(signum)
-    if t.config.checkpoint.export_hf:
-        with t.phases("export"):
-            save_hf(
-                t.policy.chunks,
-                t.spec,
-                t.layout,
-                t.config.model.path,
-                t.config.run_dir / "hf",
-                replace=True,
-                chat_template=t.config.model.chat_template,
-            )
-        t.console.say(f"the trained model is in {t.config.run_dir / 'hf'}")
+def train(parts: Parts, state: RunState) -> RunState:
+    """Run until train.num_steps, going on from `state`; returns the last state.
+
+    After a stop signal the last complete step is saved and Interrupted is raised.
+    """
+    num_steps = parts.config.train.num_steps
+    parts.life.phases.step = state.step
+    try:
+        if parts.recorder.has_unwritten:
+            finish_step(parts, state)
+        while state.step < num_steps:
+            metrics = parts.recorder.start_step()
+            state = train_step(parts, state, metrics)
+            parts.recorder.end_step(metrics)
+            finish_step(parts, state)
+            if signum := largest(parts.life.stop.signum, parts.layout.world_gloo):
+                raise Interrupted(signum)
+    except Interrupted as interrupted:
+        save_and_say(parts, state, interrupted)
+        raise
+    if parts.config.checkpoint.export_hf:
+        export(parts)
+    return state
 
 
-def train_step(t: Trainer, metrics: Metrics) -> RunState:
+def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
     """One step: returns the state after it. Until the optimizer starts, nothing that is saved has changed."""
-    step = t.phases.step = t.state.step + 1
-    with t.phases("generate"):
-        found = collect(t, step, metrics)
-        t.release_engine()
-    with t.phases("exchange"):
+    config, layout, policy, phases = parts.config, parts.layout, parts.policy, parts.life.phases
+    step = phases.step = state.step + 1
+    with phases("generate"):
+        found = collect(parts, state, step, metrics)
+        release_engine(parts.engine, layout)
+    with phases("exchange"):
         plan = plan_step(
             found.kept,
             step=step,
-            questions_per_step=t.config.train.questions_per_step,
-            questions_per_optimizer_step=t.config.train.questions_per_optimizer_step,
-            num_replicas=t.layout.dp_size,
-            max_staleness=t.config.rollout.max_staleness,
-            hidden_size=t.spec.hidden_size,
-            seed=t.seed,
+            questions_per_step=config.train.questions_per_step,
+            questions_per_optimizer_step=config.train.questions_per_optimizer_step,
+            num_replicas=layout.dp_size,
+            max_staleness=config.rollout.max_staleness,
+            hidden_size=parts.spec.hidden_size,
+            seed=config.seed,
         )
-        samples = send_to_replicas(t, found, plan)
-    with t.phases("logprobs"):
-        fresh = compute_behaviour_logprobs(t, samples)
+        samples = send_to_replicas(found, plan, layout)
+    with phases("logprobs"):
+        fresh = compute_behaviour_logprobs(policy, samples, config.rollout.temperature, parts.life)
         measured = fresh or list(samples.values())  # surplus alone: as measured when it was generated
-        step_metrics.add_gap(metrics, measured if t.layout.is_replica_leader else [])
-    with t.phases("write"):
-        write_step(t, step, found, plan, fresh)
-    with t.phases("train"):
-        optimizer_steps = run_optimizer_steps(t, step, plan, samples, metrics)
-    version = t.state.weight_version + 1
-    with t.phases("sync"):
-        step_metrics.add_sync(metrics, t.sync_weights(version))
-    step_metrics.add_plan(metrics, t.layout.rank, found.kept, plan, step)
+        record.add_gap(metrics, measured if layout.is_replica_leader else [])
+    with phases("write"):
+        write_step(config.run_dir, step, found, plan, fresh, layout)
+    with phases("train"):
+        total, skipped = config.train.num_epochs * len(plan.optimizer_steps), 0
+        updates = optimizer_steps(plan, samples, config.train.num_epochs, layout.dp_rank, seed=(config.seed, step))
+        for number, (mine, tokens) in enumerate(updates, start=1):
+            divisor = config.algorithm.loss_divisor
+            denominator = float(tokens) if divisor == "tokens" else divisor
+            batches = pack_for_policy(mine, policy)
+            with micro_batch_progress(policy, parts.life, f"update {number} of {total}", len(batches)):
+                outcome = policy.train_step(batches, parts.algorithm, denominator, config.rollout.temperature)
+            record.add_optimizer_step(metrics, layout.rank, outcome)
+            skipped = count_skipped(skipped, outcome, config.train.max_skipped_steps, parts.store.saved_step)
+    version = state.weight_version + 1
+    with phases("sync"):
+        questions = parts.questions
+        receipt = sync_weights(parts.sync, parts.engine, policy, questions.stream, questions.tokenizer, version)
+        record.add_sync(metrics, receipt)
+    record.add_plan(metrics, layout.rank, found.kept, plan, step)
     return RunState(
         step=step,
         weight_version=version,
         cursor=found.cursor,
-        optimizer_steps=t.state.optimizer_steps + optimizer_steps,
         surplus=tuple(s for (draw, _), s in samples.items() if draw in plan.surplus),
     )
 
 
-def finish_step(t: Trainer) -> None:
+def count_skipped(skipped: int, outcome: StepReport, limit: int, saved_step: int) -> int:
+    """How many optimizer steps in a row were skipped, the last one included. TrainingFailure above `limit`."""
+    if not outcome.skipped:
+        return 0
+    if skipped + 1 > limit:
+        saved = f"the weights of step {saved_step} are in the newest checkpoint"
+        raise TrainingFailure(
+            f"{skipped + 1} optimizer steps in a row were skipped ({outcome.reason}); "
+            f"{saved if saved_step else 'no checkpoint was saved yet'}. Look at grad_norm and gap/mean in "
+            "metrics.jsonl, lower optimizer.lr, or raise train.max_skipped_steps"
+        )
+    return skipped + 1
+
+
+def finish_step(parts: Parts, state: RunState) -> None:
     """Checkpoint, held-out questions and record of a complete step, as far as they are due.
 
-    The checkpoint comes first and carries the step's figures: however the evaluation ends, a run that goes on from
+    The checkpoint comes first and carries the step's metrics: however the evaluation ends, a run that goes on from
     there asks the questions again and writes the record. Raises Interrupted where a stop signal met the evaluation.
     """
-    step, config = t.state.step, t.config
+    step, config = state.step, parts.config
     at_end = step in (0, config.train.num_steps)
     if step and (at_end or step % config.checkpoint.every_steps == 0):
-        with t.phases("checkpoint"):
-            t.save()
-    due = at_end or (config.eval.every_steps and step % config.eval.every_steps == 0)
-    report(t, evaluate(t) if due else {})
+        save(parts, state)
+    evaluation: dict[str, float] = {}
+    if at_end or (config.eval.every_steps and step % config.eval.every_steps == 0):
+        evaluation = evaluate_held_out(
+            parts.questions.held_out,
+            parts.engine,
+            parts.questions.tokenizer,
+            parts.verifier,
+            config,
+            parts.layout,
+            parts.life,
+        )
+    written = parts.recorder.write(step, evaluation)
+    parts.life.console.say(step_line(step, config.train.num_steps, written))
 
 
-def run_optimizer_steps(
-    t: Trainer, step: int, plan: StepPlan, samples: dict[SampleKey, TrainingSample], metrics: Metrics
-) -> int:
-    """All optimizer steps of this training step, epoch by epoch. Returns how many there were."""
-    divisor = t.config.algorithm.loss_divisor
-    count = skipped = 0
-    total = t.config.train.num_epochs * len(plan.optimizer_steps)
-    for epoch in range(t.config.train.num_epochs):
-        order = np.random.default_rng([t.seed, step, epoch]).permutation(len(plan.optimizer_steps)) if epoch else None
-        for i in range(len(plan.optimizer_steps)) if order is None else order:
-            mine = [samples[key] for key, replica in plan.optimizer_steps[i].items() if replica == t.layout.dp_rank]
-            denominator = float(plan.response_tokens[i]) if divisor == "tokens" else divisor
-            count += 1
-            batches = pack_samples(t, mine)
-            with t.micro_batches(f"update {count} of {total}", len(batches)):
-                outcome = t.policy.train_step(batches, t.loss, denominator, t.config.rollout.temperature)
-            step_metrics.add_optimizer_step(metrics, t.layout.rank, outcome)
-            skipped = skipped + 1 if outcome.skipped else 0
-            if skipped > t.config.train.max_skipped_steps:
-                saved = f"the weights of step {t.saved_step} are in the newest checkpoint"
-                raise TrainingFailure(
-                    f"{skipped} optimizer steps in a row were skipped ({outcome.reason}); "
-                    f"{saved if t.saved_step else 'no checkpoint was saved yet'}. Look at grad_norm and gap/mean in "
-                    "metrics.jsonl, lower optimizer.lr, or raise train.max_skipped_steps"
-                )
-    return count
+def save(parts: Parts, state: RunState) -> None:
+    """A checkpoint of `state`, unless there is one. Collective."""
+    if parts.store.saved_step == state.step:
+        return
+    with parts.life.phases("checkpoint"):
+        state = replace(state, unwritten=parts.recorder.snapshot(state.step))
+        surplus = state.surplus if parts.layout.is_replica_leader else None
+        parts.store.save(state, lambda folder: policy_checkpoint.save_sharded(parts.policy, folder), surplus)
 
 
-def evaluate(t: Trainer) -> dict[str, float]:
-    """Held-out accuracy, each rank asking its share; the same figures on every rank. Interrupted by a stop signal."""
-    if not t.held_out.prompts:
-        return {}
-    settings = t.config.eval
-    mine = t.held_out.prompts[t.layout.rank :: t.layout.world_size]
-    with t.phases("evaluate"), t.console.bar("held-out questions", len(mine) * settings.samples) as advance:
-
-        def on_answer(_: object) -> None:
-            t.stop.check()
-            t.phases.progress()
-            advance()
-
-        counts = None
-        with suppress(Interrupted):  # told to the others below: all ranks leave together
-            t.stop.check()
-            result = evaluate_questions(
-                t.engine,
-                mine,
-                t.tokenizer,
-                t.verifier,
-                samples=settings.samples,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                max_tokens=settings.max_response_tokens or t.config.rollout.max_response_tokens,
-                seed=t.seed,
-                on_answer=on_answer,
-            )
-            counts = result.counts()
-        answers = gather((t.stop.signum, counts), t.layout.world_gloo)
-        if any(part is None for _, part in answers):
-            raise Interrupted(max(signum for signum, _ in answers))
-    merged = merge_counts([part for _, part in answers])
-    return {f"eval/{name}": value for name, value in summarize_held_out(merged, t.held_out).items()}
+def save_and_say(parts: Parts, state: RunState, interrupted: Interrupted) -> None:
+    """After a stop signal: save the last complete step, and say what was saved. Collective."""
+    if not state.step:
+        parts.life.console.say(f"{interrupted} before the first step was complete; nothing to save")
+        return
+    save(parts, state)
+    folder = folder_of(parts.config.run_dir, state.step)
+    parts.life.console.say(f"{interrupted}: step {state.step} is saved in {folder}; run the same command to go on")
 
 
-def report(t: Trainer, figures: dict[str, float]) -> None:
-    """The record of the step to every sink and one line to the console. `figures`: of the evaluation."""
-    step = t.state.step
-    t.take_stock()
-    states = gather(t.metrics.state(), t.layout.world_gloo)
-    if t.layout.rank == 0:
-        record = {**Metrics.merge(states), **figures}
-        if step:
-            record["tokens_per_s"] = record.get("tokens/generated", 0.0) / record["seconds/total"]
-        for sink in t.sinks:
-            sink.write(step, record)
-        t.console.say(step_line(step, t.config.train.num_steps, record))
-    t.metrics = None
+def export(parts: Parts) -> None:
+    """The trained weights as a Hugging Face folder. Collective."""
+    folder = parts.config.run_dir / "hf"
+    with parts.life.phases("export"):
+        save_hf(
+            parts.policy.chunks,
+            parts.spec,
+            parts.layout,
+            parts.config.model.path,
+            folder,
+            replace=True,
+            chat_template=parts.config.model.chat_template,
+        )
+    parts.life.console.say(f"the trained model is in {folder}")

@@ -1,4 +1,4 @@
-"""One rank from start to end: opens the parts, runs the loop, and turns every ending into a clear line and a status."""
+"""One rank from start to end: opens the parts, trains, and turns every ending into a clear line and an exit status."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import signal
 import sys
 import traceback
 import warnings
+from contextlib import ExitStack
 from typing import NoReturn
 
-from megatron_nft.config import Config
+from megatron_nft.config import Config, dump_config
 from megatron_nft.console import Console
-from megatron_nft.train.lifecycle import Interrupted, Phases, StopSignals
 from megatron_nft.train.launch import EXIT_INTERRUPTED, EXIT_SAVED
-
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-
+from megatron_nft.train.lifecycle import Interrupted, Lifecycle, Phases, StopSignals
 
 LIBRARIES = r"(megatron\.core|torch\.(distributed|utils|nn)|transformers)(\.|$)"
-"""Their warnings are for their developers (deprecations, optional packages); errors are not touched."""
+"""Modules whose warnings are meant for their own developers (deprecations, optional packages). Errors pass."""
+
+COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}megatron{os.sep}core{os.sep}")
+"""Source folders in which ranks talk to each other."""
 
 
 def run_rank(config: Config) -> int:
@@ -28,28 +29,27 @@ def run_rank(config: Config) -> int:
     stop = StopSignals()  # before the heavy imports: a signal is remembered from the start
     rank = int(os.environ.get("RANK", 0))
     phases = Phases(rank, config.run_dir, config.train.stall_timeout_s)
-    console = Console(rank)
-    trainer = None
-    try:
-        with phases("start"):
-            from megatron_nft.train.loop import train
-            from megatron_nft.policy import parallel
-            from megatron_nft.train.parts import open_trainer, write_resolved_config
+    life = Lifecycle(phases, stop, Console(rank))
+    with ExitStack() as opened:
+        opened.callback(life.close)
+        try:
+            with phases("start"):
+                from megatron_nft.policy import parallel
+                from megatron_nft.train.loop import train
+                from megatron_nft.train.parts import open_parts
 
-            layout = parallel.initialize(config.policy, config.seed)
-            if rank == 0:
-                _lock_run_folder(config)
-                write_resolved_config(config)
-            trainer = open_trainer(config, layout, phases, stop, console)
-        train(trainer)
-        status = 0
-    except Interrupted as e:
-        status = _save_and_leave(trainer, e, console, phases)
-    except BaseException as e:
-        status = 1
-        _explain(e, phases)
-    finally:
-        _close(trainer, console, phases)
+                layout = parallel.initialize(config.policy, config.seed)
+                if rank == 0:
+                    _lock_run_folder(config)
+                    write_resolved_config(config)
+                parts, state = opened.enter_context(open_parts(config, layout, life))
+            train(parts, state)
+            status = 0
+        except Interrupted as e:
+            status = EXIT_INTERRUPTED if e.signum == signal.SIGINT else EXIT_SAVED
+        except BaseException as e:
+            status = 1
+            _explain(e, phases)
     if status == 0:
         parallel.shutdown()
     sys.stdout.flush()
@@ -71,7 +71,7 @@ def _leave_at_once(status: int) -> NoReturn:
 
 def _lock_run_folder(config: Config) -> None:
     """Held for as long as the process lives; a second run on the same folder is an error."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)  # under torchrun nobody has looked at it yet
+    config.run_dir.mkdir(parents=True, exist_ok=True)  # under torchrun no preflight has made it
     fd = os.open(config.run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # closed with the process
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,42 +79,34 @@ def _lock_run_folder(config: Config) -> None:
         raise ValueError(f"run_dir {config.run_dir} is in use by another run; choose another or wait") from None
 
 
-def _save_and_leave(trainer, interrupted: Interrupted, console: Console, phases: Phases) -> int:
-    """After a stop signal: save the last complete step. Status 130 for Ctrl-C, 75 else."""
-    try:
-        if trainer is not None and trainer.state.step:
-            with phases("checkpoint"):
-                folder = trainer.save()
-            console.say(f"{interrupted}: step {trainer.state.step} is saved in {folder}; run the same command to go on")
-        else:
-            console.say(f"{interrupted} before the first step was complete; nothing to save")
-    except BaseException as e:
-        _explain(e, phases)
-        return 1
-    return EXIT_INTERRUPTED if interrupted.signum == signal.SIGINT else EXIT_SAVED
+def write_resolved_config(config: Config) -> None:
+    """run_dir/config.yaml; settings of an earlier start that differ are kept as config.1.yaml, config.2.yaml, …"""
+    path, text = config.run_dir / "config.yaml", dump_config(config)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        number = 1 + sum(1 for _ in config.run_dir.glob("config.*.yaml"))
+        path.rename(config.run_dir / f"config.{number}.yaml")
+    path.write_text(text, encoding="utf-8")
 
 
 def _explain(error: BaseException, phases: Phases) -> None:
-    """The traceback goes first where it is of use; the last line says who, where and what."""
+    """The traceback goes first where it helps; the last line says who, where and what."""
     text = str(error) or type(error).__name__
-    if any(t in text for t in LOST_PEER) and not isinstance(error, OSError):
-        text = "lost the connection to another rank, which ended or failed (its own message says why)"
+    if _is_failed_collective(error):
+        text = f"lost the connection to another rank, which ended or failed (its own message says why): {text}"
     elif not isinstance(error, (ValueError, OSError, RuntimeError, KeyboardInterrupt)) or _is_unforeseen(error):
         traceback.print_exception(error)
     print(f"megatron-nft: {phases}: {type(error).__name__}: {text}", file=sys.stderr, flush=True)
 
 
+def _is_failed_collective(error: BaseException) -> bool:
+    """A library's RuntimeError that was raised where ranks talk to each other. gloo's and NCCL's errors have no type
+    of their own in common, so the place decides, not the text."""
+    if not isinstance(error, RuntimeError) or type(error).__module__.startswith("megatron_nft"):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(folder in frames[-1].filename for folder in COLLECTIVES)
+
+
 def _is_unforeseen(error: BaseException) -> bool:
     """Our own errors explain themselves; a plain RuntimeError out of a library does not."""
     return type(error) is RuntimeError or not type(error).__module__.startswith(("megatron_nft", "builtins"))
-
-
-def _close(trainer, console: Console, phases: Phases) -> None:
-    try:
-        if trainer is not None:
-            trainer.close()
-        else:
-            console.close()
-            phases.close()
-    except Exception as e:
-        print(f"megatron-nft: {phases}: while closing: {type(e).__name__}: {e}", file=sys.stderr)

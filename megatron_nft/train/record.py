@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_nft.metrics import Metrics
 from megatron_nft.train.schedule import GroupFacts, StepPlan
 from megatron_nft.types import RolloutGroup, TrainingSample, Verdict
+
+if TYPE_CHECKING:
+    from megatron_nft.policy.policy import StepReport
 
 HISTOGRAM_BINS = 11  # correct rates 0, 0.1, …, 1 sit in bins of their own
 
@@ -69,13 +72,14 @@ def add_plan(metrics: Metrics, rank: int, kept: Sequence[GroupFacts], plan: Step
 def add_gap(metrics: Metrics, samples: Sequence[TrainingSample]) -> None:
     """|trainer log-prob - engine log-prob| over the tokens of this step's kept answers."""
     for s in samples:
+        assert s.behaviour_logprobs is not None, "computed before the gap is measured"
         gap = np.abs(s.behaviour_logprobs.astype(np.float64) - s.rollout_logprobs)
         metrics.mean("gap/mean", float(gap.sum()), gap.size)
         metrics.max("gap/max", float(gap.max(initial=0.0)))
 
 
-def add_optimizer_step(metrics: Metrics, rank: int, report: Any) -> None:
-    """One optimizer step; the report holds sums over all ranks already."""
+def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
+    """One optimizer step, the algorithm's own metrics included; the report holds sums over all ranks already."""
     if rank != 0:
         return
     metrics.mean("skipped_steps/share", float(report.skipped), 1)
@@ -86,18 +90,8 @@ def add_optimizer_step(metrics: Metrics, rank: int, report: Any) -> None:
     metrics.mean("loss/total", report.loss, 1)
     metrics.mean("grad_norm", report.grad_norm, 1)
     metrics.max("grad_norm/max", report.grad_norm)
-    sums = report.metrics
-    tokens, positive, negative = (sums.get(f"{p}tokens", 0.0) for p in ("", "positive_", "negative_"))
-    metrics.mean("loss/positive", sums["positive_loss"], positive)
-    metrics.mean("loss/negative", sums["negative_loss"], negative)
-    metrics.mean("tokens/positive_share", positive, tokens)
-    metrics.mean("ratio/mean", sums["ratio"], tokens)
-    metrics.mean("ratio/log_mean", sums["log_ratio"], tokens)
-    metrics.mean("ratio/kl", sums["kl"], tokens)
-    metrics.max("ratio/max", sums["max_ratio"])
-    metrics.max("ratio/max_inverse", sums["max_inverse_ratio"])
-    if "clamped_tokens" in sums:
-        metrics.mean("clamp/share", sums["clamped_tokens"], negative)
+    for name, value in report.metrics.items():
+        metrics.add(name, value)
 
 
 def add_sync(metrics: Metrics, figures: dict[str, float]) -> None:
@@ -122,7 +116,7 @@ def add_memory(metrics: Metrics, phases: dict[str, tuple[int, int]]) -> None:
         metrics.max(f"memory/{name}_device_bytes", held)
 
 
-def why_empty(kept: int, needed: int, batches: int, fates: Counter) -> str:
+def why_empty(kept: int, needed: int, batches: int, fates: Counter[str]) -> str:
     """The message for a step that found too few groups to train."""
     dropped = ", ".join(f"{n} {fate.replace('_', ' ')}" for fate, n in fates.most_common() if fate != "kept")
     return (

@@ -2,46 +2,78 @@
 
 from __future__ import annotations
 
-from megatron_nft.train.collect import Collected
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 from megatron_nft.data.packing import filler, pack, plan_micro_batches, unpack
 from megatron_nft.distributed import largest, route
+from megatron_nft.policy.parallel import ParallelLayout
+from megatron_nft.policy.policy import Policy
+from megatron_nft.train.collect import Collected
+from megatron_nft.train.lifecycle import Lifecycle
 from megatron_nft.train.schedule import SampleKey, StepPlan
-from megatron_nft.train.parts import Trainer
 from megatron_nft.types import PackedBatch, TrainingSample
 
 
-def send_to_replicas(t: Trainer, found: Collected, plan: StepPlan) -> dict[SampleKey, TrainingSample]:
-    """Every sample to all ranks of its replica; returns this replica's, in the same order on each of its ranks."""
-    outgoing: dict[int, list[TrainingSample]] = {r: [] for r in range(t.layout.world_size)}
+def send_to_replicas(found: Collected, plan: StepPlan, layout: ParallelLayout) -> dict[SampleKey, TrainingSample]:
+    """Every sample to all ranks of its replica; returns this replica's, in the same order on each of its ranks.
+
+    Collective over all ranks.
+    """
+    outgoing: dict[int, list[TrainingSample]] = {r: [] for r in range(layout.world_size)}
     for facts in found.kept:
-        if facts.holder != t.layout.rank:
+        if facts.holder != layout.rank:
             continue
         for key, replica in plan.destinations(facts):
-            for rank in t.layout.replica_ranks[replica]:
+            for rank in layout.replica_ranks[replica]:
                 outgoing[rank].append(found.samples[key])
-    received = route(outgoing, t.layout.world_gloo)
+    received = route(outgoing, layout.world_gloo)
     return {(s.draw, s.sample_index): s for s in sorted(received, key=lambda s: (s.draw, s.sample_index))}
 
 
-def pack_samples(t: Trainer, samples: list[TrainingSample]) -> list[PackedBatch]:
-    """Micro-batches under the token cap, as many on every replica (fillers carry no loss)."""
+def pack_samples(
+    samples: Sequence[TrainingSample], layout: ParallelLayout, *, max_tokens: int, multiple_of: int
+) -> list[PackedBatch]:
+    """Micro-batches of at most `max_tokens` tokens, as many on every replica (fillers carry no loss). Collective.
+
+    multiple_of: what the number of tokens of a micro-batch must be a multiple of (`Policy.pad_multiple`).
+    """
     lengths = [len(s.input_ids) for s in samples]
-    cap, multiple = t.config.policy.micro_batch_tokens, t.policy.pad_multiple
-    wanted = len(plan_micro_batches(lengths, cap, multiple_of=multiple)) if samples else 0
-    count = t.policy.round_num_micro_batches(largest(wanted, t.layout.world_gloo))
-    plan = plan_micro_batches(lengths, cap, multiple_of=multiple, num_micro_batches=count)
-    device = t.layout.device
+    wanted = len(plan_micro_batches(lengths, max_tokens, multiple_of=multiple_of)) if samples else 0
+    count = layout.round_num_micro_batches(largest(wanted, layout.world_gloo))
+    plan = plan_micro_batches(lengths, max_tokens, multiple_of=multiple_of, num_micro_batches=count)
+    device = layout.device
     return [
-        pack(samples, part, multiple_of=multiple, device=device) if part else filler(multiple, device) for part in plan
+        pack(samples, part, multiple_of=multiple_of, device=device) if part else filler(multiple_of, device)
+        for part in plan
     ]
 
 
-def compute_behaviour_logprobs(t: Trainer, samples: dict[SampleKey, TrainingSample]) -> list[TrainingSample]:
+def pack_for_policy(samples: Sequence[TrainingSample], policy: Policy) -> list[PackedBatch]:
+    """`pack_samples` with the policy's own limits."""
+    max_tokens = policy.config.policy.micro_batch_tokens
+    return pack_samples(samples, policy.layout, max_tokens=max_tokens, multiple_of=policy.pad_multiple)
+
+
+@contextmanager
+def micro_batch_progress(policy: Policy, life: Lifecycle, description: str, total: int) -> Iterator[None]:
+    """Around a pass of the policy over `total` micro-batches: a bar, and each of them keeps the stall watch quiet."""
+    with life.progress(f"step {life.phases.step}: {description}", total) as advance:
+        policy.on_micro_batch = advance
+        try:
+            yield
+        finally:
+            policy.on_micro_batch = lambda: None
+
+
+def compute_behaviour_logprobs(
+    policy: Policy, samples: dict[SampleKey, TrainingSample], temperature: float, life: Lifecycle
+) -> list[TrainingSample]:
     """Log-probs of this step's kept answers, surplus included, by the weights that generated them. Returns those."""
     fresh = [s for s in samples.values() if s.behaviour_logprobs is None]
-    batches = pack_samples(t, fresh)
-    with t.micro_batches("log-probs", len(batches)):
-        found = t.policy.compute_logprobs(batches, t.config.rollout.temperature)
+    batches = pack_for_policy(fresh, policy)
+    with micro_batch_progress(policy, life, "log-probs", len(batches)):
+        found = policy.compute_logprobs(batches, temperature)
     for batch, logprobs in zip(batches, found, strict=True):
         for position, values in zip(batch.sample_ids, unpack(logprobs, batch), strict=True):
             fresh[position].behaviour_logprobs = values

@@ -9,12 +9,13 @@ group goes to one replica as a whole; the plan does not depend on the order of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_nft.data.packing import attention_cost, balance
+from megatron_nft.types import TrainingSample
 
 SampleKey = tuple[int, int]  # (draw, sample_index)
 
@@ -86,3 +87,19 @@ def plan_step(
         surplus={g.draw: i % num_replicas for i, g in enumerate(surplus)},
         stale=tuple(g.draw for g in rest if step + 1 - g.step > max_staleness),
     )
+
+
+def optimizer_steps(
+    plan: StepPlan, samples: Mapping[SampleKey, TrainingSample], num_epochs: int, replica: int, *, seed: tuple[int, int]
+) -> Iterator[tuple[list[TrainingSample], int]]:
+    """The optimizer steps of a training step, epoch by epoch: (this replica's samples, response tokens of all replicas).
+
+    seed: (the run's, the step). The first epoch goes in the plan's order, each further one in an order of its own.
+    """
+    for epoch in range(num_epochs):
+        order = np.arange(len(plan.optimizer_steps))
+        if epoch:
+            order = np.random.default_rng([*seed, epoch]).permutation(len(order))
+        for i in order:
+            mine = [samples[key] for key, at in plan.optimizer_steps[i].items() if at == replica]
+            yield mine, plan.response_tokens[i]

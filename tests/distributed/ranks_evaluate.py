@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,11 @@ import torch.distributed as dist
 from launch import Ranks, run_checks
 from tiny import make_tokenizer
 
-from megatron_nft.config import EvalConfig
+from megatron_nft.config import Config
 from megatron_nft.console import Console
-from megatron_nft.train.held_out import HeldOut
+from megatron_nft.train.held_out import HeldOut, evaluate_held_out
 from megatron_nft.distributed import gather
-from megatron_nft.train.lifecycle import Interrupted, Phases, StopSignals
-from megatron_nft.train.loop import evaluate
+from megatron_nft.train.lifecycle import Interrupted, Lifecycle, Phases, StopSignals
 from megatron_nft.engines.engine import Completion, Request, SamplingParams
 from megatron_nft.types import Prompt, Verdict
 
@@ -48,40 +48,50 @@ class Verifier:
         return future
 
 
-def trainer(ranks: Ranks, engine: Engine, stop: StopSignals) -> SimpleNamespace:
-    """What `evaluate` touches of a Trainer."""
-    prompts = [Prompt(i, "sums", (), str(i), np.array([7], np.int32)) for i in range(QUESTIONS)]
-    return SimpleNamespace(
-        seed=0,
-        config=SimpleNamespace(eval=EvalConfig(samples=SAMPLES, max_response_tokens=4)),
-        layout=SimpleNamespace(rank=ranks.rank, world_size=ranks.world_size, world_gloo=dist.group.WORLD),
-        held_out=HeldOut(prompts, ["sums"] * QUESTIONS),
-        phases=Phases(ranks.rank, ranks.scratch, 600.0),
-        console=Console(ranks.rank),
-        stop=stop,
-        engine=engine,
-        tokenizer=make_tokenizer(),
-        verifier=Verifier(),
+@dataclass(frozen=True)
+class World:
+    """All ranks of the job."""
+
+    rank: int
+    world_size: int
+    world_gloo: dist.ProcessGroup
+
+
+def config(ranks: Ranks) -> Config:
+    return Config.model_validate(
+        {
+            "run_dir": str(ranks.scratch),
+            "model": {"path": "unused"},
+            "data": {"train": ["unused"]},
+            "eval": {"samples": SAMPLES, "max_response_tokens": 4},
+        }
     )
 
 
-def outcome(ranks: Ranks, engine: Engine, stop: StopSignals) -> dict[str, float] | str:
-    """The figures, or what Interrupted says."""
-    t = trainer(ranks, engine, stop)
+def evaluate(ranks: Ranks, engine: Engine, stop: StopSignals, verifier: Verifier) -> dict[str, float]:
+    prompts = [Prompt(i, "sums", (), str(i), np.array([7], np.int32)) for i in range(QUESTIONS)]
+    life = Lifecycle(Phases(ranks.rank, ranks.scratch, 600.0), stop, Console(ranks.rank))
+    world = World(ranks.rank, ranks.world_size, dist.group.WORLD)
+    held_out = HeldOut(prompts, ["sums"] * QUESTIONS)
     try:
-        return evaluate(t)
+        return evaluate_held_out(held_out, engine, make_tokenizer(), verifier, config(ranks), world, life)
+    finally:
+        life.close()
+
+
+def outcome(ranks: Ranks, engine: Engine, stop: StopSignals) -> dict[str, float] | str:
+    """The metrics, or what Interrupted says."""
+    try:
+        return evaluate(ranks, engine, stop, Verifier())
     except Interrupted as e:
         return str(e)
-    finally:
-        t.phases.close()
-        t.console.close()
 
 
-def check_without_a_signal_all_ranks_have_the_figures(ranks: Ranks) -> None:
-    figures = outcome(ranks, Engine(), StopSignals())
-    assert figures["eval/accuracy"] == 0.5
-    assert figures["eval/pass@2"] == 0.5
-    assert gather(figures, dist.group.WORLD) == [figures] * ranks.world_size
+def check_without_a_signal_all_ranks_have_the_metrics(ranks: Ranks) -> None:
+    metrics = outcome(ranks, Engine(), StopSignals())
+    assert metrics["eval/accuracy"] == 0.5
+    assert metrics["eval/pass@2"] == 0.5
+    assert gather(metrics, dist.group.WORLD) == [metrics] * ranks.world_size
 
 
 def check_a_signal_on_one_rank_makes_all_abandon(ranks: Ranks) -> None:
@@ -113,13 +123,8 @@ def check_one_that_comes_when_all_is_answered_changes_nothing(ranks: Ranks) -> N
             return future
 
     stop = StopSignals()
-    t = trainer(ranks, Engine(), stop)
-    t.verifier = Late()
-    assert evaluate(t)["eval/accuracy"] == 0.5
+    assert evaluate(ranks, Engine(), stop, Late())["eval/accuracy"] == 0.5
     assert stop.signum == (signal.SIGUSR1 if ranks.rank == 0 else 0)  # obeyed at the end of the step
-    t.phases.close()
-    t.console.close()
-
 
 if __name__ == "__main__":
     run_checks(globals())

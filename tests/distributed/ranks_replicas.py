@@ -1,8 +1,5 @@
 """Samples between ranks: from those that generated them to the replicas that train them, and into micro-batches."""
 
-from functools import partial
-from types import SimpleNamespace
-
 import numpy as np
 import torch.distributed as dist
 from launch import Ranks, run_checks
@@ -11,7 +8,6 @@ from megatron_nft.train.collect import Collected, surplus_facts
 from megatron_nft.config import PolicyConfig
 from megatron_nft.distributed import gather, largest, route
 from megatron_nft.policy import parallel
-from megatron_nft.policy.policy import Policy
 from megatron_nft.train.replicas import pack_samples, send_to_replicas
 from megatron_nft.train.schedule import plan_step
 from megatron_nft.types import TrainingSample
@@ -37,16 +33,6 @@ def make_sample(draw: int, index: int) -> TrainingSample:
 def same(a: TrainingSample, b: TrainingSample) -> bool:
     values = ((getattr(a, name), getattr(b, name)) for name in TrainingSample.__slots__)
     return all(np.array_equal(x, y) for x, y in values)
-
-
-def trainer(layout: parallel.ParallelLayout) -> SimpleNamespace:
-    """What the functions under test touch of a Trainer, with the policy's own rule for the number of micro-batches."""
-    rule = partial(Policy.round_num_micro_batches, SimpleNamespace(layout=layout))
-    return SimpleNamespace(
-        layout=layout,
-        config=SimpleNamespace(policy=SimpleNamespace(micro_batch_tokens=CAP)),
-        policy=SimpleNamespace(pad_multiple=MULTIPLE, round_num_micro_batches=rule),
-    )
 
 
 def check_route_keeps_sender_and_order(ranks: Ranks) -> None:
@@ -78,7 +64,7 @@ def check_every_sample_meets_its_replica(ranks: Ranks) -> None:
             hidden_size=8,
             seed=0,
         )
-        got = send_to_replicas(trainer(layout), Collected(facts, [], [], mine, 0), plan)
+        got = send_to_replicas(Collected(facts, [], [], mine, 0), plan, layout)
         assert all(same(sample, everything[key]) for key, sample in got.items())
         held = gather((layout.dp_rank, list(got)), layout.world_gloo)
         for replica in range(layout.dp_size):
@@ -97,7 +83,7 @@ def check_every_rank_has_as_many_micro_batches(ranks: Ranks) -> None:
         layout = parallel.initialize(PolicyConfig(precision="fp32", **policy), seed=0)
         for num_samples in ((1, 12, 0, 3), (0, 7, 7, 7), (0, 0, 0, 0)):
             samples = [make_sample(layout.dp_rank, i) for i in range(num_samples[layout.dp_rank])]
-            batches = pack_samples(trainer(layout), samples)
+            batches = pack_samples(samples, layout, max_tokens=CAP, multiple_of=MULTIPLE)
             counts = set(gather(len(batches), layout.world_gloo))
             assert len(counts) == 1 and min(counts) >= 1
             if layout.vpp_size:

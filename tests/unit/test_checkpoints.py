@@ -58,9 +58,9 @@ def messages() -> tuple[list[str], object]:
 
 def test_what_was_saved_comes_back(store, tmp_path):
     surplus = [sample(7, 0), sample(7, 1), sample(3, 2)]
-    store.save(RunState(5, 6, 40, 20), weights, surplus)
+    store.save(RunState(5, 6, 40), weights, surplus)
     folder, manifest = store.newest(print)
-    assert (manifest.step, manifest.weight_version, manifest.cursor, manifest.optimizer_steps) == (5, 6, 40, 20)
+    assert (manifest.step, manifest.weight_version, manifest.cursor) == (5, 6, 40)
     assert (folder / "megatron" / "weights.bin").read_bytes() == bytes(range(256)) * 40
     read = read_surplus(folder)
     assert [(s.draw, s.sample_index) for s in read] == [(3, 2), (7, 0), (7, 1)]
@@ -70,10 +70,28 @@ def test_what_was_saved_comes_back(store, tmp_path):
             assert (a.tobytes(), a.dtype) == (b.tobytes(), b.dtype) if isinstance(a, np.ndarray) else a == b, name
 
 
-def test_figures_that_were_not_written_yet_are_kept(store):
+def test_a_manifest_of_version_0_1_0_is_read(store):
+    """It names a number of optimizer steps, which nothing reads any more."""
+    folder = store.save(RunState(5, 6, 40), weights, [])
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"optimizer_steps": 20}))
+    found = store.newest(print)
+    assert found is not None and found[1].step == 5
+
+
+def test_the_store_knows_the_newest_checkpoint(store, tmp_path, group):
+    assert store.saved_step == 0
+    store.save(RunState(3), weights, [])
+    assert store.saved_step == 3
+    other = CheckpointStore(tmp_path, 2, IDENTITY, group)
+    other.newest(print)
+    assert other.saved_step == 3
+
+
+def test_metrics_that_were_not_written_yet_are_kept(store):
     store.save(RunState(1), weights, [])
     assert store.newest(print)[1].figures is None
-    store.save(RunState(2, figures={"loss": ("mean", (0.1, 3.0))}), weights, [])
+    store.save(RunState(2, unwritten={"loss": ("mean", (0.1, 3.0))}), weights, [])
     assert store.newest(print)[1].figures == {"loss": ["mean", [0.1, 3.0]]}
 
 

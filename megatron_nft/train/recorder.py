@@ -1,0 +1,85 @@
+"""The record of a step: its metrics, the seconds and memory of its phases, and the sinks that it goes to."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from megatron_nft.distributed import gather, largest
+from megatron_nft.metrics import JsonlSink, Metrics, Sink
+from megatron_nft.policy.parallel import ParallelLayout
+from megatron_nft.train import record
+from megatron_nft.train.checkpoints import RunState
+from megatron_nft.train.lifecycle import Phases
+from megatron_nft.train.memory import PhaseMemory
+
+
+class Recorder:
+    """Keeps the metrics of the last complete step until they are written.
+
+    Between the two there may be a checkpoint, which takes them along (`snapshot`), so that a run that goes on from it
+    can still write the record.
+    """
+
+    def __init__(self, sinks: list[Sink], phases: Phases, memory: PhaseMemory, layout: ParallelLayout) -> None:
+        """`sinks`: those of the first rank, empty on others."""
+        self._sinks, self._phases, self._memory, self._layout = sinks, phases, memory, layout
+        self._clock = time.perf_counter()  # when seconds were added last
+        self._unwritten: Metrics | None = None
+
+    @property
+    def has_unwritten(self) -> bool:
+        """Whether the record of the last complete step is still to be written; the same on every rank."""
+        return self._unwritten is not None
+
+    def restore(self, state: RunState) -> None:
+        """Take over what is known of `state.step`, if its record is still to be written: the record of step 0, or of a
+        step whose run ended between checkpoint and record. Collective; the first rank holds what a checkpoint says of
+        all ranks."""
+        written = [s.last_step == state.step for s in self._sinks if isinstance(s, JsonlSink)]
+        if largest(int(any(written)), self._layout.world_gloo) or (state.step and state.unwritten is None):
+            return
+        self._unwritten = Metrics(state.unwritten or {}) if self._layout.rank == 0 else Metrics()
+
+    def start_step(self) -> Metrics:
+        """Empty metrics for a new step, whose seconds count from now."""
+        self._clock = time.perf_counter()
+        return Metrics()
+
+    def end_step(self, metrics: Metrics) -> None:
+        """The step is complete; `metrics` wait to be written."""
+        self._unwritten = metrics
+
+    def snapshot(self, step: int) -> dict[str, Any] | None:
+        """All ranks' unwritten metrics as one state, for the checkpoint of `step`; None where none wait. Collective."""
+        if self._unwritten is None:
+            return None
+        self._add_costs(self._unwritten, step)
+        return Metrics(*gather(self._unwritten.state(), self._layout.world_gloo)).state()
+
+    def write(self, step: int, evaluation: dict[str, float]) -> dict[str, Any]:
+        """Write the record of `step` to every sink and return it; empty on all ranks but the first. Collective.
+
+        ValueError where nothing waits to be written.
+        """
+        metrics, self._unwritten = self._unwritten, None
+        if metrics is None:
+            raise ValueError(f"no metrics of step {step} are waiting to be written")
+        self._add_costs(metrics, step)
+        states = gather(metrics.state(), self._layout.world_gloo)
+        if self._layout.rank != 0:
+            return {}
+        merged: dict[str, Any] = {**Metrics.merge(states), **evaluation}
+        if step:
+            merged["tokens_per_s"] = merged.get("tokens/generated", 0.0) / merged["seconds/total"]
+        for sink in self._sinks:
+            sink.write(step, merged)
+        return merged
+
+    def _add_costs(self, metrics: Metrics, step: int) -> None:
+        """Seconds and memory since the last call. Seconds are those that the first rank saw."""
+        record.add_memory(metrics, self._memory.take())
+        now = time.perf_counter()
+        if self._layout.rank == 0:
+            record.add_seconds(metrics, self._phases.take_seconds(), now - self._clock if step else 0.0)
+        self._clock = now

@@ -1,0 +1,98 @@
+"""What a step records, the shuffled control, and the sink for Weights & Biases."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_nft.train import collect, record
+from megatron_nft.metrics import Metrics, WandbSink
+from megatron_nft.train.schedule import GroupFacts, StepPlan
+from megatron_nft.types import Prompt, Rollout, RolloutGroup, TrainingSample, Verdict
+
+PROMPT = Prompt(0, "test", ({"role": "user", "content": "q"},), "1", np.array([1, 2], dtype=np.int32))
+
+
+def rollout(index: int, verdict: Verdict, tokens: int = 3, reason: str = "stop") -> Rollout:
+    ids = np.arange(tokens, dtype=np.int32)
+    return Rollout(0, index, ids, np.full(tokens, -0.5, np.float32), reason, 0, "text", verdict=verdict)
+
+
+def test_the_control_keeps_rates_and_moves_verdicts():
+    groups = []
+    for draw in range(50):
+        group = RolloutGroup(
+            draw, PROMPT, [rollout(i, Verdict.CORRECT if i < 3 else Verdict.WRONG) for i in range(8)], 1
+        )
+        groups.append(group)
+    collect.shuffle_verdicts(groups, seed=3)
+    assert all(g.correct_rate == 3 / 8 for g in groups)
+    first_half = sum(r.correct for g in groups for r in g.rollouts[:4])
+    assert 40 < first_half < 110  # 75 of 150 expected; unshuffled it would be 150
+
+
+def test_metrics_of_rollouts():
+    metrics = Metrics()
+    groups = [
+        RolloutGroup(0, PROMPT, [rollout(0, Verdict.CORRECT, 2), rollout(1, Verdict.WRONG, 6, "length")], 1),
+        RolloutGroup(1, PROMPT, [rollout(0, Verdict.UNPARSEABLE, 4), rollout(1, Verdict.TIMEOUT, 4)], 1),
+    ]
+    record.add_rollouts(metrics, groups, 0.5)
+    merged = Metrics.merge([metrics.state()])
+    assert merged["accuracy/train"] == 0.25
+    assert [merged[f"verdict/{v.value}"] for v in Verdict] == [0.25] * 4
+    assert (merged["length/mean"], merged["length/max"], merged["length/truncated"]) == (4.0, 6.0, 0.25)
+    assert merged["correct_rate/hist"] == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]  # rates 0 and 0.5
+    assert merged["entropy/sampled"] == 0.5
+    assert merged["tokens/generated"] == 16
+    assert merged["seconds/verify_wait"] == 0.5
+
+
+def test_the_gap_is_measured_over_tokens():
+    metrics = Metrics()
+    for n, offset in ((1, 0.4), (3, 0.2)):
+        zeros = np.zeros(n, np.float32)
+        ids = np.arange(n + 2, dtype=np.int32)
+        behaviour = zeros + np.float32(offset) * (-1) ** n
+        record.add_gap(metrics, [TrainingSample(0, 0, ids, 2, zeros, behaviour, True, 0.5)])
+    merged = Metrics.merge([metrics.state()])
+    assert merged["gap/mean"] == pytest.approx((0.4 + 3 * 0.2) / 4)
+    assert merged["gap/max"] == pytest.approx(0.4)
+
+
+def test_groups_by_fate_and_staleness():
+    metrics = Metrics()
+    facts = [GroupFacts(d, 0, fate, 3) for d, fate in enumerate(["kept", "all_wrong", "all_wrong", "too_few", "kept"])]
+    record.add_groups(metrics, 0, facts)
+    record.add_groups(metrics, 1, facts)  # other ranks know the same and add nothing
+    plan = StepPlan(({(0, 0): 0},), (7,), {4: 0}, ())
+    record.add_plan(metrics, 0, [facts[0], facts[4]], plan, step=4)
+    merged = Metrics.merge([metrics.state()])
+    assert (merged["groups/generated"], merged["groups/all_wrong"], merged["groups/dropped"]) == (5, 2, 3)
+    assert (merged["groups/kept"], merged["groups/surplus"], merged["groups/staleness"]) == (1, 1, 1.0)
+    assert merged["tokens/trained"] == 7
+
+
+def test_wandb_gets_scalars_by_step(tmp_path, monkeypatch):
+    logged = []
+    run = SimpleNamespace(log=lambda record, step: logged.append((step, record)), finish=lambda: logged.append("done"))
+    asked = {}
+    monkeypatch.setitem(__import__("sys").modules, "wandb", SimpleNamespace(init=lambda **k: asked.update(k) or run))
+    sink = WandbSink("project", tmp_path / "my-run", {"seed": 1})
+    sink.write(3, {"loss/total": 0.5, "correct_rate/hist": [1, 2]})
+    sink.close()
+    assert (asked["project"], asked["id"], asked["resume"], asked["config"]) == (
+        "project",
+        "my-run",
+        "allow",
+        {"seed": 1},
+    )
+    assert logged == [(3, {"loss/total": 0.5}), "done"]
+
+
+def test_wandb_without_the_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"pip install 'megatron_nft\[wandb\]'"):
+        WandbSink("project", tmp_path, {})
