@@ -93,7 +93,7 @@ class Metrics:
             if kind == "mean":
                 if value[1] > 0:
                     out[name] = value[0] / value[1]
-            elif kind != "max" or value > -math.inf or math.isnan(value):
+            elif not (kind == "max" and value == -math.inf):
                 out[name] = value
         return out
 

@@ -1,4 +1,4 @@
-"""NFT and its special case RFT (arXiv 2505.18116), as pure functions of tensors.
+"""NFT, Negative-aware Fine-Tuning (arXiv 2505.18116), and what its special case RFT shares with it.
 
 R_t is the ratio of the trained policy to the behaviour policy, r the group's correct rate, c the verdict (0 or 1):
 
@@ -10,8 +10,20 @@ sums and divides.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from megatron_nft.algorithms.base import Algorithm, AlgorithmSettings, at_least_float32, counted, training_sample
+from megatron_nft.algorithms.token_metrics import bounded_log_ratio
+from megatron_nft.metrics import Max, Mean
+from megatron_nft.section import PositiveFloat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_nft.types import PackedBatch, RolloutGroup, TrainingSample
 
 PROMPT_WEIGHTS = ("uniform", "dr_grpo", "grpo")
 
@@ -39,27 +51,6 @@ def nft_loss(
     """
     log_ratio, correct, rate = _prepare(logprobs, behaviour_logprobs, correct, correct_rate)
     return _nft_terms(log_ratio, correct, rate, negative_weight, clamp, prompt_weight, ratio_max_log)
-
-
-def rft_loss(
-    logprobs: Tensor,
-    behaviour_logprobs: Tensor,
-    correct: Tensor,
-    correct_rate: Tensor,
-    *,
-    prompt_weight: str = "dr_grpo",
-    ratio_max_log: float = 10.0,
-) -> Tensor:
-    """Per-token rejection fine-tuning loss [T]: NFT without its negative term."""
-    return nft_loss(
-        logprobs,
-        behaviour_logprobs,
-        correct,
-        correct_rate,
-        negative_weight=0.0,
-        prompt_weight=prompt_weight,
-        ratio_max_log=ratio_max_log,
-    )
 
 
 def nft_sequence_loss(
@@ -91,12 +82,12 @@ def nft_sequence_loss(
     inside = loss_mask > 0
     mask = inside.to(log_ratio.dtype)
     num_segments = int(segment_ids.max()) + 1
-    zeros = torch.zeros(num_segments, dtype=log_ratio.dtype, device=log_ratio.device)  # [S]
+    zeros = log_ratio.new_zeros(num_segments)  # [S]
     tokens = zeros.index_add(0, segment_ids, mask).clamp(min=1.0)  # [S]
     # where, not a product: outside the mask log-probs may be anything, NaN too.
-    log_ratio = zeros.index_add(0, segment_ids, torch.where(inside, log_ratio, 0.0))  # [S]
+    log_ratio = zeros.index_add(0, segment_ids, log_ratio.where(inside, 0.0))  # [S]
     correct = zeros.index_add(0, segment_ids, correct * mask) / tokens  # [S]
-    rate = torch.full_like(zeros, 0.5).index_copy(0, segment_ids[inside], rate[inside])  # [S]
+    rate = log_ratio.new_full((num_segments,), 0.5).index_copy(0, segment_ids[inside], rate[inside])  # [S]
     per_answer = _nft_terms(log_ratio, correct, rate, negative_weight, clamp, prompt_weight, ratio_max_log)
     return (per_answer / tokens)[segment_ids] * mask
 
@@ -129,13 +120,13 @@ def _nft_terms(
     # where x is near -1e6; here the added term is exactly 0.
     straight_through = argument.detach().clamp(min=clamp) + (argument - argument.detach())
     positive, negative = -log_ratio, -straight_through.log()
-    return weight * torch.where(correct > 0, positive, negative_weight * negative)
+    return weight * positive.where(correct > 0, negative_weight * negative)
 
 
 def _prompt_weight(rate: Tensor, kind: str) -> Tensor:
     """omega, shaped like `rate`."""
     if kind == "uniform":
-        return torch.ones_like(rate)
+        return rate.new_ones(rate.shape)
     if kind == "dr_grpo":
         return 1.0 - rate
     if kind == "grpo":
@@ -159,6 +150,116 @@ def _prepare(
     if not bool(((correct_rate > 0) & (correct_rate < 1)).all()):
         low, high = correct_rate.min().item(), correct_rate.max().item()
         raise ValueError(f"correct_rate spans [{low}, {high}]: must lie strictly between 0 and 1; clamp it first")
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)
-    log_ratio = logprobs.to(dtype) - behaviour_logprobs.detach().to(dtype)
-    return log_ratio, correct.to(dtype), correct_rate.to(dtype)
+    logprobs = at_least_float32(logprobs)
+    dtype = logprobs.dtype
+    return logprobs - behaviour_logprobs.detach().to(dtype), correct.to(dtype), correct_rate.to(dtype)
+
+
+class LikelihoodSettings(AlgorithmSettings):
+    """The settings that NFT and RFT share."""
+
+    prompt_weight: Literal["uniform", "dr_grpo", "grpo"] = "dr_grpo"
+    """omega(q): 1, 1 - r, or sqrt((1 - r) / r)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """One likelihood ratio per token, or one per answer."""
+    ratio_max_log: PositiveFloat = 10.0
+    """Upper bound of log R before exp."""
+    correct_rate_min: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    """The loss sees the group's correct rate as at least this."""
+    correct_rate_max: Annotated[float, Field(gt=0.5, lt=1)] = 0.98
+    """The loss sees the group's correct rate as at most this."""
+
+
+class NFTSettings(LikelihoodSettings):
+    """NFT: likelihood of the correct answers, and of the wrong ones under the implicit negative policy."""
+
+    name: Literal["nft"] = "nft"
+    negative_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the wrong answers' term; with 0 they are not trained."""
+    clamp: PositiveFloat = 1.0
+    """NFT's epsilon: lower clamp of (1 - r R) / (1 - r), straight-through."""
+
+
+class Likelihood(Algorithm):
+    """Supervised likelihood ratios, weighted per question. A subclass says what becomes of wrong answers."""
+
+    settings: LikelihoodSettings
+
+    @property
+    @abstractmethod
+    def negative_weight(self) -> float:
+        """w of the equation."""
+
+    @property
+    def clamp(self) -> float:
+        """eps of the equation."""
+        return 1.0
+
+    @property
+    def per_token(self) -> bool:
+        """True with one ratio per token."""
+        return self.settings.ratio == "token"
+
+    def samples(self, group: RolloutGroup) -> list[TrainingSample]:
+        """The answers that count, with the group's correct rate clamped to the range of the settings.
+
+        Without a negative term the wrong answers are left out: they would cost a forward pass each, and with
+        loss_divisor=tokens they would count in the denominator of a loss they are not in.
+        """
+        rate = min(max(group.correct_rate, self.settings.correct_rate_min), self.settings.correct_rate_max)
+        return [
+            training_sample(group, rollout, correct_rate=rate)
+            for rollout in counted(group)
+            if rollout.correct or self.negative_weight
+        ]
+
+    def loss(self, logprobs: Tensor, batch: PackedBatch) -> Tensor:
+        """`nft_loss` or `nft_sequence_loss` of the micro-batch, [T]."""
+        settings = self.settings
+        if settings.ratio == "sequence":
+            return nft_sequence_loss(
+                logprobs,
+                batch.behaviour_logprobs,
+                batch.correct,
+                batch.correct_rate,
+                batch.loss_mask,
+                batch.segment_ids,
+                negative_weight=self.negative_weight,
+                clamp=self.clamp,
+                prompt_weight=settings.prompt_weight,
+                ratio_max_log=settings.ratio_max_log,
+            )
+        return nft_loss(
+            logprobs,
+            batch.behaviour_logprobs,
+            batch.correct,
+            batch.correct_rate,
+            negative_weight=self.negative_weight,
+            clamp=self.clamp,
+            prompt_weight=settings.prompt_weight,
+            ratio_max_log=settings.ratio_max_log,
+        )
+
+
+class NFT(Likelihood):
+    """Negative-aware Fine-Tuning."""
+
+    Settings = NFTSettings
+    settings: NFTSettings
+
+    @property
+    def negative_weight(self) -> float:
+        """w of the equation."""
+        return self.settings.negative_weight
+
+    @property
+    def clamp(self) -> float:
+        """eps of the equation."""
+        return self.settings.clamp
+
+    def metrics(self, logprobs: Tensor, loss: Tensor, batch: PackedBatch) -> dict[str, Mean | Max]:
+        """Those of every algorithm, and clamp/share: the share of the wrong answers' tokens at the clamp."""
+        negative = (batch.loss_mask > 0) & (batch.correct <= 0)
+        at_clamp = negative_argument(bounded_log_ratio(logprobs, batch), batch.correct_rate) < self.clamp
+        share = Mean((negative & at_clamp).sum(), negative.sum())
+        return super().metrics(logprobs, loss, batch) | {"clamp/share": share}

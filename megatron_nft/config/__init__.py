@@ -5,7 +5,6 @@ from megatron_nft.config.policy import FP8_ALIGNMENT, Fp8Config, ModelConfig, Op
 from megatron_nft.config.rollout import DataConfig, RolloutConfig, ServerConfig, VerifyConfig
 from megatron_nft.config.settings import Config
 from megatron_nft.config.training import (
-    AlgorithmConfig,
     CheckpointConfig,
     EvalConfig,
     MetricsConfig,
@@ -15,7 +14,6 @@ from megatron_nft.config.training import (
 
 __all__ = [
     "FP8_ALIGNMENT",
-    "AlgorithmConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",

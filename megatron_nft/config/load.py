@@ -2,21 +2,26 @@
 
 A file may name a `base:` file (relative to itself) whose values it overlays. Later files and then
 `key=value` overrides win. Overrides are YAML values: `optimizer.lr=1e-5`, `data.train=[a.parquet]`.
+
+Which keys `algorithm` has depends on `algorithm.name`. Where an overlay replaces the name, keys below it that only the
+replaced algorithm reads are dropped; beside or above the name that holds, they are refused like any unknown key.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megatron_nft.algorithms import ALGORITHMS, DEFAULT, AlgorithmError, algorithm_class
 from megatron_nft.config.settings import Config
 
 
@@ -35,12 +40,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(k) for k, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
             raise ConfigError(f"key {key!r} stands twice{str(node.start_mark).rstrip()}")
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+    mapping: dict[Any, Any] = yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+    return mapping
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
@@ -54,13 +60,13 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """One config file with its `base:` files under it. ConfigError if it cannot be read."""
+def read_layers(path: Path, _seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """One config file with its `base:` files before it, each overlaid by the next. ConfigError if unreadable."""
     path = Path(path)
     if path.resolve() in _seen:
         raise ConfigError(f"{path}: `base:` comes back to a file that it started from")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as e:
         raise ConfigError(f"config file {path}: {e.strerror or e}") from None
     except UnicodeDecodeError:
@@ -73,10 +79,42 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"config file {path}: holds a {type(raw).__name__}, not a mapping of settings")
     base = raw.pop("base", None)
     if base is None:
-        return raw
+        return [raw]
     if not isinstance(base, str):
         raise ConfigError(f"config file {path}: base must be a file name, not {base!r}")
-    return _merge(read_yaml(path.parent / base, (*_seen, path.resolve())), raw)
+    return [*read_layers(path.parent / base, (*_seen, path.resolve())), raw]
+
+
+def _algorithm_of(layer: Mapping[str, Any]) -> dict[str, Any]:
+    section = layer.get("algorithm")
+    return section if isinstance(section, dict) else {}
+
+
+def _keys_of_algorithm(name: object) -> set[str]:
+    """The keys that an algorithm reads; none where it cannot be loaded, which validation refuses with the reason."""
+    try:
+        return set(algorithm_class(name).Settings.model_fields)
+    except AlgorithmError:
+        return set()
+
+
+def _drop_replaced(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The layers, lowest first, without the keys of algorithms whose name a higher layer replaces.
+
+    nft: {clamp: 0.5, clip: 1}  <-  grpo: {}     # `clamp` goes; `clip`, which nft does not read either, stays
+    """
+    names: list[object] = []  # in force at each layer
+    for layer in layers:
+        names.append(_algorithm_of(layer).get("name", names[-1] if names else DEFAULT))
+    read = _keys_of_algorithm(names[-1]) if names else set()
+    kept = []
+    for layer, name in zip(layers, names, strict=True):
+        section = _algorithm_of(layer)
+        if read and section and name != names[-1]:
+            dropped = section.keys() & _keys_of_algorithm(name) - read
+            layer = {**layer, "algorithm": {key: v for key, v in section.items() if key not in dropped}}
+        kept.append(layer)
+    return kept
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -86,10 +124,12 @@ def parse_override(text: str) -> dict[str, Any]:
     if not sep or not all(parts):
         raise ConfigError(f"override {text!r}: write it as key=value, for example optimizer.lr=1e-5")
     try:
-        tree: Any = yaml.load(value, Loader=_Loader)
+        loaded = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as e:
         raise ConfigError(f"override {text!r}: the value is not YAML ({e})") from None
-    for part in reversed(parts):
+    *sections, last = parts
+    tree: dict[str, Any] = {last: loaded}
+    for part in reversed(sections):
         tree = {part: tree}
     return tree
 
@@ -113,13 +153,26 @@ def _allowed_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str
     return sorted(model.model_fields)
 
 
-def describe(error: ValidationError, model: type[BaseModel] = Config) -> str:
-    """One line per problem: key, value, what is allowed."""
+def _unknown_algorithm_key(key: str, name: object) -> str:
+    """What is wrong with `algorithm.KEY`, which the algorithm `name` does not read."""
+    allowed = sorted(_keys_of_algorithm(name))
+    readers = [other for other in ALGORITHMS if key in _keys_of_algorithm(other)]
+    near = difflib.get_close_matches(key, allowed, 1, 0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    if readers:
+        hint = f"read by {', '.join(readers)}; "
+    return f"algorithm.{key}: unknown key for algorithm.name={name} ({hint}allowed: {', '.join(allowed)})"
+
+
+def describe(error: ValidationError, tree: Mapping[str, Any], model: type[BaseModel] = Config) -> str:
+    """One line per problem: key, value, what is allowed. `tree` are the values that were refused."""
     lines = []
     for e in error.errors():
         key = ".".join(str(p) for p in e["loc"]) or "settings"
         message = e["msg"].removeprefix("Value error, ")
-        if e["type"] == "extra_forbidden":
+        if e["type"] == "extra_forbidden" and len(e["loc"]) == 2 and e["loc"][0] == "algorithm":
+            lines.append(_unknown_algorithm_key(str(e["loc"][1]), _algorithm_of(tree).get("name", DEFAULT)))
+        elif e["type"] == "extra_forbidden":
             allowed = _allowed_keys(model, e["loc"])
             near = difflib.get_close_matches(str(e["loc"][-1]), allowed, 1, 0.4)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -135,17 +188,18 @@ def describe(error: ValidationError, model: type[BaseModel] = Config) -> str:
 
 def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> Config:
     """Read, merge and check. ConfigError (a ValueError) with one line per problem."""
-    tree: dict[str, Any] = {}
-    for path in paths:
-        tree = _merge(tree, read_yaml(Path(path)))
-    for text in overrides:
-        tree = _merge(tree, parse_override(text))
+    layers = [layer for path in paths for layer in read_layers(Path(path))]
+    if overrides:
+        layers.append(functools.reduce(_merge, map(parse_override, overrides)))
+    nothing: dict[str, Any] = {}
+    tree = functools.reduce(_merge, _drop_replaced(layers), nothing)
     try:
         return Config.model_validate(tree)
     except ValidationError as e:
-        raise ConfigError(describe(e)) from None
+        raise ConfigError(describe(e, tree)) from None
 
 
 def dump_config(config: Config) -> str:
     """The resolved settings as YAML that `load_config` reads back to the same `Config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text

@@ -25,7 +25,7 @@ class DataConfig(Section):
 class ServerConfig(Section):
     """SGLang or vLLM servers: given by URL, or started and watched by the run."""
 
-    urls: list[str] = Field([])
+    urls: list[str] = Field(default=[])
     """Servers that are already up; empty starts `num_servers` of them."""
     registry: Path | None = None
     """Folder in which engine nodes announce their servers (engines/discovery.py); used in place of `urls`."""
@@ -56,13 +56,13 @@ class ServerConfig(Section):
     fp32_lm_head: bool = False
     deterministic: bool = False
     """Batch-invariant kernels, where the engine has them."""
-    extra_args: list[str] = Field([])
+    extra_args: list[str] = Field(default=[])
     """Passed to the server as they are."""
-    env: dict[str, str] = Field({})
+    env: dict[str, str] = Field(default={})
     """Added to the environment of started servers, for example PYTHONPATH of an offline bundle."""
     router: bool = False
     """Spread requests by sglang-router, one on each trainer machine, in place of our own client (SGLang)."""
-    router_args: list[str] = Field([])
+    router_args: list[str] = Field(default=[])
     """Passed to the router as they are, for example ["--policy=random"]."""
     max_in_flight: PositiveInt = 256
     """Requests under way at once, from each trainer rank."""

@@ -6,14 +6,17 @@ Every field has a default or is required, and a line that says what it does. Not
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, SerializeAsAny, model_validator
 
+from megatron_nft.algorithms import AlgorithmSettings, read_settings
+from megatron_nft.algorithms.nft import NFTSettings
 from megatron_nft.config.policy import ModelConfig, OptimizerConfig, PolicyConfig
 from megatron_nft.config.rollout import DataConfig, RolloutConfig, VerifyConfig
 from megatron_nft.config.training import (
-    AlgorithmConfig,
     CheckpointConfig,
     EvalConfig,
     MetricsConfig,
@@ -21,6 +24,11 @@ from megatron_nft.config.training import (
     TrainConfig,
 )
 from megatron_nft.section import NonNegativeInt, PositiveInt, Section
+
+
+def _read_algorithm(value: object) -> object:
+    """A mapping as the settings of the algorithm that it names; pydantic refuses anything else."""
+    return read_settings(value) if isinstance(value, Mapping) else value
 
 
 class Config(Section):
@@ -34,7 +42,8 @@ class Config(Section):
     model: ModelConfig
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: Annotated[SerializeAsAny[AlgorithmSettings], BeforeValidator(_read_algorithm)] = NFTSettings()
+    """One flat section; which keys it has depends on `algorithm.name` (see `megatron_nft.algorithms`)."""
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     verify: VerifyConfig = VerifyConfig()
@@ -55,11 +64,7 @@ class Config(Section):
                 f"data.max_prompt_tokens ({self.data.max_prompt_tokens}) + "
                 f"rollout.max_response_tokens ({self.rollout.max_response_tokens}) = {longest}{padded}"
             )
-        if self.algorithm.overlong_buffer_tokens > self.rollout.max_response_tokens:
-            raise ValueError(
-                f"algorithm.overlong_buffer_tokens ({self.algorithm.overlong_buffer_tokens}) must be at most "
-                f"rollout.max_response_tokens ({self.rollout.max_response_tokens})"
-            )
+        self.algorithm.check_response_limit(self.rollout.max_response_tokens)
         if self.rollout.engine == "embedded" and self.sync.transport not in ("auto", "tensor"):
             raise ValueError(f"sync.transport={self.sync.transport} needs rollout.engine sglang or vllm, not embedded")
         return self

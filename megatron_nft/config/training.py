@@ -1,4 +1,4 @@
-"""The loss, the size of a step, and what happens around it."""
+"""The size of a step, and what happens around it."""
 
 from __future__ import annotations
 
@@ -8,43 +8,6 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_nft.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
-
-
-class AlgorithmConfig(Section):
-    """The loss. docs: NFT.md's equation is in `megatron_nft.algorithms.nft`."""
-
-    name: Literal["nft", "rft", "grpo", "dr_grpo", "dapo"] = "nft"
-    negative_weight: Annotated[float, Field(ge=0)] = 1.0
-    """NFT: weight of the wrong answers' term (rft means 0)."""
-    clamp: PositiveFloat = 1.0
-    """NFT's epsilon: lower clamp of (1 - r R) / (1 - r), straight-through."""
-    prompt_weight: Literal["uniform", "dr_grpo", "grpo"] = "dr_grpo"
-    """omega(q): 1, 1 - r, or sqrt((1 - r) / r)."""
-    ratio: Literal["token", "sequence"] = "token"
-    """One likelihood ratio per token, or one per answer."""
-    ratio_max_log: PositiveFloat = 10.0
-    """Upper bound of log R before exp."""
-    correct_rate_min: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    correct_rate_max: Annotated[float, Field(gt=0.5, lt=1)] = 0.98
-    """The loss sees the group's correct rate clamped to this range."""
-    clip_low: PositiveFloat = 0.2
-    clip_high: PositiveFloat = 0.2
-    """GRPO family: R is clipped to [1 - clip_low, 1 + clip_high] (DAPO: 0.28 above)."""
-    loss_divisor: Literal["tokens"] | PositiveFloat = "tokens"
-    """Global denominator: the optimizer step's trained response tokens over all ranks, or a fixed number."""
-    truncated: Literal["negative", "drop"] = "negative"
-    """Answers cut off at the length limit: trained as wrong, or left out of the loss."""
-    overlong_buffer_tokens: NonNegativeInt = 0
-    """DAPO: soft penalty over the last N tokens before the limit; 0 turns it off."""
-    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
-
-    @model_validator(mode="after")
-    def _combinations(self) -> AlgorithmConfig:
-        if self.overlong_buffer_tokens and self.name != "dapo":
-            raise ValueError(f"overlong_buffer_tokens belongs to name=dapo, not {self.name}")
-        if self.ratio == "sequence" and self.name not in ("nft", "rft"):
-            raise ValueError(f"ratio=sequence belongs to name=nft or rft, not {self.name}")
-        return self
 
 
 class TrainConfig(Section):
@@ -103,7 +66,7 @@ class CheckpointConfig(Section):
 class EvalConfig(Section):
     """Held-out questions during training."""
 
-    data: list[Path] = Field([])
+    data: list[Path] = Field(default=[])
     every_steps: NonNegativeInt = 0
     """0: only before the first and after the last step, if `data` is given."""
     samples: PositiveInt = 1

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_nft.config import Config
+from megatron_nft.metrics import Max, Mean
 from megatron_nft.policy import cpu
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.model import PolicyModel, build_chunks, uses_transformer_engine
 from megatron_nft.policy.optimizer import build_optimizer, describe
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.policy.precision import in_bf16
-from megatron_nft.policy.step import Loss, StepInputs, check_micro_batches, finalize, forward_backward, forward_logprobs
-from megatron_nft.policy.update import update
+from megatron_nft.policy.step import (
+    Objective,
+    StepInputs,
+    check_micro_batches,
+    finalize,
+    forward_backward,
+    forward_logprobs,
+)
 from megatron_nft.types import PackedBatch
 
 
@@ -33,7 +43,7 @@ class StepReport:
     skipped: bool
     reason: str  # why it was skipped, or ""
     num_tokens: int  # trained tokens over all replicas
-    metrics: dict[str, float] = field(default_factory=dict)  # sums (max_...: maxima) over micro-batches and replicas
+    metrics: dict[str, Mean | Max] = field(default_factory=dict)  # of numbers, over all micro-batches and replicas
 
 
 class Policy:
@@ -91,23 +101,12 @@ class Policy:
     @property
     def lr(self) -> float:
         """Learning rate of the last update."""
-        return self.optimizer.param_groups[0]["lr"]
-
-    @property
-    def num_updates(self) -> int:
-        """Optimizer steps made, skipped ones not counted."""
-        return self.schedule.num_steps
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def reload_master_weights(self) -> None:
         """Copy the model's weights into the optimizer's fp32 masters; needed after weights were loaded."""
         with cpu.on_cpu():
             self.optimizer.reload_model_params()
-
-    def broadcast_params(self) -> None:
-        """Give every replica the weights of data-parallel rank 0."""
-        with cpu.on_cpu():
-            for ddp in self.wrapped:
-                ddp.broadcast_params()
 
     def compute_logprobs(
         self, micro_batches: list[PackedBatch], temperature: float = 1.0, quantized: bool | None = None
@@ -116,22 +115,30 @@ class Policy:
 
         `quantized`: in the FP8 recipe that trains, or in bf16; None as `policy.fp8.logprobs` says.
         """
-        check_micro_batches(micro_batches, self.layout, self.pad_multiple)
-        for ddp in self.wrapped:
-            ddp.eval()
         if quantized is None:
             quantized = self.config.policy.fp8.logprobs
-        with cpu.on_cpu(), contextlib.nullcontext() if quantized else in_bf16(self.chunks):
-            found = forward_logprobs(self.wrapped, micro_batches, self._inputs(temperature), self.layout)
-        return [logprobs.cpu().numpy() for logprobs in found]
+        found = self._forward(micro_batches, temperature, quantized=quantized, with_entropy=False)
+        return [rows[0] for rows in found]
+
+    def compute_logprobs_and_entropies(
+        self, micro_batches: list[PackedBatch], temperature: float = 1.0
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `compute_logprobs`, bit for bit, and the entropies of the distributions that the labels are drawn from:
+        (log-probs, entropies in nats), both float32 [T], per micro-batch."""
+        quantized = self.config.policy.fp8.logprobs
+        found = self._forward(micro_batches, temperature, quantized=quantized, with_entropy=True)
+        return [(rows[0], rows[1]) for rows in found]
 
     def train_step(
-        self, micro_batches: list[PackedBatch], loss: Loss, denominator: float, temperature: float = 1.0
+        self, micro_batches: list[PackedBatch], objective: Objective, denominator: float, temperature: float = 1.0
     ) -> StepReport:
-        """One optimizer step on this replica's micro-batches. The gradient is that of the sum of `loss` over all
-        trained tokens of all replicas, divided by `denominator`. Log-probs are those at `temperature`.
+        """One optimizer step on this replica's micro-batches: forward, backward, clipping, update.
 
-        A NaN or Inf in the loss or the gradients skips the update and says so.
+        The gradient is that of the sum of `objective.loss` over all trained tokens of all replicas, divided by
+        `denominator`. Log-probs are those at `temperature`.
+
+        A NaN or Inf in the loss or the gradients skips the update and says so; weights, optimizer state and schedule
+        stay as they were. All ranks decide the same, since loss and norm are reduced over all of them.
         """
         if not denominator > 0:
             raise ValueError(f"denominator is {denominator}; it must be above 0")
@@ -142,8 +149,15 @@ class Policy:
                 ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
             inputs = self._inputs(temperature)
-            totals = forward_backward(self.wrapped, micro_batches, loss, denominator, inputs, self.layout)
-            grad_norm, reason = update(self.optimizer, self.schedule, totals.loss_sum)
+            totals = forward_backward(self.wrapped, micro_batches, objective, denominator, inputs, self.layout)
+            with torch.no_grad():
+                self.optimizer.prepare_grads()
+                grad_norm = float(self.optimizer.get_grad_norm())
+                reason = _why_skipped(totals.loss_sum, grad_norm)
+                if not reason:
+                    self.schedule.step(1)
+                    _clip_gradients(self.optimizer, grad_norm)
+                    self.optimizer.step_with_ready_grads()
         return StepReport(
             loss=totals.loss_sum / denominator,
             grad_norm=grad_norm,
@@ -153,6 +167,18 @@ class Policy:
             num_tokens=totals.num_tokens,
             metrics=totals.metrics,
         )
+
+    def _forward(
+        self, micro_batches: list[PackedBatch], temperature: float, *, quantized: bool, with_entropy: bool
+    ) -> list[np.ndarray]:
+        """Log-probs and, `with_entropy`, entropies: float32 [1, T] or [2, T] per micro-batch."""
+        check_micro_batches(micro_batches, self.layout, self.pad_multiple)
+        for ddp in self.wrapped:
+            ddp.eval()
+        inputs = self._inputs(temperature)
+        with cpu.on_cpu(), contextlib.nullcontext() if quantized else in_bf16(self.chunks):
+            found = forward_logprobs(self.wrapped, micro_batches, inputs, self.layout, with_entropy=with_entropy)
+        return [rows.cpu().numpy() for rows in found]
 
     def _inputs(self, temperature: float) -> StepInputs:
         return StepInputs(
@@ -170,12 +196,31 @@ def num_optimizer_steps(config: Config) -> int:
     return train.num_steps * train.num_epochs * (train.questions_per_step // train.questions_per_optimizer_step)
 
 
+def _why_skipped(loss_sum: float, grad_norm: float) -> str:
+    """Why an update must not be made, or ""."""
+    if not math.isfinite(loss_sum):
+        return f"the loss is {loss_sum}"
+    if not math.isfinite(grad_norm):
+        return f"the gradient norm is {grad_norm}"
+    return ""
+
+
+def _clip_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Scale the gradients down to the norm `clip_grad`, if their norm over all ranks, `grad_norm`, is above it."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            # with the optimizer on the host, gradients stand in `decoupled_grad`
+            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm, use_decoupled_grad=decoupled)
+
+
 def _wrap(chunk: PolicyModel, config: Config, *, first: bool) -> DistributedDataParallel:
     policy = config.policy
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=policy.use_distributed_optimizer,
         overlap_grad_reduce=policy.overlap_grad_reduce,
-        check_for_nan_in_grad=False,  # it raises; policy/update.py skips the step
+        check_for_nan_in_grad=False,  # it raises; `train_step` skips the step
     )
     return DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=not first)

@@ -8,31 +8,40 @@ packing and the split into micro-batches,
 Megatron would divide by micro-batches, tokens and data-parallel ranks at several places. With
 `calculate_per_token_loss` it only ever sums: the schedule does not touch the loss, DistributedDataParallel adds up
 over data-parallel ranks, and `finalize` hands Megatron no token count to divide by. The one division is `_loss_of`.
-Gradient clipping comes after, in policy/update.py.
+Gradient clipping comes after, in `Policy.train_step`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_nft.metrics import Max, Mean
 from megatron_nft.policy.logprobs import linear_logprobs
 from megatron_nft.policy.model import PolicyModel, packed_params
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.types import PackedBatch
 
-Loss = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
-"""(log-probs fp32 [T], batch) -> (per-token loss [T], metrics). Values outside loss_mask are ignored. Metrics are
-tensors or numbers that are summed over their elements, micro-batches and replicas; those named `max_...` are maxima.
-Every call must return the same names."""
+
+class Objective(Protocol):
+    """What a step minimizes and logs; every `megatron_nft.algorithms.Algorithm` is one."""
+
+    def loss(self, logprobs: Tensor, batch: PackedBatch) -> Tensor:
+        """Log-probs fp32 [T] -> loss of each token [T]. Values outside loss_mask are ignored."""
+
+    def metrics(self, logprobs: Tensor, loss: Tensor, batch: PackedBatch) -> dict[str, Mean | Max]:
+        """Called without gradients with the log-probs and the loss [T], which is 0 outside loss_mask. Every call must
+        return the same names, each of the same kind."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,24 @@ class Totals:
 
     loss_sum: float
     num_tokens: int
-    metrics: dict[str, float]
+    metrics: dict[str, Mean | Max]  # of numbers
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one micro-batch gave; scalar tensors in fp64."""
+
+    loss_sum: Tensor
+    num_tokens: Tensor
+    means: dict[str, tuple[Tensor, Tensor]]  # total and count
+    maxima: dict[str, Tensor]
 
 
 def unwrap(chunk: nn.Module) -> PolicyModel:
     """The model inside Megatron's DistributedDataParallel."""
-    return chunk.module if hasattr(chunk, "module") else chunk
+    model = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+    assert isinstance(model, PolicyModel)
+    return model
 
 
 def check_micro_batches(micro_batches: list[PackedBatch], layout: ParallelLayout, multiple_of: int) -> None:
@@ -88,19 +109,27 @@ def finalize(model: list[nn.Module], num_tokens: Tensor | None = None, **kwargs:
 def forward_backward(
     chunks: list[nn.Module],
     micro_batches: list[PackedBatch],
-    loss: Loss,
+    objective: Objective,
     denominator: float,
     inputs: StepInputs,
     layout: ParallelLayout,
 ) -> Totals:
     """Gradients into the chunks' buffers, reduced over all ranks; the sums for the report."""
-    outcomes: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    outcomes: list[Outcome] = []
 
-    def loss_of(batch: PackedBatch, model: PolicyModel, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
-        per_token, metrics = loss(_logprobs(hidden, model, batch, inputs), batch)
+    def loss_of(batch: PackedBatch, model: PolicyModel, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logprobs, _ = _logprobs(hidden, model, batch, inputs)
         trained = batch.loss_mask > 0
-        loss_sum = per_token.where(trained, 0).sum()
-        outcomes.append((loss_sum.detach().double(), trained.sum(), _detached(metrics)))
+        per_token = objective.loss(logprobs, batch)
+        if per_token.shape != logprobs.shape:
+            raise ValueError(
+                f"the loss has shape {tuple(per_token.shape)}; it must have one value per token, {tuple(trained.shape)}"
+            )
+        per_token = per_token.where(trained, 0)
+        loss_sum = per_token.sum()
+        with torch.no_grad():
+            metrics = objective.metrics(logprobs.detach(), per_token.detach(), batch)
+        outcomes.append(Outcome(loss_sum.detach().double(), trained.sum().double(), *_scalars(metrics, hidden.device)))
         return loss_sum / denominator, torch.zeros((), dtype=torch.int, device=hidden.device), {}
 
     _run(chunks, micro_batches, loss_of, inputs, forward_only=False)
@@ -109,20 +138,28 @@ def forward_backward(
 
 @torch.no_grad()
 def forward_logprobs(
-    chunks: list[nn.Module], micro_batches: list[PackedBatch], inputs: StepInputs, layout: ParallelLayout
+    chunks: list[nn.Module],
+    micro_batches: list[PackedBatch],
+    inputs: StepInputs,
+    layout: ParallelLayout,
+    *,
+    with_entropy: bool = False,
 ) -> list[Tensor]:
-    """Log-probs fp32 [T] of every micro-batch, on every rank of the replica."""
+    """Log-probs of every micro-batch, fp32 [1, T], on every rank of the replica. `with_entropy`, [2, T]: below them the
+    entropy in nats of the distribution from which each label is drawn."""
 
     def logprobs_of(batch: PackedBatch, model: PolicyModel, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
-        return _logprobs(hidden, model, batch, inputs)
+        logprobs, entropy = _logprobs(hidden, model, batch, inputs, with_entropy=with_entropy)
+        return torch.stack([logprobs] if entropy is None else [logprobs, entropy])
 
     found = _run(chunks, micro_batches, logprobs_of, inputs, forward_only=True)
     if layout.pp_size == 1:
         return found
     lengths = [batch.tokens.numel() for batch in micro_batches]
-    flat = torch.cat(found) if layout.is_last_stage else torch.empty(sum(lengths), device=layout.device)
+    shape = (2 if with_entropy else 1, sum(lengths))
+    flat = torch.cat(found, dim=1) if layout.is_last_stage else torch.empty(shape, device=layout.device)
     dist.broadcast(flat, layout.last_stage_rank, group=layout.pp_group)
-    return list(flat.split(lengths))
+    return list(torch.split(flat, lengths, dim=1))
 
 
 def _run(
@@ -136,7 +173,9 @@ def _run(
     """Megatron's schedule. `last(batch, model, hidden)` runs on the last stage."""
     prepared = [(batch, packed_params(batch, inputs.engine)) for batch in micro_batches]
 
-    def forward(data: Iterator[tuple[PackedBatch, PackedSeqParams]], chunk: nn.Module) -> tuple[Tensor, Callable]:
+    def forward(
+        data: Iterator[tuple[PackedBatch, PackedSeqParams]], chunk: nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], object]]:
         batch, params = next(data)
         hidden = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=params)
         if chunk is chunks[0]:
@@ -144,7 +183,7 @@ def _run(
         return hidden, partial(last, batch, unwrap(chunk))
 
     several = len(chunks) > 1
-    return get_forward_backward_func()(
+    found: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[iter(prepared) for _ in chunks] if several else iter(prepared),
         model=chunks if several else chunks[0],
@@ -154,10 +193,13 @@ def _run(
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
+    return found
 
 
-def _logprobs(hidden: Tensor, model: PolicyModel, batch: PackedBatch, inputs: StepInputs) -> Tensor:
-    logprobs, _ = linear_logprobs(
+def _logprobs(
+    hidden: Tensor, model: PolicyModel, batch: PackedBatch, inputs: StepInputs, *, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    return linear_logprobs(
         hidden.squeeze(1),
         model.output_weight,
         batch.labels,
@@ -166,41 +208,58 @@ def _logprobs(hidden: Tensor, model: PolicyModel, batch: PackedBatch, inputs: St
         sequence_parallel=model.config.sequence_parallel,
         chunk_tokens=inputs.chunk_tokens,
         temperature=inputs.temperature,
+        with_entropy=with_entropy,
     )
-    return logprobs
 
 
-def _detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    reduced = {}
-    for name, value in metrics.items():
-        value = torch.as_tensor(value).detach().double()
-        reduced[name] = (value.amax() if value.numel() else value.sum()) if name.startswith("max_") else value.sum()
-    return reduced
+def _scalars(
+    metrics: dict[str, Mean | Max], device: torch.device
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Total and count of each mean, and each maximum, from numbers or tensors of any shape, as scalar fp64 tensors."""
+
+    def tensor(part: Tensor | float) -> Tensor:
+        return torch.as_tensor(part).detach().to(device, torch.double)
+
+    means, maxima = {}, {}
+    for name, metric in metrics.items():
+        if isinstance(metric, Mean):
+            means[name] = tensor(metric.total).sum(), tensor(metric.count).sum()
+        elif isinstance(metric, Max):
+            values = tensor(metric.value)
+            maxima[name] = values.amax() if values.numel() else values.new_tensor(-math.inf)
+        else:
+            raise TypeError(f"metric {name} is a {type(metric).__name__}, not a Mean or Max of megatron_nft.metrics")
+    return means, maxima
 
 
-def _totals(outcomes: list[tuple[Tensor, Tensor, dict[str, Tensor]]], layout: ParallelLayout) -> Totals:
+def _totals(outcomes: list[Outcome], layout: ParallelLayout) -> Totals:
     """Reduce over micro-batches and replicas on the last stage, then tell the other stages."""
-    totals = [_reduced(outcomes, layout)] if layout.is_last_stage else [None]
-    if layout.pp_size > 1:
-        source = layout.replica_ranks[layout.dp_rank][-layout.tp_size]  # TP rank 0 of the last stage
-        dist.broadcast_object_list(totals, source, group=layout.replica_gloo)
-    return totals[0]
+    if layout.pp_size == 1:
+        return _reduced(outcomes, layout)
+    told: list[Any] = [_reduced(outcomes, layout) if layout.is_last_stage else None]
+    source = layout.replica_ranks[layout.dp_rank][-layout.tp_size]  # TP rank 0 of the last stage
+    dist.broadcast_object_list(told, source, group=layout.replica_gloo)
+    totals: Totals = told[0]
+    return totals
 
 
-def _reduced(outcomes: list[tuple[Tensor, Tensor, dict[str, Tensor]]], layout: ParallelLayout) -> Totals:
-    names = sorted(outcomes[0][2])
-    for _, _, metrics in outcomes:
-        if sorted(metrics) != names:
-            raise ValueError(f"the loss returned metrics {sorted(metrics)} after {names}; the names must not change")
-    sums = [name for name in names if not name.startswith("max_")]
-    maxima = [name for name in names if name.startswith("max_")]
-    rows = [torch.stack([s, n.double(), *(m[name].to(s.device) for name in sums)]) for s, n, m in outcomes]
-    summed = torch.stack(rows).sum(0)
+def _reduced(outcomes: list[Outcome], layout: ParallelLayout) -> Totals:
+    means, maxima = sorted(outcomes[0].means), sorted(outcomes[0].maxima)
+    for outcome in outcomes:
+        if (sorted(outcome.means), sorted(outcome.maxima)) != (means, maxima):
+            raise ValueError(
+                f"the algorithm returned metrics {sorted({**outcome.means, **outcome.maxima})} after "
+                f"{sorted(means + maxima)}; the names must not change, nor whether one is a Mean or a Max"
+            )
+    rows = [[o.loss_sum, o.num_tokens, *(part for name in means for part in o.means[name])] for o in outcomes]
+    summed = torch.stack([torch.stack(row) for row in rows]).sum(0)
     dist.all_reduce(summed, group=layout.dp_group)
-    values = dict(zip(sums, summed[2:].tolist(), strict=True))
+    loss_sum, num_tokens, *parts = summed.tolist()
+    metrics: dict[str, Mean | Max] = {}
+    for name, total, count in zip(means, parts[::2], parts[1::2], strict=True):
+        metrics[name] = Mean(total, count)
     if maxima:
-        rows = [torch.stack([m[name].to(s.device) for name in maxima]) for s, _, m in outcomes]
-        largest = torch.stack(rows).amax(0)
+        largest = torch.stack([torch.stack([o.maxima[name] for name in maxima]) for o in outcomes]).amax(0)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=layout.dp_group)
-        values |= dict(zip(maxima, largest.tolist(), strict=True))
-    return Totals(summed[0].item(), int(summed[1].item()), values)
+        metrics |= {name: Max(value) for name, value in zip(maxima, largest.tolist(), strict=True)}
+    return Totals(loss_sum, int(num_tokens), metrics)

@@ -1,0 +1,112 @@
+"""What a training algorithm is: its settings, its samples of a group, its loss per token and its metrics.
+
+Built-in algorithms are one file each in this folder. One of your own is a class like these in any module that Python
+finds, named in the settings as `algorithm.name=module:Class`; docs/extending.md shows one.
+
+Settings are read before any rank starts, on machines that may have no torch: a module that holds an algorithm imports
+torch under TYPE_CHECKING and works with the methods of the tensors that it is given.
+
+Legend: T tokens of a packed micro-batch, P and R prompt and response tokens, K answers of a question.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from megatron_nft.algorithms.token_metrics import token_metrics
+from megatron_nft.metrics import Max, Mean
+from megatron_nft.section import PositiveFloat, Section
+from megatron_nft.types import Rollout, RolloutGroup, TrainingSample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_nft.types import PackedBatch
+
+
+class AlgorithmSettings(Section):
+    """The settings that every algorithm has. An algorithm adds its own in a subclass."""
+
+    name: str
+    """A built-in algorithm (nft, rft, grpo, dr_grpo or dapo), or module:Class of your own."""
+    loss_divisor: Literal["tokens"] | PositiveFloat = "tokens"
+    """Global denominator: the optimizer step's trained response tokens over all ranks, or a fixed number."""
+    truncated: Literal["negative", "drop"] = "negative"
+    """Answers cut off at the length limit: trained as wrong, or left out of the loss."""
+
+    def check_response_limit(self, max_response_tokens: int) -> None:
+        """ValueError where these settings do not go with answers of at most `max_response_tokens` tokens."""
+
+
+class Algorithm(ABC):
+    """One algorithm, opened with its settings. A subclass names its `Settings` and defines at least `loss`."""
+
+    Settings: ClassVar[type[AlgorithmSettings]]
+    """The class that `algorithm.*` of the configuration is checked against."""
+    settings: AlgorithmSettings
+    """An instance of `Settings`; a subclass declares it as such."""
+
+    def __init__(self, settings: AlgorithmSettings, *, max_response_tokens: int) -> None:
+        """`max_response_tokens` is the length at which generation cuts an answer off."""
+        self.settings = settings
+        self.max_response_tokens = max_response_tokens
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the loss of a token depends on that token alone, so that it may be evaluated in pieces."""
+        return False
+
+    def samples(self, group: RolloutGroup) -> list[TrainingSample]:
+        """The answers of a group that are trained, in order. Answers that are set aside (`ignored`) never are.
+
+        Called for groups whose answers are neither all right nor all wrong.
+        """
+        return [training_sample(group, rollout) for rollout in counted(group)]
+
+    @abstractmethod
+    def loss(self, logprobs: Tensor, batch: PackedBatch) -> Tensor:
+        """The loss of each token, [T], with its gradient; neither masked, nor summed, nor divided.
+
+        `logprobs` [T], fp32, are those of the policy in training at `rollout.temperature`; the policy that generated
+        the data has `batch.behaviour_logprobs`. The trainer ignores values where `batch.loss_mask` is 0, adds up the
+        others over micro-batches and replicas, and divides by `loss_divisor`.
+        """
+
+    def metrics(self, logprobs: Tensor, loss: Tensor, batch: PackedBatch) -> dict[str, Mean | Max]:
+        """What to log of a micro-batch, without gradients; `loss` [T] is that of `loss`, 0 outside the mask.
+
+        The names must be the same in every call, fillers (no token with loss_mask 1) included. They are the names in
+        metrics.jsonl. Totals and counts are added over micro-batches, replicas and the optimizer steps of a step.
+        """
+        return token_metrics(logprobs, loss, batch)
+
+
+def counted(group: RolloutGroup) -> list[Rollout]:
+    """The answers of a group that were not set aside (`ignored`), in order."""
+    return [rollout for rollout in group.rollouts if not rollout.ignored]
+
+
+def training_sample(
+    group: RolloutGroup, rollout: Rollout, *, correct_rate: float | None = None, advantage: float = 0.0
+) -> TrainingSample:
+    """One answer of the group as a sample. `correct_rate` None: the group's own."""
+    import numpy as np  # settings must be readable without it
+
+    return TrainingSample(
+        draw=group.draw,
+        sample_index=rollout.sample_index,
+        input_ids=np.concatenate([group.prompt.token_ids, rollout.response_ids]).astype(np.int32),
+        prompt_length=len(group.prompt.token_ids),
+        rollout_logprobs=rollout.rollout_logprobs,
+        behaviour_logprobs=rollout.trainer_logprobs,
+        correct=rollout.correct,
+        correct_rate=group.correct_rate if correct_rate is None else correct_rate,
+        advantage=advantage,
+        step=group.step,
+    )
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """`values` in fp32 where their dtype is narrower; fp64 stays."""
+    return values if values.element_size() >= 4 else values.float()
