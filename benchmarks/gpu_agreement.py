@@ -18,9 +18,9 @@ from gpu_task import make_task_policy, warm_model
 from megatron_nft.config import PolicyConfig
 from megatron_nft.data.packing import pack, plan_micro_batches, unpack
 from megatron_nft.data.synthetic import MAX_RESPONSE_TOKENS, make_tokenizer, problems
-from megatron_nft.policy import parallel
-from megatron_nft.policy.capability import read_machine
 from megatron_nft.engines.engine import Request, SamplingParams
+from megatron_nft.policy import parallel
+from megatron_nft.policy.capability import read_gpu_stack
 from megatron_nft.types import TrainingSample
 from megatron_nft.weights.sync import WeightSync
 
@@ -85,7 +85,7 @@ def main() -> None:
     policy = make_task_policy(layout, model, attention_backend="fused")
     for name, server in SERVERS.items():
         results.measure(name, lambda server=server: measure(policy, layout, model, server))
-    if not read_machine(layout.device).flash_attention:
+    if not read_gpu_stack(layout.device).flash_attention:
         print("agreement | FlashAttention on both sides | not measured: the package flash-attn is not installed")
         return
     for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN"):  # Megatron set them for the first model

@@ -8,7 +8,7 @@ from gpu_task import make_task_policy, start_model, supervised_steps, teacher_sa
 
 from megatron_nft.config import PolicyConfig
 from megatron_nft.policy import parallel
-from megatron_nft.policy.capability import allowed_recipes, read_machine
+from megatron_nft.policy.capability import allowed_recipes, read_gpu_stack
 
 STEPS, MARKS = 300, (50, 100, 200, 300)
 
@@ -26,7 +26,7 @@ def main() -> None:
     results = Results("fp8_curve", "113M parameters, steps3, 256 solutions a step, lr 3e-4; mean loss of 20 steps.")
     layout = parallel.initialize(PolicyConfig(), seed=1)
     model, samples = start_model(ROOT / "runs" / "gpu" / "start"), teacher_samples()
-    for recipe in allowed_recipes(read_machine()):
+    for recipe in allowed_recipes(read_gpu_stack()):
         results.measure(recipe, lambda recipe=recipe: measure(layout, model, samples, recipe))
         free_memory()
     ends = {"num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}

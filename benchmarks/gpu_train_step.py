@@ -15,9 +15,9 @@ import torch
 from gpu_common import Results, bf16_tflop_s, ceilings, free_memory, median_ms, spec_7b, training_flops, verdict
 from gpu_policies import likelihood_loss, make_config, make_samples, packed, random_policy
 
-from megatron_nft.train.memory import memory_problems
 from megatron_nft.policy import parallel
-from megatron_nft.policy.capability import allowed_recipes, read_machine
+from megatron_nft.policy.capability import allowed_recipes, read_gpu_stack
+from megatron_nft.train.memory import memory_problems
 
 LENGTHS = [4096, 2048, 1024, 512, 512, 4096, 3072, 1024]  # 16384 tokens per micro-batch
 MICRO_BATCHES = 2
@@ -94,7 +94,7 @@ def main() -> None:
         f"{MICRO_BATCHES} micro-batches of {sum(LENGTHS)} tokens, lengths {LENGTHS}, V 152064, Adam, no recompute. "
         "Targets: bf16 at least 55 % of the measured product, FP8 at least 1.4 times bf16.",
     )
-    recipes = allowed_recipes(read_machine())
+    recipes = allowed_recipes(read_gpu_stack())
     rows = {f"{STACK_LAYERS} layers, {r}": (r, False) for r in recipes}
     rows |= {f"largest that fits, {r}": (r, True) for r in recipes}
     if len(sys.argv) > 1:

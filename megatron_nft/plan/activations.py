@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_nft.plan.architecture import kv_size, mlp_width, q_size
-from megatron_nft.plan.layout import Layout
+from megatron_nft.plan.layout import LayoutSettings
 from megatron_nft.policy.family import ModelSpec
 
 
@@ -52,17 +52,17 @@ class _Sizes:
     s: int
 
     @classmethod
-    def of(cls, a: ModelSpec, layout: Layout) -> _Sizes:
+    def of(cls, spec: ModelSpec, layout: LayoutSettings) -> _Sizes:
         tp = layout.tp
         # With EP a rank has whole experts; under sequence parallel it gets them for its share of the tokens.
         mlp_split = tp if layout.ep == 1 or layout.sequence_parallel else 1
         return cls(
-            h=a.hidden_size,
-            q=q_size(a) / tp,
-            kv=kv_size(a) / tp,
-            f=mlp_width(a) / mlp_split,
-            heads=a.num_attention_heads / tp,
-            kv_heads=a.num_query_groups / tp,
+            h=spec.hidden_size,
+            q=q_size(spec) / tp,
+            kv=kv_size(spec) / tp,
+            f=mlp_width(spec) / mlp_split,
+            heads=spec.num_attention_heads / tp,
+            kv_heads=spec.num_query_groups / tp,
             s=tp if layout.sequence_parallel else 1,
         )
 
@@ -76,13 +76,13 @@ def _layer(
     return LayerBytes(kept, recomputed, gradients)
 
 
-def gpu_layer(a: ModelSpec, layout: Layout, fp8: bool) -> LayerBytes:
+def gpu_layer(spec: ModelSpec, layout: LayoutSettings, fp8: bool) -> LayerBytes:
     """The GPU spec in bf16, linears in FP8 if `fp8`."""
-    e, z = 2, _Sizes.of(a, layout)
+    e, z = 2, _Sizes.of(spec, layout)
     linear_input = 1 if fp8 else e
     norm = z.h * (e + linear_input) / z.s
     lse = 4 * z.heads
-    attention = norm + (z.q + 2 * z.kv) * e + (z.q + z.kv) * e * (2 if a.qk_layernorm else 1) + z.q * e + lse
+    attention = norm + (z.q + 2 * z.kv) * e + (z.q + z.kv) * e * (2 if spec.qk_layernorm else 1) + z.q * e + lse
     attention += z.q if fp8 else 0  # the projection's quantized input beside the attention's own output
     mlp = norm + 2 * z.f * e + z.f * linear_input
     residual = z.h * e / z.s
@@ -98,18 +98,18 @@ def gpu_layer(a: ModelSpec, layout: Layout, fp8: bool) -> LayerBytes:
     )
 
 
-def cpu_layer(a: ModelSpec, layout: Layout, e: int) -> LayerBytes:
+def cpu_layer(spec: ModelSpec, layout: LayoutSettings, e: int) -> LayerBytes:
     """The CPU spec; `e` is 4 in fp32 and 2 in bf16."""
-    z = _Sizes.of(a, layout)
+    z = _Sizes.of(spec, layout)
     norm = (4 * z.h + 4 + 2 * z.h * e) / z.s
-    rope = 4 * a.kv_channels * e
+    rope = 4 * spec.kv_channels * e
     head_norms = 0.0
-    if a.qk_layernorm:
+    if spec.qk_layernorm:
         head_norms = (z.q + z.kv) * (4 + e) + 4 * (z.heads + z.kv_heads) + ((z.q + z.kv) * e if e == 4 else 0)
     core = (2 * z.q + 2 * z.kv) * e + 4 * z.heads
     mlp = norm + 5 * z.f * e
     # A checkpointed core attention keeps the rotated Q and K, and the QKV tensor that V is a view of.
-    core_inputs = (2 * z.q + 3 * z.kv) * e - (z.q + 2 * z.kv) * e * (a.qk_layernorm and e == 4)
+    core_inputs = (2 * z.q + 3 * z.kv) * e - (z.q + 2 * z.kv) * e * (spec.qk_layernorm and e == 4)
     return _layer(
         attention=norm + rope + head_norms + core + z.q * e,
         mlp=mlp,
@@ -121,13 +121,13 @@ def cpu_layer(a: ModelSpec, layout: Layout, e: int) -> LayerBytes:
     )
 
 
-def cpu_ends(a: ModelSpec, layout: Layout, e: int, stage: int) -> float:
+def cpu_ends(spec: ModelSpec, layout: LayoutSettings, e: int, stage: int) -> float:
     """Per token, outside the layers: token ids at the first stage; final norm and its result at the last."""
-    z = _Sizes.of(a, layout)
+    z = _Sizes.of(spec, layout)
     ids = 8 if stage == 0 else 0
     return ids + ((4 * z.h + 4 + 2 * z.h * e) / z.s if stage == layout.pp - 1 else 0)
 
 
-def packed_attention_workspace(a: ModelSpec, layout: Layout) -> float:
+def packed_attention_workspace(spec: ModelSpec, layout: LayoutSettings) -> float:
     """Bytes per token of FlashAttention's backward: fp32 dQ, and 16-bit dK, dV expanded to all heads."""
-    return 8 * q_size(a) / layout.tp
+    return 8 * q_size(spec) / layout.tp

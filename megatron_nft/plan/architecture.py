@@ -40,86 +40,88 @@ def read_architecture(model: ModelConfig) -> ModelSpec:
     return found
 
 
-def q_size(a: ModelSpec) -> int:
+def q_size(spec: ModelSpec) -> int:
     """Size of all query heads."""
-    return a.num_attention_heads * a.kv_channels
+    return spec.num_attention_heads * spec.kv_channels
 
 
-def kv_size(a: ModelSpec) -> int:
+def kv_size(spec: ModelSpec) -> int:
     """Size of all key (or value) heads."""
-    return a.num_query_groups * a.kv_channels
+    return spec.num_query_groups * spec.kv_channels
 
 
-def mlp_width(a: ModelSpec) -> int:
+def mlp_width(spec: ModelSpec) -> int:
     """MLP width that one token goes through: of its experts together."""
-    return a.moe_ffn_hidden_size * a.num_experts_per_token if a.num_experts else a.ffn_hidden_size
+    return spec.moe_ffn_hidden_size * spec.num_experts_per_token if spec.num_experts else spec.ffn_hidden_size
 
 
-def attention_matrices(a: ModelSpec) -> int:
+def attention_matrices(spec: ModelSpec) -> int:
     """Weights of QKV and projection of one layer."""
-    return a.hidden_size * (2 * q_size(a) + 2 * kv_size(a))
+    return spec.hidden_size * (2 * q_size(spec) + 2 * kv_size(spec))
 
 
-def expert_params(a: ModelSpec) -> int:
+def expert_params(spec: ModelSpec) -> int:
     """Weights of all experts of one layer; 0 for a dense model."""
-    return 3 * a.hidden_size * a.moe_ffn_hidden_size * a.num_experts
+    return 3 * spec.hidden_size * spec.moe_ffn_hidden_size * spec.num_experts
 
 
-def embedding_params(a: ModelSpec) -> int:
-    return a.vocab_size * a.hidden_size
+def embedding_params(spec: ModelSpec) -> int:
+    return spec.vocab_size * spec.hidden_size
 
 
-def _layer_params(a: ModelSpec, tp: int) -> int:
+def _layer_params(spec: ModelSpec, tp: int) -> int:
     """One layer on one of `tp` ranks, experts left out; norms and the router are on every rank."""
-    bias = q_size(a) + 2 * kv_size(a) if a.add_qkv_bias else 0
-    copies = 2 * a.hidden_size + (2 * a.kv_channels if a.qk_layernorm else 0) + a.hidden_size * a.num_experts
-    mlp = 0 if a.num_experts else 3 * a.hidden_size * a.ffn_hidden_size
-    return (attention_matrices(a) + mlp + bias) // tp + copies
+    bias = q_size(spec) + 2 * kv_size(spec) if spec.add_qkv_bias else 0
+    copies = (
+        2 * spec.hidden_size + (2 * spec.kv_channels if spec.qk_layernorm else 0) + spec.hidden_size * spec.num_experts
+    )
+    mlp = 0 if spec.num_experts else 3 * spec.hidden_size * spec.ffn_hidden_size
+    return (attention_matrices(spec) + mlp + bias) // tp + copies
 
 
-def total_params(a: ModelSpec) -> int:
+def total_params(spec: ModelSpec) -> int:
     """All parameters, as the HF folder holds them (tied embeddings once)."""
-    layers = a.num_layers * (_layer_params(a, tp=1) + expert_params(a))
-    return layers + embedding_params(a) * (1 if a.tied else 2) + a.hidden_size
+    layers = spec.num_layers * (_layer_params(spec, tp=1) + expert_params(spec))
+    return layers + embedding_params(spec) * (1 if spec.tied else 2) + spec.hidden_size
 
 
-def layer_matrices(a: ModelSpec) -> int:
+def layer_matrices(spec: ModelSpec) -> int:
     """Linear weights of all layers, all experts."""
-    mlp = expert_params(a) or 3 * a.hidden_size * a.ffn_hidden_size
-    return a.num_layers * (attention_matrices(a) + mlp)
+    mlp = expert_params(spec) or 3 * spec.hidden_size * spec.ffn_hidden_size
+    return spec.num_layers * (attention_matrices(spec) + mlp)
 
 
-def active_params(a: ModelSpec) -> int:
+def active_params(spec: ModelSpec) -> int:
     """Weights that one token is multiplied with: the layers' and the output layer's."""
-    layer = attention_matrices(a) + 3 * a.hidden_size * mlp_width(a) + a.hidden_size * a.num_experts
-    return a.num_layers * layer + embedding_params(a)
+    layer = attention_matrices(spec) + 3 * spec.hidden_size * mlp_width(spec) + spec.hidden_size * spec.num_experts
+    return spec.num_layers * layer + embedding_params(spec)
 
 
-def kv_bytes_per_token(a: ModelSpec) -> int:
+def kv_bytes_per_token(spec: ModelSpec) -> int:
     """KV cache of one token in 16 bits, all layers."""
-    return 2 * a.num_layers * kv_size(a) * 2
+    return 2 * spec.num_layers * kv_size(spec) * 2
 
 
-def dense_params(a: ModelSpec, tp: int, pp: int, stage: int) -> int:
+def dense_params(spec: ModelSpec, tp: int, pp: int, stage: int) -> int:
     """Parameters of pipeline `stage` on one TP rank, experts left out.
 
     With tied embeddings and PP > 1 the last stage keeps a copy of its own.
     """
-    embedding = a.padded_vocab_size(tp) * a.hidden_size // tp
-    params = a.num_layers // pp * _layer_params(a, tp)
+    embedding = spec.padded_vocab_size(tp) * spec.hidden_size // tp
+    params = spec.num_layers // pp * _layer_params(spec, tp)
     if stage == 0:
         params += embedding
     if stage == pp - 1:
-        params += a.hidden_size + (0 if a.tied and pp == 1 else embedding)
+        params += spec.hidden_size + (0 if spec.tied and pp == 1 else embedding)
     return params
 
 
-def local_expert_params(a: ModelSpec, tp: int, pp: int, ep: int) -> int:
+def local_expert_params(spec: ModelSpec, tp: int, pp: int, ep: int) -> int:
     """Expert weights on one rank: split over EP ranks, or over TP ranks where EP is 1."""
-    return a.num_layers // pp * expert_params(a) // (ep if ep > 1 else tp)
+    return spec.num_layers // pp * expert_params(spec) // (ep if ep > 1 else tp)
 
 
-def local_layer_matrices(a: ModelSpec, tp: int, pp: int, ep: int) -> int:
+def local_layer_matrices(spec: ModelSpec, tp: int, pp: int, ep: int) -> int:
     """Linear weights of the layers on one rank: those that FP8 quantizes."""
-    dense = 0 if a.num_experts else 3 * a.hidden_size * a.ffn_hidden_size
-    return a.num_layers // pp * (attention_matrices(a) + dense) // tp + local_expert_params(a, tp, pp, ep)
+    dense = 0 if spec.num_experts else 3 * spec.hidden_size * spec.ffn_hidden_size
+    return spec.num_layers // pp * (attention_matrices(spec) + dense) // tp + local_expert_params(spec, tp, pp, ep)

@@ -1,4 +1,4 @@
-"""`megatron-nft plan`: does the run fit the machine, and how long will a step take?
+"""`megatron-nft plan`: does the run fit the machines, and how long will a step take?
 
 Exit status: 0 fits, 1 does not fit, 2 the settings or arguments cannot be used.
 """
@@ -13,7 +13,7 @@ from dataclasses import replace
 from megatron_nft.config import ConfigError, load_config
 from megatron_nft.plan.architecture import read_architecture
 from megatron_nft.plan.hardware import CHIPS, GIB
-from megatron_nft.plan.layout import Layout, Machine, with_seq_len
+from megatron_nft.plan.layout import Cluster, LayoutSettings, with_seq_len
 from megatron_nft.plan.plan import make_plan, nearest, search
 from megatron_nft.plan.render import as_dict, as_text, search_table
 from megatron_nft.plan.timing import Workload
@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", action="append", required=True, metavar="FILE", help="YAML settings; later files win (repeatable)")
     add("--nodes", type=_positive, default=1, metavar="N", help="nodes of the job (1)")
     add("--gpus-per-node", type=_positive, required=True, metavar="G", help="GPUs, or processes with --gpu cpu")
-    add("--gpu", choices=sorted(CHIPS), required=True, help="whose figures to use")
+    add(
+        "--gpu",
+        choices=sorted(CHIPS),
+        required=True,
+        help="chip whose rates and memory are assumed",
+    )
     add("--engine-nodes", type=int, default=0, metavar="N", help="of the nodes, those that hold engines alone (0)")
     add("--memory-gib", type=float, metavar="GIB", help="memory of one GPU, where it is not the data sheet's")
     add("--seq-len", type=_positive, metavar="TOKENS", help="longest question with answer, in place of the settings'")
@@ -50,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="key=value", help="for example policy.recompute=full")
 
 
-def _machine(args: argparse.Namespace) -> Machine:
+def _cluster(args: argparse.Namespace) -> Cluster:
     if not 0 <= args.engine_nodes < args.nodes:
         raise ValueError(f"--engine-nodes {args.engine_nodes}: must be at least 0 and below --nodes {args.nodes}")
     chip = CHIPS[args.gpu]
@@ -58,28 +63,28 @@ def _machine(args: argparse.Namespace) -> Machine:
         if args.memory_gib <= 0:
             raise ValueError(f"--memory-gib {args.memory_gib}: must be above 0")
         chip = replace(chip, memory_bytes=int(args.memory_gib * GIB))
-    return Machine(chip, args.nodes, args.gpus_per_node, args.engine_nodes)
+    return Cluster(chip, args.nodes, args.gpus_per_node, args.engine_nodes)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan. Exit status as above."""
     try:
-        machine = _machine(args)
+        cluster = _cluster(args)
         config = load_config(args.config, args.overrides)
-        a = read_architecture(config.model)
+        spec = read_architecture(config.model)
         if args.seq_len:
             config = with_seq_len(config, args.seq_len)
         work = Workload.of(config, args.mean_response_tokens, args.kept_share)
-        plan = make_plan(a, config, Layout.of(config), machine, work)
+        plan = make_plan(spec, config, LayoutSettings.of(config), cluster, work)
     except (ConfigError, ValueError) as e:
         print(f"megatron-nft plan: {e}", file=sys.stderr)
         return 2
-    found = search(a, config, machine, work) if args.search else None
-    near = None if plan.fits else nearest(a, config, plan.layout, machine, work)
+    found = search(spec, config, cluster, work) if args.search else None
+    near = None if plan.fits else nearest(spec, config, plan.layout, cluster, work)
     if args.json:
-        print(json.dumps(as_dict(a, machine, work, plan, near, found), indent=1))
+        print(json.dumps(as_dict(spec, cluster, work, plan, near, found), indent=1))
     else:
-        print(as_text(a, config, machine, work, plan, near))
+        print(as_text(spec, config, cluster, work, plan, near))
         if found is not None:
-            print("\nLayouts that fit, the shortest step first:\n" + search_table(found, machine))
+            print("\nLayouts that fit, the shortest step first:\n" + search_table(found, cluster))
     return 0 if plan.fits else 1

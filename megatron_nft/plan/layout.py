@@ -12,7 +12,7 @@ from megatron_nft.policy.precision import size_problems
 
 
 @dataclass(frozen=True)
-class Machine:
+class Cluster:
     """The devices that are asked for. Engine nodes hold engines alone; the trainer has the others."""
 
     chip: Chip
@@ -26,7 +26,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayoutSettings:
     """What a plan may change of the settings; names are megatron-core's."""
 
     tp: int
@@ -39,7 +39,7 @@ class Layout:
     offload: bool
 
     @classmethod
-    def of(cls, config: Config) -> Layout:
+    def of(cls, config: Config) -> LayoutSettings:
         p = config.policy
         return cls(
             tp=p.tensor_model_parallel_size,
@@ -52,9 +52,9 @@ class Layout:
             offload=p.optimizer_offload,
         )
 
-    def dp(self, machine: Machine) -> int:
+    def dp(self, cluster: Cluster) -> int:
         """Data-parallel size; check `problems` first."""
-        return machine.trainer_devices // (self.tp * self.pp)
+        return cluster.trainer_devices // (self.tp * self.pp)
 
     def overrides(self) -> list[str]:
         """The layout as key=value settings of `megatron-nft train`."""
@@ -95,47 +95,54 @@ def longest_sequence(config: Config) -> int:
     return config.data.max_prompt_tokens + config.rollout.max_response_tokens
 
 
-def token_multiple(config: Config, layout: Layout) -> int:
+def token_multiple(config: Config, layout: LayoutSettings) -> int:
     """Packed micro-batches are padded to a multiple of this: FP8's alignment on each tensor-parallel rank's share."""
     return FP8_ALIGNMENT[config.policy.fp8.recipe] * (layout.tp if layout.sequence_parallel else 1)
 
 
-def problems(a: ModelSpec, config: Config, layout: Layout, machine: Machine) -> list[str]:
+def problems(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> list[str]:
     """Every rule that the layout breaks, one line each; empty when it can run."""
-    return _divisibility(a, config, layout, machine) + _fp8(a, config, layout, machine) + _engine(a, config, machine)
+    return (
+        _divisibility(spec, config, layout, cluster)
+        + _fp8(spec, config, layout, cluster)
+        + _engine(spec, config, cluster)
+    )
 
 
-def _divisibility(a: ModelSpec, config: Config, layout: Layout, machine: Machine) -> list[str]:
+def _divisibility(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> list[str]:
     tp, pp, vpp = layout.tp, layout.pp, layout.vpp
     out = []
-    if machine.trainer_devices % (tp * pp) or not machine.trainer_devices:
+    if cluster.trainer_devices % (tp * pp) or not cluster.trainer_devices:
         out.append(
-            f"{machine.trainer_devices} trainer GPUs cannot be divided into TP {tp} x PP {pp} = {tp * pp}: "
+            f"{cluster.trainer_devices} trainer GPUs cannot be divided into TP {tp} x PP {pp} = {tp * pp}: "
             "change the nodes or the layout"
         )
     for value, name in (
-        (a.num_attention_heads, "attention heads"),
-        (a.num_query_groups, "key/value heads"),
-        (a.moe_ffn_hidden_size or a.ffn_hidden_size, "moe_intermediate_size" if a.num_experts else "intermediate_size"),
+        (spec.num_attention_heads, "attention heads"),
+        (spec.num_query_groups, "key/value heads"),
+        (
+            spec.moe_ffn_hidden_size or spec.ffn_hidden_size,
+            "moe_intermediate_size" if spec.num_experts else "intermediate_size",
+        ),
     ):
         if value % tp:
             out.append(f"tensor_model_parallel_size ({tp}) must divide the {name} ({value})")
-    if layout.ep > 1 and (not a.num_experts or a.num_experts % layout.ep):
-        out.append(f"expert_model_parallel_size ({layout.ep}) must divide num_experts ({a.num_experts})")
-    if machine.trainer_devices % (pp * layout.ep):
+    if layout.ep > 1 and (not spec.num_experts or spec.num_experts % layout.ep):
+        out.append(f"expert_model_parallel_size ({layout.ep}) must divide num_experts ({spec.num_experts})")
+    if cluster.trainer_devices % (pp * layout.ep):
         out.append(
-            f"expert_model_parallel_size ({layout.ep}) x PP {pp} must divide the {machine.trainer_devices} trainer GPUs"
+            f"expert_model_parallel_size ({layout.ep}) x PP {pp} must divide the {cluster.trainer_devices} trainer GPUs"
         )
-    if a.num_layers % (pp * vpp):
+    if spec.num_layers % (pp * vpp):
         chunks = f" x virtual_pipeline_model_parallel_size ({vpp})" if vpp > 1 else ""
-        out.append(f"pipeline_model_parallel_size ({pp}){chunks} must divide num_hidden_layers ({a.num_layers})")
+        out.append(f"pipeline_model_parallel_size ({pp}){chunks} must divide num_hidden_layers ({spec.num_layers})")
     if vpp > 1 and pp == 1:
         out.append(f"virtual_pipeline_model_parallel_size ({vpp}) needs pipeline_model_parallel_size >= 2")
     if layout.sequence_parallel and tp == 1:
         out.append("sequence_parallel needs tensor_model_parallel_size >= 2, not 1")
-    if tp > machine.devices_per_node:
+    if tp > cluster.devices_per_node:
         out.append(
-            f"tensor_model_parallel_size ({tp}) must stay inside a node ({machine.devices_per_node} GPUs): "
+            f"tensor_model_parallel_size ({tp}) must stay inside a node ({cluster.devices_per_node} GPUs): "
             "its traffic needs NVLink"
         )
     longest, multiple = longest_sequence(config), token_multiple(config, layout)
@@ -145,12 +152,12 @@ def _divisibility(a: ModelSpec, config: Config, layout: Layout, machine: Machine
             f"micro_batch_tokens ({layout.micro_batch_tokens}) must hold the longest answer: {longest} tokens, "
             f"{padded} when padded to a multiple of {multiple}"
         )
-    if longest > a.max_position_embeddings:
+    if longest > spec.max_position_embeddings:
         out.append(
             f"the longest answer ({longest} tokens with its question) exceeds the model's "
-            f"max_position_embeddings ({a.max_position_embeddings})"
+            f"max_position_embeddings ({spec.max_position_embeddings})"
         )
-    dp = machine.trainer_devices // (tp * pp)
+    dp = cluster.trainer_devices // (tp * pp)
     answers = config.train.questions_per_optimizer_step * config.rollout.answers_per_question
     if dp > answers:
         out.append(
@@ -160,55 +167,55 @@ def _divisibility(a: ModelSpec, config: Config, layout: Layout, machine: Machine
     return out
 
 
-def _fp8(a: ModelSpec, config: Config, layout: Layout, machine: Machine) -> list[str]:
+def _fp8(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> list[str]:
     recipe = config.policy.fp8.recipe
     if recipe == "none":
         return []
-    chip = machine.chip
+    chip = cluster.chip
     if recipe not in chip.fp8_recipes:
         allowed = ", ".join(("none", *chip.fp8_recipes))
         return [f"fp8.recipe={recipe}: {chip.name} does not have it; allowed there: {allowed}"]
-    return size_problems(a, recipe, layout.tp, layout.ep)
+    return size_problems(spec, recipe, layout.tp, layout.ep)
 
 
-def _engine(a: ModelSpec, config: Config, machine: Machine) -> list[str]:
+def _engine(spec: ModelSpec, config: Config, cluster: Cluster) -> list[str]:
     if config.rollout.engine == "embedded":
         return []
     tp = config.rollout.server.tensor_parallel_size
     out = []
     servers = config.rollout.server.num_servers
     given = config.rollout.server.urls or config.rollout.server.registry
-    if not given and machine.chip.name != "cpu" and servers * tp > machine.devices_per_node:
+    if not given and cluster.chip.name != "cpu" and servers * tp > cluster.devices_per_node:
         out.append(
             f"rollout.server.num_servers ({servers}) x tensor_parallel_size ({tp}) = {servers * tp} exceeds the GPUs "
-            f"of a node ({machine.devices_per_node})"
+            f"of a node ({cluster.devices_per_node})"
         )
-    if a.num_attention_heads % tp:
+    if spec.num_attention_heads % tp:
         out.append(
-            f"rollout.server.tensor_parallel_size ({tp}) must divide the attention heads ({a.num_attention_heads})"
+            f"rollout.server.tensor_parallel_size ({tp}) must divide the attention heads ({spec.num_attention_heads})"
         )
     return out
 
 
-def candidates(a: ModelSpec, config: Config, machine: Machine) -> list[list[Layout]]:
+def candidates(spec: ModelSpec, config: Config, cluster: Cluster) -> list[list[LayoutSettings]]:
     """Every combination of TP, PP, EP, VPP and recompute that obeys the rules, each as a ladder of what it may cost:
 
     as set; the smallest micro-batch cap that holds an answer; that, and the optimizer on the host (GPUs only).
     VPP is 1 or the settings' own.
     """
-    current = Layout.of(config)
-    tps = [t for t in range(1, machine.devices_per_node + 1) if machine.devices_per_node % t == 0]
-    pps = [p for p in range(1, min(a.num_layers, machine.trainer_devices) + 1) if a.num_layers % p == 0]
+    current = LayoutSettings.of(config)
+    tps = [t for t in range(1, cluster.devices_per_node + 1) if cluster.devices_per_node % t == 0]
+    pps = [p for p in range(1, min(spec.num_layers, cluster.trainer_devices) + 1) if spec.num_layers % p == 0]
     ladders = []
-    eps = [e for e in range(1, a.num_experts + 1) if a.num_experts % e == 0] or [1]
+    eps = [e for e in range(1, spec.num_experts + 1) if spec.num_experts % e == 0] or [1]
     for tp, pp, ep, recompute in itertools.product(tps, pps, eps, ("none", "selective", "full")):
         for vpp in sorted({1, current.vpp if pp > 1 else 1}):
             first = replace(current, tp=tp, pp=pp, ep=ep, vpp=vpp, sequence_parallel=tp > 1, recompute=recompute)
             multiple = token_multiple(config, first)
             smallest = -(-longest_sequence(config) // multiple) * multiple
             small = replace(first, micro_batch_tokens=min(smallest, first.micro_batch_tokens))
-            steps = [first, small] + [replace(small, offload=True)] * (machine.chip.name != "cpu")
-            ladder = [step for step in dict.fromkeys(steps) if not problems(a, config, step, machine)]
+            steps = [first, small] + [replace(small, offload=True)] * (cluster.chip.name != "cpu")
+            ladder = [step for step in dict.fromkeys(steps) if not problems(spec, config, step, cluster)]
             if ladder:
                 ladders.append(ladder)
     return ladders

@@ -29,7 +29,7 @@ from megatron_nft.plan.architecture import (
     local_layer_matrices,
     total_params,
 )
-from megatron_nft.plan.layout import Layout, Machine, longest_sequence
+from megatron_nft.plan.layout import Cluster, LayoutSettings, longest_sequence
 from megatron_nft.policy.family import ModelSpec
 
 PARTS = (
@@ -83,141 +83,146 @@ def element_bytes(config: Config) -> int:
     return 2 if config.policy.precision == "bf16" else 4
 
 
-def engine_memory(a: ModelSpec, config: Config, machine: Machine) -> EngineMemory:
+def engine_memory(spec: ModelSpec, config: Config, cluster: Cluster) -> EngineMemory:
     """Weights and KV cache per device of an engine."""
     e = element_bytes(config)
     if config.rollout.engine == "embedded":
         tokens = config.rollout.embedded_batch_tokens
-        kv = tokens * kv_bytes_per_token(a) * e // 2
-        return EngineMemory(total_params(a) * e, kv, tokens)
+        kv = tokens * kv_bytes_per_token(spec) * e // 2
+        return EngineMemory(total_params(spec) * e, kv, tokens)
     server = config.rollout.server
     tp = server.tensor_parallel_size
     if server.dtype != "auto":
         e = {"float32": 4, "bfloat16": 2}[server.dtype]
     matrix_e = 1 if server.quantization == "fp8" else e
-    matrices = layer_matrices(a)
-    weights = (matrices * matrix_e + (total_params(a) - matrices) * e) // tp
-    heads_per_device = max(1, a.num_query_groups // tp)  # replicated where tp exceeds the key/value heads
-    token_bytes = 2 * a.num_layers * heads_per_device * a.kv_channels * e
+    matrices = layer_matrices(spec)
+    weights = (matrices * matrix_e + (total_params(spec) - matrices) * e) // tp
+    heads_per_device = max(1, spec.num_query_groups // tp)  # replicated where tp exceeds the key/value heads
+    token_bytes = 2 * spec.num_layers * heads_per_device * spec.kv_channels * e
     if server.max_total_tokens is not None:
         return EngineMemory(weights, server.max_total_tokens * token_bytes, server.max_total_tokens)
-    kv = max(0, int(server.mem_fraction_static * machine.chip.memory_bytes) - weights)
+    kv = max(0, int(server.mem_fraction_static * cluster.chip.memory_bytes) - weights)
     return EngineMemory(weights, kv, kv // token_bytes)
 
 
-def optimizer_shard(a: ModelSpec, config: Config, layout: Layout, machine: Machine, stage: int) -> int:
+def optimizer_shard(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int) -> int:
     """Parameters whose Adam state a rank of `stage` holds: its share over the ranks that hold the same ones."""
-    dense = dense_params(a, layout.tp, layout.pp, stage)
-    experts = local_expert_params(a, layout.tp, layout.pp, layout.ep)
+    dense = dense_params(spec, layout.tp, layout.pp, stage)
+    experts = local_expert_params(spec, layout.tp, layout.pp, layout.ep)
     if not config.policy.use_distributed_optimizer:
         return dense + experts
-    expert_replicas = machine.trainer_devices // (layout.pp * (layout.ep if layout.ep > 1 else layout.tp))
-    return -(-dense // layout.dp(machine)) - (-experts // expert_replicas)
+    expert_replicas = cluster.trainer_devices // (layout.pp * (layout.ep if layout.ep > 1 else layout.tp))
+    return -(-dense // layout.dp(cluster)) - (-experts // expert_replicas)
 
 
-def optimizer_bytes(a: ModelSpec, config: Config, layout: Layout, machine: Machine, stage: int) -> int:
+def optimizer_bytes(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int) -> int:
     """Adam's state on one rank of `stage`."""
-    return optimizer_shard(a, config, layout, machine, stage) * (12 if config.policy.precision == "bf16" else 8)
+    return optimizer_shard(spec, config, layout, cluster, stage) * (12 if config.policy.precision == "bf16" else 8)
 
 
-def in_flight_layers(a: ModelSpec, layout: Layout, stage: int, num_micro_batches: int) -> int:
+def in_flight_layers(spec: ModelSpec, layout: LayoutSettings, stage: int, num_micro_batches: int) -> int:
     """Layers x micro-batches whose activations stage `stage` keeps at its fullest."""
     pp, vpp = layout.pp, layout.vpp
     if vpp == 1:
-        return min(pp - stage, num_micro_batches) * (a.num_layers // pp)
+        return min(pp - stage, num_micro_batches) * (spec.num_layers // pp)
     chunks = min(2 * (pp - stage - 1) + (vpp - 1) * pp + 1, num_micro_batches * vpp)
-    return chunks * (a.num_layers // (pp * vpp))
+    return chunks * (spec.num_layers // (pp * vpp))
 
 
-def _training(a: ModelSpec, config: Config, layout: Layout, machine: Machine, stage: int, m: int) -> dict[str, int]:
+def _training(
+    spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int, m: int
+) -> dict[str, int]:
     """Parts that only the training phase has. The CPU spec has no separate workspaces."""
     tokens, e = layout.micro_batch_tokens, element_bytes(config)
-    on_cpu = machine.chip.name == "cpu" or config.policy.layer_spec == "local"
+    on_cpu = cluster.chip.name == "cpu" or config.policy.layer_spec == "local"
     fp8 = config.policy.fp8.recipe != "none"
-    layer = cpu_layer(a, layout, e) if on_cpu else gpu_layer(a, layout, fp8)
-    kept = layer.kept[layout.recompute] * in_flight_layers(a, layout, stage, m)
-    ends = cpu_ends(a, layout, e, stage) if on_cpu else 0
+    layer = cpu_layer(spec, layout, e) if on_cpu else gpu_layer(spec, layout, fp8)
+    kept = layer.kept[layout.recompute] * in_flight_layers(spec, layout, stage, m)
+    ends = cpu_ends(spec, layout, e, stage) if on_cpu else 0
     parts = {"activations": int(tokens * (kept + ends + layer.recomputed[layout.recompute] + layer.gradients))}
     if not on_cpu:
-        parts["packed attention"] = int(tokens * packed_attention_workspace(a, layout))
+        parts["packed attention"] = int(tokens * packed_attention_workspace(spec, layout))
     if stage == layout.pp - 1:
-        rows, vocab = min(config.policy.logprob_chunk_tokens, tokens), a.padded_vocab_size(layout.tp) // layout.tp
+        rows, vocab = min(config.policy.logprob_chunk_tokens, tokens), spec.padded_vocab_size(layout.tp) // layout.tp
         if on_cpu or e == 4:
-            chunk = rows * vocab * (2 * e + 8) + a.hidden_size * vocab * (4 + e)
+            chunk = rows * vocab * (2 * e + 8) + spec.hidden_size * vocab * (4 + e)
         else:
-            chunk = rows * vocab // 2 * (4 + e) + a.hidden_size * vocab * e + 4 * tokens * a.hidden_size
-        parts["logits chunk"] = chunk + 2 * tokens * a.hidden_size * e
+            chunk = rows * vocab // 2 * (4 + e) + spec.hidden_size * vocab * e + 4 * tokens * spec.hidden_size
+        parts["logits chunk"] = chunk + 2 * tokens * spec.hidden_size * e
     return parts
 
 
-def export_bytes(a: ModelSpec, config: Config, layout: Layout) -> int:
+def export_bytes(spec: ModelSpec, config: Config, layout: LayoutSettings) -> int:
     """On a stage leader: two buckets, and room for shards on their way or a parameter larger than a bucket."""
     e = element_bytes(config)
-    largest = max(embedding_params(a), 2 * a.hidden_size * a.ffn_hidden_size * (not a.num_experts)) * e
+    largest = max(embedding_params(spec), 2 * spec.hidden_size * spec.ffn_hidden_size * (not spec.num_experts)) * e
     gathers = layout.tp > 1 or layout.ep > 1 or largest > config.sync.bucket_bytes
-    return min(2 * config.sync.bucket_bytes, total_params(a) * e) + largest * gathers
+    return min(2 * config.sync.bucket_bytes, total_params(spec) * e) + largest * gathers
 
 
 def trainer_memory(
-    a: ModelSpec, config: Config, layout: Layout, machine: Machine, num_micro_batches: int
+    spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, num_micro_batches: int
 ) -> list[DeviceMemory]:
     """One entry per pipeline stage."""
     e = element_bytes(config)
-    engine = engine_memory(a, config, machine)
+    engine = engine_memory(spec, config, cluster)
     embedded = config.rollout.engine == "embedded"
-    shares_device = (machine.engine_nodes == 0 and not config.rollout.server.urls) or embedded
+    shares_device = (cluster.engine_nodes == 0 and not config.rollout.server.urls) or embedded
     frees_device = config.rollout.server.memory_saver and not embedded
     devices = []
     for stage in range(layout.pp):
-        params = dense_params(a, layout.tp, layout.pp, stage)
-        params += local_expert_params(a, layout.tp, layout.pp, layout.ep)
-        quantized = local_layer_matrices(a, layout.tp, layout.pp, layout.ep)
+        params = dense_params(spec, layout.tp, layout.pp, stage)
+        params += local_expert_params(spec, layout.tp, layout.pp, layout.ep)
+        quantized = local_layer_matrices(spec, layout.tp, layout.pp, layout.ep)
         fp8_copies = 2 * quantized if config.policy.fp8.recipe != "none" else 0
         resident = {
             "weights": params * e + fp8_copies,
             "gradients": params * 4,
-            "optimizer": 0 if layout.offload else optimizer_bytes(a, config, layout, machine, stage),
-            "reserve": machine.chip.reserve_bytes,
+            "optimizer": 0 if layout.offload else optimizer_bytes(spec, config, layout, cluster, stage),
+            "reserve": cluster.chip.reserve_bytes,
         }
         weights, cache = {"engine weights": engine.weights}, {"engine KV cache": engine.kv_cache}
         # The embedded engine allocates its cache per generation and gives it back.
         always = {} if not shares_device or frees_device else weights | ({} if embedded else cache)
-        train = resident | always | _training(a, config, layout, machine, stage, num_micro_batches)
+        train = resident | always | _training(spec, config, layout, cluster, stage, num_micro_batches)
         sync = (
-            resident | always | {"export buckets": export_bytes(a, config, layout)} | (weights if shares_device else {})
+            resident
+            | always
+            | {"export buckets": export_bytes(spec, config, layout)}
+            | (weights if shares_device else {})
         )
         generate = resident | (weights | cache if shares_device else {})
         devices.append(
             DeviceMemory(
                 role=f"pipeline stage {stage}" if layout.pp > 1 else "every device",
-                capacity=machine.chip.memory_bytes,
+                capacity=cluster.chip.memory_bytes,
                 phases={"train": train, "sync": sync, "generate": generate},
             )
         )
     return devices
 
 
-def engine_device(a: ModelSpec, config: Config, machine: Machine) -> DeviceMemory | None:
+def engine_device(spec: ModelSpec, config: Config, cluster: Cluster) -> DeviceMemory | None:
     """A device of an engine node; None when engines share the trainer's devices."""
-    if not machine.engine_nodes:
+    if not cluster.engine_nodes:
         return None
-    engine = engine_memory(a, config, machine)
-    held = {"engine weights": engine.weights, "engine KV cache": engine.kv_cache, "reserve": machine.chip.reserve_bytes}
-    bucket = {"export buckets": min(config.sync.bucket_bytes, total_params(a) * element_bytes(config))}
-    return DeviceMemory("engine nodes", machine.chip.memory_bytes, {"sync": held | bucket, "generate": held})
+    engine = engine_memory(spec, config, cluster)
+    held = {"engine weights": engine.weights, "engine KV cache": engine.kv_cache, "reserve": cluster.chip.reserve_bytes}
+    bucket = {"export buckets": min(config.sync.bucket_bytes, total_params(spec) * element_bytes(config))}
+    return DeviceMemory("engine nodes", cluster.chip.memory_bytes, {"sync": held | bucket, "generate": held})
 
 
-def host_bytes_per_node(a: ModelSpec, config: Config, layout: Layout, machine: Machine) -> int:
+def host_bytes_per_node(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> int:
     """Optimizer state in host memory of one node; 0 without offload."""
     if not layout.offload:
         return 0
-    largest = max(optimizer_bytes(a, config, layout, machine, stage) for stage in range(layout.pp))
-    return largest * machine.devices_per_node
+    largest = max(optimizer_bytes(spec, config, layout, cluster, stage) for stage in range(layout.pp))
+    return largest * cluster.devices_per_node
 
 
-def engine_problem(a: ModelSpec, config: Config, machine: Machine) -> str | None:
+def engine_problem(spec: ModelSpec, config: Config, cluster: Cluster) -> str | None:
     """Why an engine cannot hold one longest answer, or None."""
-    engine, longest = engine_memory(a, config, machine), longest_sequence(config)
+    engine, longest = engine_memory(spec, config, cluster), longest_sequence(config)
     if engine.kv_tokens >= longest:
         return None
     return (

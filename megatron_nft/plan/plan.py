@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_nft.config import Config
 from megatron_nft.plan import layout as layouts
-from megatron_nft.plan.layout import Layout, Machine
+from megatron_nft.plan.layout import Cluster, LayoutSettings
 from megatron_nft.plan.memory import (
     DeviceMemory,
     engine_device,
@@ -26,7 +26,7 @@ DAY_S = 86400
 class Plan:
     """What came out for one layout. Memory and times are empty where a rule is broken."""
 
-    layout: Layout
+    layout: LayoutSettings
     problems: list[str]
     devices: list[DeviceMemory] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
@@ -54,14 +54,14 @@ class Plan:
         return max(self.devices, key=lambda d: d.peak / d.capacity)
 
 
-def make_plan(a: ModelSpec, config: Config, layout: Layout, machine: Machine, work: Workload) -> Plan:
+def make_plan(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload) -> Plan:
     """Check the rules; where they hold, work out memory and time."""
-    broken = layouts.problems(a, config, layout, machine)
+    broken = layouts.problems(spec, config, layout, cluster)
     if broken:
         return Plan(layout, broken)
-    m = num_micro_batches(work, layout, layout.dp(machine))
-    devices = trainer_memory(a, config, layout, machine, m)
-    engine = engine_device(a, config, machine)
+    m = num_micro_batches(work, layout, layout.dp(cluster))
+    devices = trainer_memory(spec, config, layout, cluster, m)
+    engine = engine_device(spec, config, cluster)
     devices += [engine] if engine else []
     problems = [
         f"{d.role} needs {d.peak / 2**30:.1f} GiB in phase {d.peak_phase}, has {d.capacity / 2**30:.1f} GiB "
@@ -69,30 +69,30 @@ def make_plan(a: ModelSpec, config: Config, layout: Layout, machine: Machine, wo
         for d in devices
         if not d.fits
     ]
-    problems += [p for p in [engine_problem(a, config, machine)] if p]
+    problems += [p for p in [engine_problem(spec, config, cluster)] if p]
     return Plan(
         layout,
         problems,
         devices,
-        step_times(a, config, layout, machine, work),
+        step_times(spec, config, layout, cluster, work),
         m,
-        engine_memory(a, config, machine).kv_tokens,
-        sync_bytes(a, config),
-        host_bytes_per_node(a, config, layout, machine),
+        engine_memory(spec, config, cluster).kv_tokens,
+        sync_bytes(spec, config),
+        host_bytes_per_node(spec, config, layout, cluster),
         work.trained_tokens,
     )
 
 
-def search(a: ModelSpec, config: Config, machine: Machine, work: Workload) -> list[Plan]:
+def search(spec: ModelSpec, config: Config, cluster: Cluster, work: Workload) -> list[Plan]:
     """Every layout that fits, the shortest step first."""
     found = []
-    for ladder in layouts.candidates(a, config, machine):
-        plans = (make_plan(a, config, layout, machine, work) for layout in ladder)
+    for ladder in layouts.candidates(spec, config, cluster):
+        plans = (make_plan(spec, config, layout, cluster, work) for layout in ladder)
         found += [p for p in [next((p for p in plans if p.fits), None)] if p]
     return sorted(found, key=lambda p: p.step_s)
 
 
-def distance(one: Layout, other: Layout) -> float:
+def distance(one: LayoutSettings, other: LayoutSettings) -> float:
     """How far apart two layouts are: a doubling of TP, PP or EP counts 1, any other change 0.5."""
     levels = ("none", "selective", "full")
     return (
@@ -109,17 +109,19 @@ def distance(one: Layout, other: Layout) -> float:
 
 @dataclass
 class Neighbour:
-    """A plan that fits, and the machine it fits on."""
+    """A plan that fits, and the cluster that it fits on."""
 
     plan: Plan
-    machine: Machine
+    cluster: Cluster
 
 
-def nearest(a: ModelSpec, config: Config, layout: Layout, machine: Machine, work: Workload) -> Neighbour | None:
+def nearest(
+    spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload
+) -> Neighbour | None:
     """The fitting plan with the fewest changes, the faster of two as near; else on 2, 4 … 64 times the nodes."""
     for factor in (1, 2, 4, 8, 16, 32, 64):
-        larger = replace(machine, nodes=machine.nodes * factor, engine_nodes=machine.engine_nodes * factor)
-        fitting = search(a, config, larger, work)
+        larger = replace(cluster, nodes=cluster.nodes * factor, engine_nodes=cluster.engine_nodes * factor)
+        fitting = search(spec, config, larger, work)
         if fitting:
             return Neighbour(min(fitting, key=lambda p: (distance(p.layout, layout), p.step_s)), larger)
     return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_nft.config import Config
 from megatron_nft.plan.architecture import total_params
-from megatron_nft.plan.layout import Machine
+from megatron_nft.plan.layout import Cluster
 from megatron_nft.plan.memory import PARTS, DeviceMemory
 from megatron_nft.plan.plan import Neighbour, Plan
 from megatron_nft.plan.timing import Workload
@@ -41,17 +41,17 @@ def _memory_table(device: DeviceMemory) -> list[str]:
     return lines
 
 
-def _head(a: ModelSpec, config: Config, machine: Machine, plan: Plan) -> list[str]:
-    chip = machine.chip
-    engines = f", {machine.engine_nodes} of them for engines" if machine.engine_nodes else ""
+def _head(spec: ModelSpec, config: Config, cluster: Cluster, plan: Plan) -> list[str]:
+    chip = cluster.chip
+    engines = f", {cluster.engine_nodes} of them for engines" if cluster.engine_nodes else ""
     lines = [
-        f"Model: {a.family}, {total_params(a) / 1e9:.3f} B parameters ({a.num_layers} layers, hidden {a.hidden_size}, "
-        f"vocabulary {a.vocab_size})",
-        f"Machine: {machine.nodes} nodes x {machine.devices_per_node} {chip.name}{engines}",
+        f"Model: {spec.family}, {total_params(spec) / 1e9:.3f} B parameters ({spec.num_layers} layers, "
+        f"hidden {spec.hidden_size}, vocabulary {spec.vocab_size})",
+        f"Machine: {cluster.nodes} nodes x {cluster.devices_per_node} {chip.name}{engines}",
         f"Layout: {plan.layout.describe()}",
     ]
     if plan.devices:
-        dp = plan.layout.dp(machine)
+        dp = plan.layout.dp(cluster)
         lines.append(f"        DP {dp}, {plan.num_micro_batches} micro-batches per replica and optimizer step")
     recipe = config.policy.fp8.recipe
     return [*lines, f"Precision: {config.policy.precision}" + (f", FP8 {recipe}" if recipe != "none" else "")]
@@ -72,9 +72,11 @@ def _time_table(plan: Plan, work: Workload) -> list[str]:
     ]
 
 
-def as_text(a: ModelSpec, config: Config, machine: Machine, work: Workload, plan: Plan, near: Neighbour | None) -> str:
+def as_text(
+    spec: ModelSpec, config: Config, cluster: Cluster, work: Workload, plan: Plan, near: Neighbour | None
+) -> str:
     """The whole report; the last lines say whether the run fits, and the nearest layout that does."""
-    lines = _head(a, config, machine, plan)
+    lines = _head(spec, config, cluster, plan)
     if plan.devices:
         shown = {d.role: d for d in [plan.fullest, *(d for d in plan.devices if d.role == "engine nodes")]}
         for device in shown.values():
@@ -89,13 +91,13 @@ def as_text(a: ModelSpec, config: Config, machine: Machine, work: Workload, plan
     if near is None:
         lines.append("No layout fits, with up to 64 times the nodes: other settings or larger GPUs are needed.")
     else:
-        nodes = f" (on {near.machine.nodes} nodes)" if near.machine != machine else ""
+        nodes = f" (on {near.cluster.nodes} nodes)" if near.cluster != cluster else ""
         layout = near.plan.layout
         lines += [f"Nearest layout that fits{nodes}: {layout.describe()}", f"  {' '.join(layout.overrides())}"]
     return "\n".join(lines)
 
 
-def search_table(plans: list[Plan], machine: Machine) -> str:
+def search_table(plans: list[Plan], cluster: Cluster) -> str:
     """One line per layout that fits, best first."""
     if not plans:
         return "No layout fits this machine."
@@ -104,14 +106,14 @@ def search_table(plans: list[Plan], machine: Machine) -> str:
     for p in plans:
         c = p.layout
         lines.append(
-            f"{c.tp:>3}{c.pp:>4}{c.ep:>4}{c.vpp:>5}{c.dp(machine):>5}  {c.recompute:<11}{c.micro_batch_tokens:>7}  "
+            f"{c.tp:>3}{c.pp:>4}{c.ep:>4}{c.vpp:>5}{c.dp(cluster):>5}  {c.recompute:<11}{c.micro_batch_tokens:>7}  "
             f"{'yes' if c.offload else 'no':<9}{p.fullest.peak / p.fullest.capacity:>8.0%}"
             f"{duration(p.step_s):>10}{p.tokens_per_day:>12.3g}"
         )
     return "\n".join(lines)
 
 
-def plan_dict(plan: Plan, machine: Machine) -> dict[str, Any]:
+def plan_dict(plan: Plan, cluster: Cluster) -> dict[str, Any]:
     """A plan in plain types; bytes and seconds."""
     out: dict[str, Any] = {
         "fits": plan.fits,
@@ -121,7 +123,7 @@ def plan_dict(plan: Plan, machine: Machine) -> dict[str, Any]:
     }
     if plan.devices:
         out |= {
-            "data_parallel_size": plan.layout.dp(machine),
+            "data_parallel_size": plan.layout.dp(cluster),
             "num_micro_batches": plan.num_micro_batches,
             "memory": [
                 {
@@ -145,21 +147,21 @@ def plan_dict(plan: Plan, machine: Machine) -> dict[str, Any]:
 
 
 def as_dict(
-    a: ModelSpec, machine: Machine, work: Workload, plan: Plan, near: Neighbour | None, found: list[Plan] | None
+    spec: ModelSpec, cluster: Cluster, work: Workload, plan: Plan, near: Neighbour | None, found: list[Plan] | None
 ) -> dict[str, Any]:
     """The report for `--json`; `search` is there with `--search`."""
     out = {
-        "model": asdict(a) | {"total_params": total_params(a)},
+        "model": asdict(spec) | {"total_params": total_params(spec)},
         "machine": {
-            "gpu": machine.chip.name,
-            "nodes": machine.nodes,
-            "gpus_per_node": machine.devices_per_node,
-            "engine_nodes": machine.engine_nodes,
+            "gpu": cluster.chip.name,
+            "nodes": cluster.nodes,
+            "gpus_per_node": cluster.devices_per_node,
+            "engine_nodes": cluster.engine_nodes,
         },
         "assumptions": asdict(work),
-        "plan": plan_dict(plan, machine),
-        "nearest": plan_dict(near.plan, near.machine) | {"nodes": near.machine.nodes} if near else None,
+        "plan": plan_dict(plan, cluster),
+        "nearest": plan_dict(near.plan, near.cluster) | {"nodes": near.cluster.nodes} if near else None,
     }
     if found is not None:
-        out["search"] = [plan_dict(p, machine) for p in found]
+        out["search"] = [plan_dict(p, cluster) for p in found]
     return out

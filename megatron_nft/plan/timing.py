@@ -33,7 +33,7 @@ from megatron_nft.plan.architecture import (
     q_size,
     total_params,
 )
-from megatron_nft.plan.layout import Layout, Machine
+from megatron_nft.plan.layout import Cluster, LayoutSettings
 from megatron_nft.plan.memory import element_bytes, engine_memory, optimizer_shard
 from megatron_nft.policy.family import ModelSpec
 
@@ -93,80 +93,86 @@ class Workload:
         )
 
 
-def num_micro_batches(work: Workload, layout: Layout, dp: int) -> int:
+def num_micro_batches(work: Workload, layout: LayoutSettings, dp: int) -> int:
     """Micro-batches of one replica in one optimizer step."""
     per_step = work.trained_tokens / max(1, work.optimizer_steps) / dp
     return max(1, math.ceil(per_step / layout.micro_batch_tokens))
 
 
-def forward_flops_per_token(a: ModelSpec, mean_tokens: float) -> float:
+def forward_flops_per_token(spec: ModelSpec, mean_tokens: float) -> float:
     """Linear layers, output layer and causal attention, forward."""
-    return 2 * active_params(a) + 2 * q_size(a) * mean_tokens * a.num_layers
+    return 2 * active_params(spec) + 2 * q_size(spec) * mean_tokens * spec.num_layers
 
 
-def _flops_rate(config: Config, machine: Machine) -> float:
-    chip = machine.chip
+def _flops_rate(config: Config, cluster: Cluster) -> float:
+    chip = cluster.chip
     if config.policy.fp8.recipe != "none":
         return chip.fp8_flops * chip.fp8_share
     return chip.bf16_flops * chip.train_share
 
 
 def _tensor_parallel_s(
-    a: ModelSpec, config: Config, layout: Layout, machine: Machine, tokens: float, passes: float
+    spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, tokens: float, passes: float
 ) -> float:
     """Collectives of `tokens` tokens of one replica through its share of the layers."""
-    tp, chip = layout.tp, machine.chip
+    tp, chip = layout.tp, cluster.chip
     if tp == 1:
         return 0.0
-    volume = tokens * a.hidden_size * element_bytes(config) * (tp - 1) / tp
-    return 4 * passes * volume * (a.num_layers / layout.pp) / (chip.node_bandwidth * chip.bandwidth_share)
+    volume = tokens * spec.hidden_size * element_bytes(config) * (tp - 1) / tp
+    return 4 * passes * volume * (spec.num_layers / layout.pp) / (chip.node_bandwidth * chip.bandwidth_share)
 
 
 def _compute_s(
-    a: ModelSpec, config: Config, layout: Layout, machine: Machine, tokens: float, passes: float, work: Workload
+    spec: ModelSpec,
+    config: Config,
+    layout: LayoutSettings,
+    cluster: Cluster,
+    tokens: float,
+    passes: float,
+    work: Workload,
 ) -> float:
     """`passes` forward equivalents over `tokens` tokens of all replicas, with TP traffic and the pipeline's bubble."""
-    dp = layout.dp(machine)
-    flops = tokens * passes * forward_flops_per_token(a, work.mean_tokens)
-    busy = flops / (machine.trainer_devices * _flops_rate(config, machine))
-    busy += _tensor_parallel_s(a, config, layout, machine, tokens / dp, 1 if passes <= 1 else passes - 1)
+    dp = layout.dp(cluster)
+    flops = tokens * passes * forward_flops_per_token(spec, work.mean_tokens)
+    busy = flops / (cluster.trainer_devices * _flops_rate(config, cluster))
+    busy += _tensor_parallel_s(spec, config, layout, cluster, tokens / dp, 1 if passes <= 1 else passes - 1)
     bubble = (layout.pp - 1) / (layout.vpp * num_micro_batches(work, layout, dp))
     return busy * (1 + bubble)
 
 
-def _training_passes(a: ModelSpec, layout: Layout) -> float:
+def _training_passes(spec: ModelSpec, layout: LayoutSettings) -> float:
     if layout.recompute == "full":
         return 4.0
-    mlp_share = 3 * a.hidden_size * mlp_width(a) * a.num_layers / active_params(a)
+    mlp_share = 3 * spec.hidden_size * mlp_width(spec) * spec.num_layers / active_params(spec)
     return 3.0 + (mlp_share if layout.recompute == "selective" else 0.0)
 
 
-def _optimizer_s(a: ModelSpec, config: Config, layout: Layout, machine: Machine) -> float:
+def _optimizer_s(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> float:
     """One optimizer step: gradients over data parallel, Adam, weights over data parallel."""
-    chip, dp, e = machine.chip, layout.dp(machine), element_bytes(config)
-    params = max(dense_params(a, layout.tp, layout.pp, s) for s in range(layout.pp))
-    params += local_expert_params(a, layout.tp, layout.pp, layout.ep)
-    shard = max(optimizer_shard(a, config, layout, machine, s) for s in range(layout.pp))
-    inside = layout.tp * layout.pp * dp <= machine.devices_per_node
+    chip, dp, e = cluster.chip, layout.dp(cluster), element_bytes(config)
+    params = max(dense_params(spec, layout.tp, layout.pp, s) for s in range(layout.pp))
+    params += local_expert_params(spec, layout.tp, layout.pp, layout.ep)
+    shard = max(optimizer_shard(spec, config, layout, cluster, s) for s in range(layout.pp))
+    inside = layout.tp * layout.pp * dp <= cluster.devices_per_node
     link = (chip.node_bandwidth if inside else chip.network_bandwidth) * chip.bandwidth_share
     seconds = params * (4 + e) * (dp - 1) / dp / link
     seconds += shard * (28 + e) / (chip.memory_bandwidth * chip.bandwidth_share)
     return seconds + (shard * (4 + e) / chip.host_bandwidth if layout.offload else 0.0)
 
 
-def num_engines(config: Config, machine: Machine) -> int:
+def num_engines(config: Config, cluster: Cluster) -> int:
     """Engines that share a step's questions."""
     server = config.rollout.server
     if config.rollout.engine == "embedded":
-        return machine.trainer_devices
-    return len(server.urls) or (machine.engine_nodes or machine.nodes) * server.num_servers
+        return cluster.trainer_devices
+    return len(server.urls) or (cluster.engine_nodes or cluster.nodes) * server.num_servers
 
 
-def generation_s(a: ModelSpec, config: Config, machine: Machine, work: Workload) -> float:
+def generation_s(spec: ModelSpec, config: Config, cluster: Cluster, work: Workload) -> float:
     """Until the last answer of a step is there."""
-    chip, memory = machine.chip, engine_memory(a, config, machine)
+    chip, memory = cluster.chip, engine_memory(spec, config, cluster)
     tp = 1 if config.rollout.engine == "embedded" else config.rollout.server.tensor_parallel_size
-    engines = num_engines(config, machine)
+    engines = num_engines(config, cluster)
     answers = math.ceil(work.sampled_answers / engines)
     kv_token = memory.kv_cache / max(1, memory.kv_tokens)
     context = work.mean_prompt_tokens + work.mean_response_tokens / 2
@@ -174,11 +180,11 @@ def generation_s(a: ModelSpec, config: Config, machine: Machine, work: Workload)
     asked = config.rollout.server.max_running_requests or answers
     batch = max(1, min(answers, int(limit), asked))
     bandwidth = chip.memory_bandwidth * chip.bandwidth_share
-    flops = 2 * active_params(a) / tp / (chip.bf16_flops * chip.train_share)
+    flops = 2 * active_params(spec) / tp / (chip.bf16_flops * chip.train_share)
 
     def token_s(rows: float) -> float:
         read = (memory.weights + rows * context * kv_token) / bandwidth
-        return max(read, rows * flops) + DECODE_OVERHEAD_S_PER_LAYER * a.num_layers
+        return max(read, rows * flops) + DECODE_OVERHEAD_S_PER_LAYER * spec.num_layers
 
     rounds = answers / batch
     tail = config.rollout.max_response_tokens - work.mean_response_tokens
@@ -186,36 +192,38 @@ def generation_s(a: ModelSpec, config: Config, machine: Machine, work: Workload)
     return prefill + rounds * work.mean_response_tokens * token_s(batch) + tail * token_s(1)
 
 
-def sync_bytes(a: ModelSpec, config: Config) -> int:
+def sync_bytes(spec: ModelSpec, config: Config) -> int:
     """The whole model in the precision it travels in."""
-    return total_params(a) * element_bytes(config)
+    return total_params(spec) * element_bytes(config)
 
 
-def sync_s(a: ModelSpec, config: Config, layout: Layout, machine: Machine) -> float:
+def sync_s(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> float:
     """Megatron shards to HF tensors to engines."""
-    chip, replica = machine.chip, layout.tp * layout.pp
-    total = sync_bytes(a, config)
-    link = chip.node_bandwidth if replica <= machine.devices_per_node else chip.network_bandwidth
+    chip, replica = cluster.chip, layout.tp * layout.pp
+    total = sync_bytes(spec, config)
+    link = chip.node_bandwidth if replica <= cluster.devices_per_node else chip.network_bandwidth
     gather = total * (replica - 1) / replica / (link * chip.bandwidth_share)
     tp = 1 if config.rollout.engine == "embedded" else config.rollout.server.tensor_parallel_size
-    if machine.engine_nodes:
+    if cluster.engine_nodes:
         return gather + total / (chip.network_bandwidth * chip.bandwidth_share)
     return gather + 2 * total / tp / (chip.memory_bandwidth * chip.bandwidth_share)
 
 
-def step_times(a: ModelSpec, config: Config, layout: Layout, machine: Machine, work: Workload) -> dict[str, float]:
+def step_times(
+    spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload
+) -> dict[str, float]:
     """Seconds by phase, in the order of the loop. Verification overlaps generation: only what is left counts."""
-    generation = generation_s(a, config, machine, work)
-    verification = work.sampled_answers * VERIFY_S_PER_ANSWER / (machine.trainer_devices * config.verify.workers)
+    generation = generation_s(spec, config, cluster, work)
+    verification = work.sampled_answers * VERIFY_S_PER_ANSWER / (cluster.trainer_devices * config.verify.workers)
     kept_tokens = work.sampled_questions * work.kept_share * work.answers_per_question * work.mean_tokens
-    passes = _training_passes(a, layout)
+    passes = _training_passes(spec, layout)
     times = {
         "generation": generation,
         "verification left over": max(0.0, verification - generation),
-        "behaviour log-probs": _compute_s(a, config, layout, machine, kept_tokens, 1.0, work),
-        "forward and backward": _compute_s(a, config, layout, machine, work.trained_tokens, passes, work),
-        "optimizer": work.optimizer_steps * _optimizer_s(a, config, layout, machine),
-        "weight sync": sync_s(a, config, layout, machine),
+        "behaviour log-probs": _compute_s(spec, config, layout, cluster, kept_tokens, 1.0, work),
+        "forward and backward": _compute_s(spec, config, layout, cluster, work.trained_tokens, passes, work),
+        "optimizer": work.optimizer_steps * _optimizer_s(spec, config, layout, cluster),
+        "weight sync": sync_s(spec, config, layout, cluster),
     }
     if config.rollout.server.memory_saver and config.rollout.engine != "embedded":
         times["engine sleep and wake"] = ENGINE_SWITCH_S

@@ -26,7 +26,7 @@ MIN_CUDNN = (9, 6)  # packed (thd) attention with grouped queries, on compute ca
 
 
 @dataclass(frozen=True)
-class Machine:
+class GpuStack:
     """What a rank finds on its device."""
 
     chip: str  # the driver's name
@@ -55,10 +55,10 @@ NEEDS = {
 }
 
 
-def read_machine(device: torch.device | int | None = None) -> Machine:
+def read_gpu_stack(device: torch.device | int | None = None) -> GpuStack:
     """Of `device`, by default the current one. Needs CUDA and Transformer Engine."""
     cudnn = torch.backends.cudnn.version() or 0  # 91900: 9.19.0
-    return Machine(
+    return GpuStack(
         chip=torch.cuda.get_device_name(device),
         capability=torch.cuda.get_device_capability(device),
         cuda=_numbers(torch.version.cuda or "0"),
@@ -68,45 +68,45 @@ def read_machine(device: torch.device | int | None = None) -> Machine:
     )
 
 
-def recipe_problem(recipe: str, machine: Machine) -> str | None:
-    """Why the machine cannot run the recipe, or None."""
+def recipe_problem(recipe: str, stack: GpuStack) -> str | None:
+    """Why the recipe cannot run on this stack, or None if it can."""
     if recipe == "none":
         return None
-    needs, has = NEEDS[recipe], machine.capability
+    needs, has = NEEDS[recipe], stack.capability
     if has < needs.capability or (needs.below and has >= needs.below):
         wanted = f"{_dotted(needs.capability)} or above" + (f", below {_dotted(needs.below)}" if needs.below else "")
-        return f"needs compute capability {wanted}; {machine.chip} has {_dotted(has)}"
-    if machine.cuda < needs.cuda:
-        return f"needs CUDA {_dotted(needs.cuda)} or newer; torch was built for {_dotted(machine.cuda)}"
+        return f"needs compute capability {wanted}; {stack.chip} has {_dotted(has)}"
+    if stack.cuda < needs.cuda:
+        return f"needs CUDA {_dotted(needs.cuda)} or newer; torch was built for {_dotted(stack.cuda)}"
     return None
 
 
-def allowed_recipes(machine: Machine) -> list[str]:
-    """What `policy.fp8.recipe` may be on this machine."""
-    return [recipe for recipe in FP8_ALIGNMENT if recipe_problem(recipe, machine) is None]
+def allowed_recipes(stack: GpuStack) -> list[str]:
+    """The values of `policy.fp8.recipe` that this stack can run."""
+    return [recipe for recipe in FP8_ALIGNMENT if recipe_problem(recipe, stack) is None]
 
 
-def check_machine(policy: PolicyConfig, machine: Machine) -> None:
+def check_gpu_stack(policy: PolicyConfig, stack: GpuStack) -> None:
     """ValueError where Transformer Engine layers cannot run as set, saying what is there and what to do."""
-    if Version(machine.transformer_engine) < Version(MIN_TRANSFORMER_ENGINE):
+    if Version(stack.transformer_engine) < Version(MIN_TRANSFORMER_ENGINE):
         raise ValueError(
-            f"Transformer Engine {machine.transformer_engine} is installed; megatron-core 0.16.1 needs "
+            f"Transformer Engine {stack.transformer_engine} is installed; megatron-core 0.16.1 needs "
             f"{MIN_TRANSFORMER_ENGINE} or newer: install the extra `te`, or set policy.layer_spec=local"
         )
-    problem = recipe_problem(policy.fp8.recipe, machine)
+    problem = recipe_problem(policy.fp8.recipe, stack)
     if problem:
         raise ValueError(
-            f"policy.fp8.recipe={policy.fp8.recipe} {problem}. Allowed here: {', '.join(allowed_recipes(machine))}"
+            f"policy.fp8.recipe={policy.fp8.recipe} {problem}. Allowed here: {', '.join(allowed_recipes(stack))}"
         )
-    fused = machine.capability >= (9, 0) and machine.cudnn >= MIN_CUDNN
-    if policy.precision == "bf16" and not (fused or machine.flash_attention):
+    fused = stack.capability >= (9, 0) and stack.cudnn >= MIN_CUDNN
+    if policy.precision == "bf16" and not (fused or stack.flash_attention):
         raise ValueError(
             f"packed attention needs cuDNN {_dotted(MIN_CUDNN)} or newer on compute capability 9.0 or above, or the "
-            f"package flash-attn; here are cuDNN {_dotted(machine.cudnn)}, {machine.chip} with "
-            f"{_dotted(machine.capability)} and no flash-attn. Without them Transformer Engine would build whole "
+            f"package flash-attn; here are cuDNN {_dotted(stack.cudnn)}, {stack.chip} with "
+            f"{_dotted(stack.capability)} and no flash-attn. Without them Transformer Engine would build whole "
             "[tokens, tokens] matrices: install flash-attn, or set policy.layer_spec=local"
         )
-    if policy.attention_backend == "flash" and not machine.flash_attention:
+    if policy.attention_backend == "flash" and not stack.flash_attention:
         raise ValueError(
             "policy.attention_backend=flash needs the package flash-attn, which is not installed. Allowed here: auto, "
             "fused"
@@ -114,7 +114,7 @@ def check_machine(policy: PolicyConfig, machine: Machine) -> None:
     if policy.attention_backend == "fused" and not fused:
         raise ValueError(
             f"policy.attention_backend=fused needs cuDNN {_dotted(MIN_CUDNN)} or newer on compute capability 9.0 or "
-            f"above; here are cuDNN {_dotted(machine.cudnn)} and {machine.chip} with {_dotted(machine.capability)}. "
+            f"above; here are cuDNN {_dotted(stack.cudnn)} and {stack.chip} with {_dotted(stack.capability)}. "
             "Allowed here: auto, flash"
         )
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from megatron_nft.config import PolicyConfig
 from megatron_nft.policy import cpu
 from megatron_nft.policy.attention import PackedAttention, SegmentParams, segment_params
-from megatron_nft.policy.capability import attention_backends, check_machine, read_machine
+from megatron_nft.policy.capability import attention_backends, check_gpu_stack, read_gpu_stack
 from megatron_nft.policy.family import ModelSpec, RopeScaling, check_layout
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.policy.precision import check_sizes, transformer_fields
@@ -214,7 +214,7 @@ def build_chunks(spec: ModelSpec, policy: PolicyConfig, layout: ParallelLayout) 
     check_sizes(spec, policy)
     engine = uses_transformer_engine(policy)
     if engine:
-        check_machine(policy, read_machine(layout.device))
+        check_gpu_stack(policy, read_gpu_stack(layout.device))
     config = transformer_config(spec, policy)
     check_interleaving(config)
     with cpu.on_cpu(), attention_backends(policy, engine):

@@ -9,7 +9,7 @@ import torch
 
 from megatron_nft.config import Config
 from megatron_nft.plan.hardware import CHIPS
-from megatron_nft.plan.layout import Layout, Machine, longest_sequence
+from megatron_nft.plan.layout import Cluster, LayoutSettings, longest_sequence
 from megatron_nft.plan.memory import engine_memory, trainer_memory
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.parallel import ParallelLayout
@@ -39,9 +39,9 @@ def memory_problems(
 ) -> list[str]:
     """`check_memory` for given figures, bytes of one device: `free` before anything is allocated."""
     chip = replace(CHIPS["h100"], name="this GPU", memory_bytes=total)
-    machine = Machine(chip, max(1, world_size // local_world_size), local_world_size)
-    plan = Layout.of(config)
-    train = trainer_memory(spec, config, plan, machine, plan.pp)[stage].phases["train"]
+    cluster = Cluster(chip, max(1, world_size // local_world_size), local_world_size)
+    plan = LayoutSettings.of(config)
+    train = trainer_memory(spec, config, plan, cluster, plan.pp)[stage].phases["train"]
     resident = {name: train[name] for name in RESIDENT}
     left = free - sum(resident.values()) - chip.reserve_bytes
     if left < 0:
@@ -50,7 +50,7 @@ def memory_problems(
             f"reserve {_gib(chip.reserve_bytes)}), {_gib(free)} of {_gib(total)} are free: raise "
             "policy.tensor_model_parallel_size or pipeline_model_parallel_size, or set policy.optimizer_offload=true"
         )
-    held = _engine(config, spec, machine, left, total, resident)
+    held = _engine(config, spec, cluster, left, total, resident)
     needed = {name: train[name] for name in TRAINING if name in train}
     if sum(needed.values()) <= left - held:
         return []
@@ -62,14 +62,14 @@ def memory_problems(
     ]
 
 
-def _engine(config: Config, spec: ModelSpec, machine: Machine, left: int, total: int, resident: dict[str, int]) -> int:
+def _engine(config: Config, spec: ModelSpec, cluster: Cluster, left: int, total: int, resident: dict[str, int]) -> int:
     """Bytes that an engine on this GPU keeps while the trainer works. ValueError where it cannot hold one answer."""
     server, kind = config.rollout.server, config.rollout.engine
     if kind == "embedded" or server.urls or server.registry:
         return 0
     # SGLang takes its share of what is free when it starts, vLLM of the whole device
     base = left if kind == "sglang" else min(total, int(left / server.mem_fraction_static))
-    engine = engine_memory(spec, config, replace(machine, chip=replace(machine.chip, memory_bytes=base)))
+    engine = engine_memory(spec, config, replace(cluster, chip=replace(cluster.chip, memory_bytes=base)))
     share, longest = int(base * server.mem_fraction_static), longest_sequence(config)
     if engine.weights > share or engine.kv_tokens < longest:
         raise ValueError(

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron_nft.plan import memory
 from megatron_nft.plan.activations import cpu_ends, cpu_layer
 from megatron_nft.plan.hardware import CHIPS
-from megatron_nft.plan.layout import Layout, Machine
+from megatron_nft.plan.layout import Cluster, LayoutSettings
 
-MACHINE = Machine(CHIPS["cpu"], 2, 2)
+CLUSTER = Cluster(CHIPS["cpu"], 2, 2)
 
 
 def close(found: float, planned: float, what: str) -> None:
@@ -28,8 +28,8 @@ def compare(ranks: Ranks, family: str, tied: bool, **layout: object) -> None:
         counts.tiny.make_model(ranks.scratch / family, family, tied=tied, **(counts.SIZES | {"layers": 4}))
     dist.barrier()
     config, policy = counts.open_policy(ranks.scratch / family, **layout)
-    plan, stage = Layout.of(config), policy.layout.pp_rank
-    parts = memory.trainer_memory(policy.spec, config, plan, MACHINE, 1)[stage].phases["train"]
+    plan, stage = LayoutSettings.of(config), policy.layout.pp_rank
+    parts = memory.trainer_memory(policy.spec, config, plan, CLUSTER, 1)[stage].phases["train"]
     where = f"{family} {layout} rank {ranks.rank}"
     close(sum(p.nbytes for p in policy.chunks[0].parameters()), parts["weights"], f"{where} weights")
     close(sum(b.grad_data.nbytes for d in policy.wrapped for b in d.buffers), parts["gradients"], f"{where} gradients")

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_nft.train import memory as device_memory
 from megatron_nft.config import Config
-from megatron_nft.train.memory import PhaseMemory, check_memory, memory_problems
 from megatron_nft.plan.hardware import CHIPS
-from megatron_nft.plan.layout import Layout, Machine
+from megatron_nft.plan.layout import Cluster, LayoutSettings
 from megatron_nft.plan.memory import trainer_memory
 from megatron_nft.policy.family import spec_from_config
+from megatron_nft.train import memory as device_memory
+from megatron_nft.train.memory import PhaseMemory, check_memory, memory_problems
 
 GIB = 1 << 30
 FIGURES = {
@@ -76,8 +76,8 @@ def test_too_little_for_a_step_is_a_warning_with_the_numbers():
 
 def test_log_probs_on_a_gpu_by_hand():
     config = make(precision="bf16", logprob_chunk_tokens=1024)
-    machine = Machine(CHIPS["h100"], 1, 1)
-    (stage,) = trainer_memory(QWEN_7B, config, Layout.of(config), machine, 1)
+    cluster = Cluster(CHIPS["h100"], 1, 1)
+    (stage,) = trainer_memory(QWEN_7B, config, LayoutSettings.of(config), cluster, 1)
     # half of 1024 x 152064 logits in fp32 and their gradient, the weight's gradient; hidden states, theirs, and in fp32
     expected = 512 * 152064 * 6 + 3584 * 152064 * 2 + 8192 * 3584 * (2 + 2 + 4)
     assert stage.phases["train"]["logits chunk"] == expected == 1_792_016_384

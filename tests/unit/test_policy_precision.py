@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from megatron_nft.config import FP8_ALIGNMENT, Config, Fp8Config, PolicyConfig, RolloutConfig
 from megatron_nft.policy import capability, model, precision
-from megatron_nft.policy.capability import NEEDS, Machine, check_machine, read_machine
+from megatron_nft.policy.capability import NEEDS, GpuStack, check_gpu_stack, read_gpu_stack
 from megatron_nft.policy.family import spec_from_config
 
 FIGURES = {
@@ -20,7 +20,7 @@ FIGURES = {
     "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 4096,
 }  # fmt: skip
 QWEN_7B = spec_from_config(FIGURES)
-H200 = Machine("NVIDIA H200", (9, 0), (13, 0), (9, 19, 0), "2.11.0", False)
+H200 = GpuStack("NVIDIA H200", (9, 0), (13, 0), (9, 19, 0), "2.11.0", False)
 A100 = replace(H200, chip="NVIDIA A100", capability=(8, 0))
 L40 = replace(H200, chip="NVIDIA L40", capability=(8, 9))
 B200 = replace(H200, chip="NVIDIA B200", capability=(10, 0))
@@ -145,7 +145,7 @@ def test_bf16_forward_passes_leave_the_settings_as_they_were():
 
 
 @pytest.mark.parametrize(
-    ("machine", "allowed"),
+    ("stack", "allowed"),
     [
         (A100, ["none"]),
         (L40, ["none", "delayed", "tensorwise"]),
@@ -155,21 +155,21 @@ def test_bf16_forward_passes_leave_the_settings_as_they_were():
         (RTX_5090, ["none", "delayed", "tensorwise", "blockwise", "nvfp4"]),
     ],
 )
-def test_each_chip_has_its_recipes(machine, allowed):
+def test_each_chip_has_its_recipes(stack, allowed):
     assert set(NEEDS) | {"none"} == set(FP8_ALIGNMENT)
-    assert capability.allowed_recipes(machine) == allowed
-    machine = replace(machine, flash_attention=True)  # not what is asked here
+    assert capability.allowed_recipes(stack) == allowed
+    stack = replace(stack, flash_attention=True)  # not what is asked here
     for recipe in FP8_ALIGNMENT:
         if recipe in allowed:
-            check_machine(policy(recipe), machine)
+            check_gpu_stack(policy(recipe), stack)
         else:
             with pytest.raises(ValueError, match=f"recipe={recipe} needs .* Allowed here: {', '.join(allowed)}"):
-                check_machine(policy(recipe), machine)
+                check_gpu_stack(policy(recipe), stack)
 
 
 def test_the_message_names_chip_capability_and_what_is_allowed():
     with pytest.raises(ValueError) as error:
-        check_machine(policy("mxfp8"), H200)
+        check_gpu_stack(policy("mxfp8"), H200)
     assert str(error.value) == (
         "policy.fp8.recipe=mxfp8 needs compute capability 10.0 or above, below 12.0; NVIDIA H200 has 9.0. "
         "Allowed here: none, delayed, tensorwise, blockwise"
@@ -177,26 +177,26 @@ def test_the_message_names_chip_capability_and_what_is_allowed():
 
 
 def test_packed_attention_needs_a_kernel_that_has_it():
-    check_machine(policy("none"), H200)
+    check_gpu_stack(policy("none"), H200)
     old = replace(H200, cudnn=(9, 5, 1))
     with pytest.raises(ValueError, match=r"cuDNN 9.6 or newer.*here are cuDNN 9\.5\.1, NVIDIA H200 with 9\.0"):
-        check_machine(policy("none"), old)
-    check_machine(policy("none"), replace(old, flash_attention=True))
-    check_machine(policy("none", precision="fp32"), old)
+        check_gpu_stack(policy("none"), old)
+    check_gpu_stack(policy("none"), replace(old, flash_attention=True))
+    check_gpu_stack(policy("none", precision="fp32"), old)
     with pytest.raises(ValueError, match=r"NVIDIA A100 with 8\.0 and no flash-attn"):
-        check_machine(policy("none"), A100)
+        check_gpu_stack(policy("none"), A100)
 
 
 def test_an_attention_backend_that_is_not_there_is_refused():
-    check_machine(policy("none", attention_backend="fused"), H200)
+    check_gpu_stack(policy("none", attention_backend="fused"), H200)
     with pytest.raises(ValueError, match=r"=flash needs the package flash-attn, .* Allowed here: auto, fused"):
-        check_machine(policy("none", attention_backend="flash"), H200)
+        check_gpu_stack(policy("none", attention_backend="flash"), H200)
     with_flash = replace(A100, flash_attention=True)
-    check_machine(policy("none", attention_backend="flash"), with_flash)
+    check_gpu_stack(policy("none", attention_backend="flash"), with_flash)
     with pytest.raises(
         ValueError, match=r"=fused needs cuDNN 9\.6 .* NVIDIA A100 with 8\.0\. Allowed here: auto, flash"
     ):
-        check_machine(policy("none", attention_backend="fused"), with_flash)
+        check_gpu_stack(policy("none", attention_backend="fused"), with_flash)
 
 
 @pytest.mark.parametrize("other", [{"precision": "fp32"}, {"layer_spec": "local"}])
@@ -213,7 +213,7 @@ def test_the_attention_backend_reaches_megatron(backend):
 
 def test_an_old_transformer_engine_is_refused():
     with pytest.raises(ValueError, match=r"Transformer Engine 2\.8\.0 is installed; .* needs 2\.9 or newer"):
-        check_machine(policy("none"), replace(H200, transformer_engine="2.8.0"))
+        check_gpu_stack(policy("none"), replace(H200, transformer_engine="2.8.0"))
 
 
 def test_the_machine_is_read_from_torch_and_the_installed_packages(monkeypatch):
@@ -223,12 +223,12 @@ def test_the_machine_is_read_from_torch_and_the_installed_packages(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     monkeypatch.setattr(capability.importlib.metadata, "version", {"transformer-engine": "2.11.0"}.__getitem__)
     monkeypatch.setattr(capability.importlib.util, "find_spec", lambda name: None)
-    assert read_machine() == H200
+    assert read_gpu_stack() == H200
 
 
 def test_a_model_is_not_built_on_a_chip_without_the_recipe(monkeypatch):
     monkeypatch.setattr(model, "uses_transformer_engine", lambda policy: True)
-    monkeypatch.setattr(model, "read_machine", lambda device: A100)
+    monkeypatch.setattr(model, "read_gpu_stack", lambda device: A100)
     with pytest.raises(ValueError, match=r"NVIDIA A100 has 8\.0\. Allowed here: none"):
         model.build_chunks(QWEN_7B, policy("tensorwise"), SimpleNamespace(device="cuda", vpp_size=None))
 
