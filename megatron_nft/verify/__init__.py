@@ -1,4 +1,4 @@
-"""Verdicts on answers: graders, and worker processes that can be killed."""
+"""Grading of answers: the graders, and the worker processes that can be killed."""
 
 from megatron_nft.verify.graders import GRADERS, GraderError, grade_one, split_names
 from megatron_nft.verify.inbox import VerifierError

@@ -1,7 +1,7 @@
-r"""The strict rules of DAPO: an answer counts only in the demanded form and spelling.
+r"""The strict rules of DAPO: an answer counts only in the form that the question asks for.
 
-`dapo_boxed` takes the last `\boxed{}`, `dapo_minerva` what follows the last "Answer:"; both compare strings after the
-spelling is evened out (`\dfrac12` is `\frac{1}{2}`, spaces and dollars go), never values: 0.5 is not 1/2.
+`dapo_boxed` takes the last `\boxed{}`, `dapo_minerva` what follows the last "Answer:". Both compare normalised strings
+(`\dfrac12` becomes `\frac{1}{2}`; spaces and dollar signs are dropped), never values: 0.5 is not 1/2.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _answer_line = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 
 
 def grade_boxed(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
-    r"""The content of the last `\boxed{}` against the reference, as normalised strings."""
+    r"""Grade the content of the last `\boxed{}` against the reference, as normalised strings."""
     return _same_string(last_box(response), answer, r"no \boxed{} in the response")
 
 
 def grade_minerva(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
-    """What follows the last "Answer:" on its line against the reference, as normalised strings."""
+    """Grade what follows the last "Answer:" on its line against the reference, as normalised strings."""
     lines = _answer_line.findall(response)
     return _same_string(lines[-1] if lines else None, answer, 'no "Answer:" line in the response')
 

@@ -1,4 +1,4 @@
-"""The owner's handle on the template process that forks workers (see worker.py)."""
+"""The owner's side of the fork server, the process from which workers are forked (worker.py is the other side)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import subprocess
 import sys
 from typing import Any
 
-HEADER = struct.Struct(">QIQ")  # before each row on a worker's socket: its id, the first grader to run, bytes of pickle
+HEADER = struct.Struct(
+    ">QIQ"
+)  # in front of each row sent to a worker: row id, first grader to run, bytes of the pickle
 
 
-class Nursery:
-    """Starts the template; asks it for workers and for their end; hands on what it says.
+class ForkServer:
+    """Starts the fork server, asks it to fork and kill workers, and returns what it reports.
 
-    The thread that makes a Nursery must live as long as it: Linux ends the template with that thread.
+    The thread that creates a ForkServer must outlive it, because Linux kills the process when that thread ends.
+
+    graders: comma-separated names, imported once by the fork server. memory_bytes: limit per worker.
     """
 
     def __init__(self, graders: str, memory_bytes: int) -> None:
@@ -37,20 +41,20 @@ class Nursery:
         self.unread = b""
 
     def fork(self, worker: int) -> socket.socket:
-        """A new worker; its end of the socket is returned at once, the worker follows."""
+        """Ask for a new worker. Returns our end of its socket at once; the worker follows."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        with theirs, contextlib.suppress(ConnectionError):  # a dead template shows in `read`
+        with theirs, contextlib.suppress(ConnectionError):  # if the fork server has died, `read` says so
             socket.send_fds(self.control, [json.dumps({"fork": worker}).encode() + b"\n"], [theirs.fileno()])
         return ours
 
     def kill(self, worker: int) -> None:
-        """End a worker at once. Nothing happens if it has ended already."""
+        """End a worker at once. Does nothing if it has ended already."""
         with contextlib.suppress(ConnectionError):
             self.control.sendall(json.dumps({"kill": worker}).encode() + b"\n")
 
     def read(self) -> list[dict[str, Any]] | None:
-        """What the template has said since (waits if nothing); None once it is gone."""
+        """Return the messages that have arrived, waiting for some if there are none; None once the process is gone."""
         try:
             data = self.control.recv(65536)
         except ConnectionError:
@@ -61,17 +65,18 @@ class Nursery:
         return [json.loads(line) for line in lines]
 
     def close(self) -> int:
-        """End the template and its workers; the template's exit code."""
+        """End the fork server and its workers. Returns the exit code of the fork server."""
         self.control.close()
         try:
             return self.process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
-                self.process.kill()  # its workers follow: they asked Linux for it
+                self.process.kill()  # Linux then kills its workers, as they have asked for
             return self.process.wait()
 
 
 def _has_descriptor(stream: Any) -> bool:
+    """Whether a stream (or None) has an open file descriptor that a child process can use."""
     try:
         return stream is not None and stream.fileno() >= 0
     except (OSError, ValueError):

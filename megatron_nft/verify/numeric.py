@@ -1,7 +1,7 @@
 """A grader for numbers that need not be exact: equal within a relative tolerance.
 
-`numeric` allows 1e-3; `numeric:0.01` sets another tolerance. Units, percent signs and powers of ten are read as by the
-default grader.
+`numeric` allows 1e-3; `numeric:0.01` sets another tolerance. Answers are read as by the default grader, with their
+units, percent signs and powers of ten.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_TOLERANCE = 1e-3
 
 
 def with_tolerance(tolerance: float) -> Callable[[str, str, str, dict[str, Any] | None], Outcome]:
-    """A grader that accepts |answer - reference| <= tolerance * |reference|."""
+    """Return a grader that accepts |answer - reference| <= tolerance * |reference|."""
     return functools.partial(grade, tolerance=tolerance)
 
 
@@ -34,7 +34,7 @@ def grade(
     extra: dict[str, Any] | None,
     tolerance: float = DEFAULT_TOLERANCE,
 ) -> Outcome:
-    """Whether the final answer of `response` is a number close to the reference."""
+    """Grade whether the final answer of `response` is a number within `tolerance` of the reference."""
     gold = _number(gold_text(answer))
     if gold is None:
         return Outcome(Verdict.UNPARSEABLE, reason=f"the reference answer {answer!r:.80} is not a number")
@@ -48,7 +48,7 @@ def grade(
 
 
 def _number(text: str) -> Any:
-    """The value of a tidy text as an mpmath number; None if it is not one number."""
+    """Return the value of a normalised text as an mpmath number; None if it is not a single number."""
     try:
         return _value(read(text)[0])
     except (NotUnderstood, Undecided):

@@ -1,4 +1,4 @@
-"""What a grader says of one answer, and how several graders make one verdict."""
+"""A grader's result for one answer, and how the results of several graders become one verdict."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_nft.types import Verdict
 
-MAX_EXTRACTED_CHARS = 2000  # a megabyte "answer" is not worth keeping
+MAX_EXTRACTED_CHARS = 2000  # no answer worth keeping is longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,11 @@ class Graded:
 def combine(
     names: tuple[str, ...], outcomes: list[Outcome], seconds: float, on_disagreement: str = "trust_first"
 ) -> Graded:
-    """One `Graded` from the outcomes of `names`, in the same order.
+    """Combine the outcomes of the graders `names`, given in the same order.
 
-    Graders disagree when one says correct and another does not: only that changes what is learned.
+    Graders disagree when one says correct and another does not; other differences do not change what is learned.
+
+    seconds: for all graders together. on_disagreement: as in `VerifyConfig`.
     """
     correct = [outcome.verdict is Verdict.CORRECT for outcome in outcomes]
     disagree = any(correct) != all(correct)
@@ -57,7 +59,7 @@ def combine(
 
 
 def shorten(text: str | None) -> str | None:
-    """`text` as it can be written to a file: valid UTF-8 and not longer than MAX_EXTRACTED_CHARS."""
+    """Return `text` in a form that can be written to a file: valid UTF-8, cut off after MAX_EXTRACTED_CHARS."""
     if text is None:
         return None
     if len(text) > MAX_EXTRACTED_CHARS:

@@ -2,8 +2,8 @@
 
 Invariants:
 - every submitted row gets exactly one `Graded`, or an exception that says why grading is impossible at all;
-- a row that runs past its time or memory, or takes its worker down, costs that worker and nothing else: the rows that
-  were queued behind it are graded by another worker;
+- a row that exceeds its time or memory, or crashes its worker, costs that worker and nothing else: the rows queued
+  behind it are graded by another worker;
 - no process outlives the pool's owner, however the owner ends.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_nft.verify.dispatch import START_TIMEOUT_S, Dispatcher
 from megatron_nft.verify.graders import split_names
-from megatron_nft.verify.inbox import Inbox, Row, VerifierError
+from megatron_nft.verify.inbox import Inbox, PendingAnswer, VerifierError
 from megatron_nft.verify.outcome import Graded
 
 if TYPE_CHECKING:
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 
 class VerifierPool:
-    """Worker processes for the graders of `config`.
+    """Grades answers with the graders of `config` in `config.workers` processes.
 
     `submit` may be called from any thread; in asyncio, await `asyncio.wrap_future(pool.submit(...))`.
-    GraderError for an unknown grader name. A dotted path that cannot be imported shows as VerifierError in the futures
-    and in `wait_ready`, because only the worker processes import it.
+
+    Raises GraderError for an unknown grader name. A dotted path that cannot be imported gives a VerifierError from the
+    futures and from `wait_ready`, because only the worker processes import it.
     """
 
     def __init__(self, config: VerifyConfig) -> None:
@@ -46,26 +47,28 @@ class VerifierPool:
     ) -> Future[Graded]:
         """Queue one answer for grading.
 
-        TypeError unless both texts are strings, pickle's error for an `extra` that cannot be sent to another process,
-        VerifierError once closed.
+        response: the model's whole text. answer: the reference. data_source, extra: handed to the graders.
+
+        Raises TypeError unless both texts are strings, pickle's error for an `extra` that cannot be sent to another
+        process, and VerifierError once the pool is closed.
         """
         if not isinstance(response, str) or not isinstance(answer, str):
             raise TypeError(
                 f"response and answer must be strings, not {type(response).__name__} and {type(answer).__name__}"
             )
-        row = Row(next(self._ids), pickle.dumps((response, answer, data_source, extra)), Future())
+        row = PendingAnswer(next(self._ids), pickle.dumps((response, answer, data_source, extra)), Future())
         self._inbox.put(row)
         return row.future
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Wait until the graders are loaded. VerifierError when they cannot be."""
+        """Wait until the graders are loaded. Raises VerifierError if they cannot be."""
         if not self._ready.wait(timeout_s):
             raise VerifierError(f"the verifier's processes were not up after {timeout_s:g} s")
         if self._inbox.failure is not None:
             raise VerifierError(str(self._inbox.failure)) from self._inbox.failure
 
     def close(self) -> None:
-        """End all processes. Futures that are not done get a VerifierError. Closing twice does no harm."""
+        """End all processes. Futures that are not done get a VerifierError. May be called more than once."""
         self._inbox.close()
         self._thread.join()
 
@@ -76,7 +79,7 @@ class VerifierPool:
         self.close()
 
     def _run(self) -> None:
-        """The pool's thread, which also is the parent of its processes."""
+        """Run the pool's thread, which is also the parent of its processes."""
         dispatcher = Dispatcher(self._config, self._names, self._inbox, self._ready)
         try:
             dispatcher.run()
@@ -86,7 +89,7 @@ class VerifierPool:
         except Exception as error:
             failure = VerifierError(f"the verifier pool failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
-        rows = dispatcher.rows_under_way()
+        rows = dispatcher.rows_in_progress()
         dispatcher.close()
         self._inbox.fail(failure, rows)
         self._ready.set()

@@ -1,7 +1,7 @@
-"""How long a worker has been at one row, without the time that it waited for a processor.
+"""How long a worker has been grading one row, without the time that it waited for a processor.
 
-On a busy machine an honest row may take ten times its time; only what it used itself counts against it. Linux tells the
-time that a process ran and waited (/proc/PID/schedstat); where that is missing, the clock on the wall decides alone.
+On a busy machine a harmless row may take ten times as long as usual; only the time that it used itself counts. Linux
+reports how long a process has run and has waited (/proc/PID/schedstat); where that is missing, wall-clock time counts.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-FIRST_LOOK = 0.1  # part of the bound after which /proc is read: quick rows cost no look
+FIRST_LOOK = 0.1  # /proc is read after this fraction of the limit, so that quick rows cost nothing
 MIN_EXTENSION_S = 0.02
 
 
 class Usage(NamedTuple):
-    """What a process has used since its start."""
+    """The processor time of a process since its start."""
 
     ran_s: float
     waited_s: float  # ready to run, without a processor; complete only while it is not waiting
@@ -22,24 +22,29 @@ class Usage(NamedTuple):
 
 
 class Stopwatch:
-    """Started for each row. `deadline` (time.monotonic) is when to ask `expired`."""
+    """Measures one row at a time against a limit of `bound_s` seconds.
+
+    `deadline` (time.monotonic) is when to call `expired`; infinite while no row is being graded.
+    """
 
     def __init__(self, bound_s: float) -> None:
         self.bound_s = bound_s
         self.deadline = float("inf")
         self._start = 0.0
-        self._look: tuple[float, Usage] | None = None  # seconds from the start to the first look, usage then
+        self._look: tuple[float, Usage] | None = None  # seconds from the start to the first look, and the usage then
 
     def start(self) -> None:
+        """Begin with a new row."""
         self._start = time.monotonic()
         self._look = None
         self.deadline = self._start + FIRST_LOOK * self.bound_s
 
     def stop(self) -> None:
+        """No row is being graded."""
         self.deadline = float("inf")
 
     def expired(self, pid: int) -> bool:
-        """Whether the row has used up its time; moves `deadline` on if not."""
+        """Whether the row that the process `pid` grades has used up its time. If not, `deadline` moves on."""
         now = time.monotonic()
         if now < self.deadline:
             return False
@@ -61,7 +66,7 @@ class Stopwatch:
 
 
 def usage_of(pid: int) -> Usage | None:
-    """The usage of a process of one thread; None where the system does not tell."""
+    """Return the usage of a single-threaded process; None where the system does not report it."""
     try:
         with open(f"/proc/{pid}/schedstat") as file:
             ran, waited, _ = file.read().split()

@@ -1,22 +1,21 @@
-"""The processes behind `VerifierPool`: a template that imports the graders once, and workers forked from it.
+"""The processes behind `VerifierPool`: a fork server that imports the graders once, and workers forked from it.
 
     python -m megatron_nft.verify.worker CONTROL_FD OWNER_PID MEMORY_BYTES GRADERS
 
-The template listens on CONTROL_FD (JSON lines, a worker's socket attached to `fork`):
+The fork server listens on CONTROL_FD (JSON lines, a worker's socket attached to `fork`):
   in:   {"fork": id}, {"kill": id}
   out:  {"ready": true} or {"error": text}; {"exit": id, "status": wait status}
-It has one thread and never touches CUDA, so that forking is safe. When the owner is gone, the control socket ends (and
-Linux sends SIGKILL): no process stays behind. Signals meant for the owner's process group are ignored: the owner
-decides.
+It has a single thread and never uses CUDA, so that forking is safe. When the owner is gone, the control socket is
+closed and Linux sends SIGKILL, so that no process is left behind. Signals meant for the owner's process group are
+ignored: the owner decides.
 
-A worker reads pickled rows (they come from its owner; nothing that a worker says is unpickled) and answers each verdict
-with one JSON line.
+A worker reads pickled rows, which come from its owner, and sends each verdict as one JSON line. The owner unpickles
+nothing that a worker sends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -29,17 +28,19 @@ import sys
 import time
 from typing import Any
 
+from megatron_nft.processes import die_with_parent
 from megatron_nft.types import Verdict
 from megatron_nft.verify.forkserver import HEADER
 from megatron_nft.verify.graders import Grader, GraderError, call, load, split_names
 from megatron_nft.verify.outcome import Outcome, shorten
 
-GROWTH_CHECK_ROWS = 64  # rows between two looks at the worker's size
+GROWTH_CHECK_ROWS = 64  # a worker's memory is checked every so many rows
 
 
 def main(argv: list[str]) -> int:
+    """Run the fork server until its owner is gone. Returns 1 if a grader cannot be loaded, else 0."""
     control_fd, owner, memory_bytes = (int(word) for word in argv[:3])
-    _die_with(owner)
+    die_with_parent(owner)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=control_fd)
@@ -52,17 +53,8 @@ def main(argv: list[str]) -> int:
         sys.modules["megatron_nft.verify.maths"].warm_up()
     gc.collect()
     gc.freeze()  # forked workers share these pages as long as nobody writes to them
-    _Template(control, graders, memory_bytes).serve()
+    _ForkServerProcess(control, graders, memory_bytes).serve()
     return 0
-
-
-def _die_with(parent: int) -> None:
-    """Ask Linux to kill this process when `parent` dies."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _say(control: socket.socket, message: dict[str, Any]) -> None:
@@ -70,8 +62,8 @@ def _say(control: socket.socket, message: dict[str, Any]) -> None:
         control.sendall(json.dumps(message).encode() + b"\n")
 
 
-class _Template:
-    """Forks workers, kills them when told, reports their ends."""
+class _ForkServerProcess:
+    """Forks workers, kills them on request and reports when they end."""
 
     def __init__(self, control: socket.socket, graders: list[Grader], memory_bytes: int) -> None:
         self.control = control
@@ -82,7 +74,7 @@ class _Template:
         self.sockets: list[int] = []  # received, in the order of the `fork` lines
 
     def serve(self) -> None:
-        """Until the owner is gone."""
+        """Serve requests until the owner is gone."""
         wake_r, wake_w = socket.socketpair()
         wake_w.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -96,12 +88,12 @@ class _Template:
                     if key.fileobj is wake_r:
                         wake_r.recv(4096)
                         self._reap()
-                    elif not self._obey():
+                    elif not self._follow_commands():
                         self._end_workers()
                         return
 
-    def _obey(self) -> bool:
-        """Read and follow commands; False when the owner is gone."""
+    def _follow_commands(self) -> bool:
+        """Read and carry out commands. Returns False when the owner is gone."""
         try:
             data, sockets, _, _ = socket.recv_fds(self.control, 65536, 64)
         except ConnectionError:
@@ -121,7 +113,8 @@ class _Template:
         return True
 
     def _fork(self, worker: int, fd: int) -> None:
-        template = os.getpid()
+        """Fork a worker that serves the socket `fd`; returns only in the fork server."""
+        forkserver = os.getpid()
         pid = os.fork()
         if pid:
             os.close(fd)
@@ -131,7 +124,7 @@ class _Template:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _die_with(template)
+            die_with_parent(forkserver)
             self.control.close()
             for other in self.sockets:
                 os.close(other)
@@ -141,12 +134,14 @@ class _Template:
             os._exit(status)
 
     def _end_workers(self) -> None:
+        """Kill all workers and wait for them."""
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)
         for pid in self.children:
             os.waitpid(pid, 0)  # no zombies, even where process 1 does not collect them
 
     def _reap(self) -> None:
+        """Report the workers that have ended."""
         while self.children:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
@@ -156,9 +151,9 @@ class _Template:
 
 
 class _Worker:
-    """Grades the rows of its socket, one after another.
+    """Grades the rows that arrive on its socket, one after another.
 
-    It says [pid] when it is up, and answers each grader of a row with
+    It sends [pid] when it has started, and for each grader of a row
     [row id, grader index, verdict, extracted, reason, seconds, retiring].
     """
 
@@ -173,6 +168,7 @@ class _Worker:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def serve(self) -> None:
+        """Grade rows until the socket is closed or the worker has grown too large."""
         self.rows.sendall(json.dumps([os.getpid()]).encode() + b"\n")
         stream = self.rows.makefile("rb")
         graded = 0
@@ -185,7 +181,7 @@ class _Worker:
                     return
 
     def _grade(self, row_id: int, index: int, payload: bytes, check_size: bool) -> bool:
-        """Grade and answer; True when this worker has to end."""
+        """Grade a row with one grader and send the verdict. Returns True if this worker has to end."""
         start = time.perf_counter()
         try:
             outcome = call(self.graders[index], *pickle.loads(payload))
@@ -198,14 +194,15 @@ class _Worker:
             retiring = False
         seconds = time.perf_counter() - start
         if not retiring and (check_size or seconds > 0.05):
-            retiring = _address_space() - self.base_bytes > self.memory_bytes // 4  # the next row finds its room
+            # A new worker takes over before the next row could lack memory through no fault of its own.
+            retiring = _address_space() - self.base_bytes > self.memory_bytes // 4
         reply = [row_id, index, outcome.verdict, shorten(outcome.extracted), shorten(outcome.reason), seconds, retiring]
         self.rows.sendall(json.dumps(reply).encode() + b"\n")
         return retiring
 
 
 def _address_space() -> int:
-    """Bytes of address space of this process."""
+    """Return the size of this process's address space in bytes."""
     if sys.platform != "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with open("/proc/self/statm") as file:
@@ -213,4 +210,4 @@ def _address_space() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # the workers are gone; nothing is left to tidy up
+    os._exit(main(sys.argv[1:]))  # the workers are gone; nothing is left to clean up

@@ -119,19 +119,19 @@ def test_workers_are_reused_and_replaced():
     others = set(children(os.getpid()))
     with VerifierPool(config(workers=1)) as pool:
         pool.wait_ready()
-        template = next(pid for pid in children(os.getpid()) if pid not in others)
+        forkserver = next(pid for pid in children(os.getpid()) if pid not in others)
         assert verdicts(pool, ["yes"] * 50) == [Verdict.CORRECT] * 50
-        first = children(template)
+        first = children(forkserver)
         assert verdicts(pool, ["yes"] * 50) == [Verdict.CORRECT] * 50
-        assert children(template) == first, "a worker is reused"
+        assert children(forkserver) == first, "a worker is reused"
         verdicts(pool, ["sleep 30"])
         assert verdicts(pool, ["yes"]) == [Verdict.CORRECT]
-        assert wait_until(lambda: len(children(template)) == 1)
-        second = children(template)
+        assert wait_until(lambda: len(children(forkserver)) == 1)
+        second = children(forkserver)
         assert second != first, "a killed worker is replaced"
 
 
-def test_a_dead_template_is_started_again():
+def test_a_dead_fork_server_is_started_again():
     others = set(children(os.getpid()))
     with VerifierPool(config(workers=2, timeout_s=60.0)) as pool:
         pool.wait_ready()
