@@ -1,24 +1,73 @@
-"""Host-side objects between ranks, over a gloo group of the whole world.
+"""Objects and errors between ranks, over a gloo group of host memory.
 
-Small facts go to everybody (`gather`); samples go only where they are used (`route`), so no rank ever holds all of
-them. Objects are pickled between ranks of one run, never to or from files.
+Small facts go to everybody (`gather_objects`); samples go only where they are used (`route`), so no rank ever holds all
+of them. Objects are pickled between ranks of one run, never to or from files.
+
+Work that can fail on one rank while others go on to a collective is run by `run_everywhere`: a failure is raised on
+every rank, so that none waits for one that has left.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 
-def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's value, in rank order. For small things only."""
+
+def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Every rank's value, in rank order. For small things only. Without a group, this process is the only rank."""
+    if group is None:
+        return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+gather = gather_objects
+
+
+def run_everywhere(work: Callable[[], T], group: dist.ProcessGroup | None, kind: type[Exception], what: str = "") -> T:
+    """Run `work` on every rank and return its result. If it fails on one, every rank raises `kind`. Collective.
+
+    The message holds the errors of all ranks, after `what`.
+    """
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    raise_together(error, group, kind, what)
+    return result
+
+
+def raise_together(
+    error: Exception | None, group: dist.ProcessGroup | None, kind: type[Exception], what: str = ""
+) -> None:
+    """If any rank has an error, every rank raises `kind` with the messages of all, after `what`. Collective."""
+    raise_any(gather_objects(describe_error(error, kind), group), kind, error, what)
+
+
+def describe_error(error: Exception | None, kind: type[Exception]) -> str | None:
+    """The message that other ranks get to see; None without an error. Errors that are not of `kind` name their type."""
+    if error is None:
+        return None
+    return str(error) if isinstance(error, kind) else f"{type(error).__name__}: {error}"
+
+
+def raise_any(messages: Sequence[str | None], kind: type[Exception], own: Exception | None, what: str = "") -> None:
+    """Raise `kind` from `own` if any rank has a message (one entry per rank), each message once with its ranks."""
+    ranks_by_message: dict[str, list[int]] = {}
+    for rank, text in enumerate(messages):
+        if text is not None:
+            ranks_by_message.setdefault(text, []).append(rank)
+    if ranks_by_message:
+        parts = [f"{text} (rank {', '.join(map(str, ranks))})" for text, ranks in ranks_by_message.items()]
+        raise kind(f"{what}: {'; '.join(parts)}" if what else "; ".join(parts)) from own
 
 
 def largest(value: int, group: dist.ProcessGroup) -> int:
@@ -47,8 +96,9 @@ def route(outgoing: Mapping[int, Sequence[Any]], group: dist.ProcessGroup) -> li
         send_sizes.tolist(),
         group=group,
     )
-    view = memoryview(incoming.numpy())
-    items, start = [], 0
+    view = incoming.numpy().data
+    items: list[Any] = []
+    start = 0
     for size in receive_sizes.tolist():
         items += pickle.loads(view[start : start + size])
         start += size

@@ -1,10 +1,25 @@
-"""Ports for servers and rendezvous on this machine."""
+"""Ports, environments and lives of the processes that this program starts on this machine."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import random
+import signal
 import socket
+import sys
+from collections.abc import Mapping
 
+RANK_VARIABLES = frozenset(
+    {
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+        *("ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    }
+)
+"""What torchrun, and our own launcher in its place, tell a rank about its job."""
+RANK_PREFIXES = ("TORCHELASTIC_",)
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _given: set[int] = set()
 
 
@@ -12,7 +27,7 @@ def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port on `host` that was free a moment ago, never the same twice: the first may not be listened on yet.
 
     From below the range that the kernel gives to outgoing connections: a port of that range is often taken again in
-    the seconds that a process needs before it listens.
+    the seconds that a process needs before it listens. OSError where none of 200 ports is free.
     """
     for port in random.SystemRandom().sample(sorted({*range(15000, 32000)} - _given), 200):
         with socket.socket() as s:
@@ -23,3 +38,28 @@ def free_port(host: str = "127.0.0.1") -> int:
             _given.add(port)
             return port
     raise OSError(f"no free port on {host} among 200 tried between 15000 and 32000")
+
+
+def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """`environment` without what makes a process a rank of a job; everything else as it was.
+
+    A server that inherited TORCHELASTIC_USE_AGENT_STORE, RANK or MASTER_ADDR from torchrun would wait in its own
+    `init_process_group` for a store that nobody opens.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
+    }
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when the thread that started it ends, however that happens. Elsewhere nothing.
+
+    parent: the id of the process that should be the parent. If it has ended already, this process ends at once with
+    status 1. A child of `fork` does not inherit the request.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)

@@ -27,9 +27,9 @@ def children(pid: int) -> list[int]:
     return sorted(p for p, parent in live_processes().items() if parent == pid)
 
 
-def server_of(keeper: int) -> int:
-    """The server that keeper.py started: the first child of its inner process."""
-    (inner,) = children(keeper)
+def server_of(supervisor: int) -> int:
+    """The server that supervisor.py started: the first child of its inner process."""
+    (inner,) = children(supervisor)
     return children(inner)[0]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_nft.distributed import gather_objects
 from megatron_nft.engines.discovery import wait_for_engines
 from megatron_nft.engines.engine import Engine, EngineError
 
@@ -66,7 +67,7 @@ def open_engine(
     """
     device = layout.device if layout else "cpu"
     host = os.uname().nodename
-    hosts = _all_gather(layout, host)
+    hosts = gather_objects(host, layout.world_gloo if layout else None)
     if rollout.engine == "embedded":
         from megatron_nft.engines.embedded.engine import EmbeddedEngine
 
@@ -121,7 +122,7 @@ def _share(
     layout: Ranks | None, hosts: list[str], urls: list[str], problem: str, group: ServerGroup | None
 ) -> list[list[str]]:
     """Every rank's URLs. If one has a problem, all raise EngineError, so that none waits for one that has ended."""
-    found = _all_gather(layout, (urls, problem))
+    found = gather_objects((urls, problem), layout.world_gloo if layout else None)
     problems = [f"on {h}: {p}" for h, (_, p) in zip(hosts, found) if p]
     if problems:
         if group is not None:
@@ -236,14 +237,3 @@ def _module(engine: str) -> ModuleType:
 
 def _client(engine: str) -> Any:
     return getattr(_module(engine), CLIENTS[engine])
-
-
-def _all_gather(layout: Ranks | None, value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks."""
-    if layout is None or layout.world_size == 1:
-        return [value]
-    import torch.distributed as dist
-
-    values = [None] * layout.world_size
-    dist.all_gather_object(values, value, group=layout.world_gloo)
-    return values

@@ -1,9 +1,10 @@
 """Starting, watching and stopping inference servers.
 
-A server runs below a keeper (keeper.py) in a session of its own. Invariants:
+A server runs below a supervisor (supervisor.py) in a session of its own. Invariants:
 - when the process that started a server is gone, however it ended, the server and all it started end within seconds;
-- only processes below our own keepers are ended, by id;
-- a server that died is started again on the same port at most `max_restarts` times, and then has no current weights.
+- only processes below our own supervisors are ended, by id;
+- a server that died is started again on the same port at most `max_restarts` times, and then has no current weights;
+- a server does not inherit what makes this process a rank of a job (processes.clean_environment).
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from pathlib import Path
 
 import httpx
 
-from megatron_nft.engines import supervisor as keeper
+from megatron_nft.engines import supervisor
 from megatron_nft.engines.engine import EngineError
-from megatron_nft.processes import free_port
+from megatron_nft.processes import clean_environment, free_port
 
 LOG_TAIL_LINES = 30
 HEALTH_POLL_S = 0.25
-STOP_TIMEOUT_S = keeper.TERM_GRACE_S + 15.0
+STOP_TIMEOUT_S = supervisor.TERM_GRACE_S + 15.0
 
 
 class Server:
@@ -42,35 +43,35 @@ class Server:
         environment: Mapping[str, str],
         log_path: Path,
     ) -> None:
-        """`command` gets `--port=N` added; `environment` is added to our own. Nothing is started yet."""
+        """`command` gets `--port=N` added; `environment` is added to our own, cleaned. Nothing is started yet."""
         self.name, self.log_path = name, log_path
         self.port = free_port(host)
         self.url = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{self.port}"
         self.starts = 0
         self.deaths: list[str] = []  # for error messages: exit code and end of the log, each time it died
         self._command, self._environment = command, environment
-        self._keeper: subprocess.Popen | None = None
+        self._supervisor: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the process; `wait_healthy` tells when it answers."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-I", keeper.__file__, str(os.getpid()), *self._command, f"--port={self.port}"]
+        command = [sys.executable, "-I", supervisor.__file__, str(os.getpid()), *self._command, f"--port={self.port}"]
         with open(self.log_path, "ab") as log:
             log.write(f"---- start {self.starts + 1} of {self.name}, port {self.port}\n".encode())
             log.flush()
-            self._keeper = subprocess.Popen(
+            self._supervisor = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environment},
+                env=clean_environment() | dict(self._environment),
                 start_new_session=True,
             )
         self.starts += 1
 
     def exit_code(self) -> int | None:
         """None while it runs; the server's exit code, 128 + signal where one ended it."""
-        return self._keeper.poll() if self._keeper else None
+        return self._supervisor.poll() if self._supervisor else None
 
     def is_healthy(self) -> bool:
         """One question to /health."""
@@ -103,16 +104,16 @@ class Server:
 
     def stop(self) -> None:
         """End the server and everything that it started; returns when they are gone. May be called twice."""
-        if self._keeper is None:
+        if self._supervisor is None:
             return
-        if self._keeper.poll() is None:
-            self._keeper.send_signal(signal.SIGTERM)
+        if self._supervisor.poll() is None:
+            self._supervisor.send_signal(signal.SIGTERM)
             try:
-                self._keeper.wait(STOP_TIMEOUT_S)
+                self._supervisor.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                self._keeper.kill()  # its inner process then ends the rest
-                self._keeper.wait()
-        self._keeper = None
+                self._supervisor.kill()  # its inner process then ends the rest
+                self._supervisor.wait()
+        self._supervisor = None
 
 
 class ServerGroup:
@@ -123,6 +124,7 @@ class ServerGroup:
         self.servers = list(servers)
         self._max_restarts = max_restarts
         self._closed, self._held = threading.Event(), threading.Event()
+        self._watch: threading.Thread | None = None
         self._noting = threading.Lock()  # both the watch and a caller of `failures` note deaths
         atexit.register(self.close)
         try:
@@ -180,7 +182,7 @@ class ServerGroup:
     def close(self) -> None:
         """Ends all servers. May be called twice."""
         self._closed.set()
-        if hasattr(self, "_watch"):
+        if self._watch is not None:
             self._watch.join()
         for server in self.servers:
             server.stop()

@@ -1,13 +1,14 @@
 """Stands between the trainer and a server, and ends the server with all it started when the trainer is gone.
 
-    python keeper.py OWNER_PID command ...
+    python supervisor.py OWNER_PID command ...
 
-Run as a script, with the standard library alone, so that it is up in milliseconds. It is two processes, so that either
-may be killed: the outer one watches the owner and the inner one, the inner one watches the outer one and the server.
-Each adopts orphans among its descendants (PR_SET_CHILD_SUBREAPER), so that a process that left its group or lost its
-parent, as vLLM's engine core does when the API server is killed, is found as well. When the watched child ends, or the
-process above is gone (its own parent changes then, which SIGKILL cannot prevent), or SIGTERM asks for it, it ends all
-that is left below it. The exit status is the server's, or 128 + signal.
+Run as a script with `python -I`, with the standard library alone, so that it is up in milliseconds and nothing that the
+server is given (PYTHONPATH) reaches it; hence its own call of prctl, in place of processes.die_with_parent. It is two
+processes, so that either may be killed: the outer one watches the owner and the inner one, the inner one watches the
+outer one and the server. Each adopts orphans among its descendants (PR_SET_CHILD_SUBREAPER), so that a process that
+left its group or lost its parent, as vLLM's engine core does when the API server is killed, is found as well. When the
+watched child ends, or the process above is gone (its own parent changes then, which SIGKILL cannot prevent), or SIGTERM
+asks for it, it ends all that is left below it. The exit status is the server's, or 128 + signal.
 """
 
 import contextlib
@@ -107,10 +108,10 @@ def main() -> int:
     outer = os.getpid()
     inner = os.fork()
     if inner:
-        code = keep_inner(inner, lambda: asked or os.getppid() != owner)
+        code = watch_inner(inner, lambda: asked or os.getppid() != owner)
     else:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # not inherited
-        code = keep_server(libc, command, lambda: asked or os.getppid() != outer)
+        code = run_server(libc, command, lambda: asked or os.getppid() != outer)
     end_all()
     shutil.rmtree(folder, ignore_errors=True)
     if code is None:
@@ -126,7 +127,7 @@ def own_temporary_folder() -> str:
     return os.environ["TMPDIR"]
 
 
-def keep_inner(inner: int, given_up: Callable[[], object]) -> int | None:
+def watch_inner(inner: int, given_up: Callable[[], object]) -> int | None:
     """The outer process: see `wait_for`. The inner one, told to end, has time to do it in its own way."""
     code = wait_for(inner, given_up)
     if code is None:
@@ -136,7 +137,7 @@ def keep_inner(inner: int, given_up: Callable[[], object]) -> int | None:
     return code
 
 
-def keep_server(libc: ctypes.CDLL, command: list[str], given_up: Callable[[], object]) -> int | None:
+def run_server(libc: ctypes.CDLL, command: list[str], given_up: Callable[[], object]) -> int | None:
     """The inner process: starts the server; see `wait_for`."""
 
     def in_child() -> None:

@@ -40,6 +40,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_nft.distributed import run_everywhere
 from megatron_nft.policy import cpu
 from megatron_nft.policy.fp8_history import fp8_history
 from megatron_nft.policy.policy import Policy
@@ -102,16 +103,9 @@ def _without_classes(state: Any) -> Any:
 
 
 def _on_first_rank(work: Callable[[], Any], group: dist.ProcessGroup) -> None:
-    """Run `work` on rank 0; its OSError, if any, is raised on every rank."""
-    problem = [None]
-    if dist.get_rank(group) == 0:
-        try:
-            work()
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, dist.get_global_rank(group, 0), group=group)
-    if problem[0] is not None:
-        raise OSError(problem[0])
+    """Run `work` on rank 0. Its error is raised on every rank, as an OSError: torch.save reports a full disk as a
+    RuntimeError."""
+    run_everywhere(lambda: work() if dist.get_rank(group) == 0 else None, group, OSError)
 
 
 def load_sharded(policy: Policy, folder: Path | str) -> None:

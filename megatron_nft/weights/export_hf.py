@@ -5,11 +5,11 @@ Every pipeline stage's leader streams its own tensors into its own files; a buck
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from megatron_nft.distributed import gather_objects, run_everywhere
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import plan_stage
@@ -22,7 +22,6 @@ from megatron_nft.weights.hf_writer import (
     split_into_files,
     write_file,
 )
-from megatron_nft.weights.together import gather_objects, raise_together
 
 
 class ExportError(RuntimeError):
@@ -52,7 +51,7 @@ def save_hf(
     """
     out, source = Path(out_dir), Path(source_model_path)
     is_first = layout.rank == 0
-    _together(layout, lambda: open_partial(out, replace) if is_first else None)
+    run_everywhere(lambda: open_partial(out, replace) if is_first else None, layout.world_gloo, ExportError)
     leads = layout.tp_rank == 0 and layout.dp_rank == 0
     metas_of_buckets = [plan.metas for plan in plan_stage(chunks, spec, layout, bucket_bytes, dtype)] if leads else []
     files = split_into_files(metas_of_buckets, max_file_bytes)
@@ -69,7 +68,7 @@ def save_hf(
             for _ in stream:  # the other ranks of the stage must not be left waiting
                 pass
 
-    _together(layout, write)
+    run_everywhere(write, layout.world_gloo, ExportError)
     listed = [(m.name, name, m.end - m.start, m.dtype) for metas, name in zip(files, names, strict=True) for m in metas]
     tensors = [entry for of_rank in gather_objects(listed, layout.world_gloo) for entry in of_rank]
 
@@ -79,14 +78,4 @@ def save_hf(
             total = sum(nbytes for _, _, nbytes, _ in tensors)
             finish_folder(out, source, file_of, total, tensors[0][3], chat_template)
 
-    _together(layout, finish)
-
-
-def _together(layout: ParallelLayout, work: Callable[[], object]) -> None:
-    """Run `work` on every rank; if it fails on one, all raise ExportError."""
-    error: Exception | None = None
-    try:
-        work()
-    except Exception as caught:
-        error = caught
-    raise_together(error, layout.world_gloo, ExportError)
+    run_everywhere(finish, layout.world_gloo, ExportError)

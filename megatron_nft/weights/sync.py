@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from megatron_nft.config import Config
+from megatron_nft.distributed import describe_error, gather_objects, raise_any
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.export import Buffers, export_buckets
 from megatron_nft.weights.names import hf_shapes
 from megatron_nft.weights.receipt import Receipt
-from megatron_nft.weights.together import describe, gather_objects, raise_any
 from megatron_nft.weights.transport import Ledger, Reference, Transport, WeightSyncError
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ class WeightSync:
 
     def _meet(self, progress: _Progress) -> bool:
         """All ranks hear of errors and of engines that one of them lost. True if the stream was torn."""
-        known = (describe(progress.error, WeightSyncError), self._transport.behind, self._transport.torn)
+        known = (describe_error(progress.error, WeightSyncError), self._transport.behind, self._transport.torn)
         ranks = gather_objects(known, self._layout.world_gloo)
         for _, behind, _ in ranks:
             self._transport.behind |= behind

@@ -16,11 +16,11 @@ from processes import wait_until
 from tiny import make_model
 
 from megatron_nft.config import Config
+from megatron_nft.engines.sglang.client import SGLangEngine
 from megatron_nft.policy import parallel
 from megatron_nft.policy.family import read_family
 from megatron_nft.policy.model import build_chunks
-from megatron_nft.train.launch import die_with_parent
-from megatron_nft.engines.sglang.client import SGLangEngine
+from megatron_nft.processes import die_with_parent
 from megatron_nft.weights.import_hf import load_hf
 from megatron_nft.weights.names import hf_shapes
 from megatron_nft.weights.sync import WeightSync

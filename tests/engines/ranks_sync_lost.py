@@ -1,4 +1,4 @@
-"""Engines that die in the middle of a sync: args ENGINE URLS MODEL_A MODEL_B TP PP KEEPERS (process ids, per URL)."""
+"""Engines that die in the middle of a sync: args ENGINE URLS MODEL_A MODEL_B TP PP SUPERVISORS (their pids)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VICTIM = "model.layers.1.mlp.gate_proj.weight"
 
 
 def check_start(ranks: Ranks) -> None:
-    World.keepers = [int(pid) for pid in ranks.args[6].split(",")]
+    World.supervisors = [int(pid) for pid in ranks.args[6].split(",")]
     start(Ranks(ranks.rank, ranks.world_size, ranks.scratch, ranks.args[:6]))
     with Session(ranks) as session:
         assert session.push(0).engines == sorted(World.urls)
@@ -24,7 +24,7 @@ def kill_when_the_victim_passes(session: Session, number: int) -> None:
     """The leader that holds the victim ends server `number` with all its processes, in the middle of the stream."""
 
     def change(metas, flat):
-        for pid in below(World.keepers[number]):
+        for pid in below(World.supervisors[number]):
             os.kill(pid, signal.SIGKILL)
         return metas
 
@@ -43,7 +43,7 @@ def sync_with_loss(ranks: Ranks, transport: str, lost: int, left: list[int]) -> 
             found = session.engine.prompt_logprobs(PROBE_IDS, url=World.urls[i])
             assert np.abs(found - World.probes[1][1]).max() < 1e-4
     World.urls = [World.urls[i] for i in left]
-    World.keepers = [World.keepers[i] for i in left]
+    World.supervisors = [World.supervisors[i] for i in left]
 
 
 def check_one_of_four_lost_over_files(ranks: Ranks) -> None:

@@ -11,8 +11,8 @@ import pytest
 from processes import alive, below, server_of, wait_until
 
 from megatron_nft.engines import open_engine
-from megatron_nft.engines.open import start_servers
 from megatron_nft.engines.engine import EngineError, Request, SamplingParams
+from megatron_nft.engines.open import start_servers
 from megatron_nft.engines.sglang.client import SGLangEngine
 
 
@@ -20,7 +20,7 @@ def kill_in_the_middle(engine, group, sampling, requests):
     """All answers of a rollout during which the (only) server of `group` is killed."""
     answers = engine.generate(requests, sampling)
     seen = [next(answers)]
-    os.kill(server_of(group.servers[0]._keeper.pid), signal.SIGKILL)
+    os.kill(server_of(group.servers[0]._supervisor.pid), signal.SIGKILL)
     return seen + list(answers)
 
 
@@ -78,7 +78,7 @@ def test_no_process_outlives_a_killed_starter(sglang_model, sglang_rollout, tmp_
     with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"up\n"
         family = below(process.pid)
-        assert len(family) >= 5  # keeper (2), server, scheduler, detokenizer
+        assert len(family) >= 5  # supervisor (2), server, scheduler, detokenizer
         process.kill()
         process.wait(20)
         wait_until(lambda: not alive(family), 30, "the end of the server")

@@ -8,8 +8,8 @@ import numpy as np
 from processes import below, server_of, wait_until
 
 from megatron_nft.engines import open_engine
-from megatron_nft.engines.open import NO_WEIGHTS, start_servers
 from megatron_nft.engines.engine import Request, SamplingParams
+from megatron_nft.engines.open import NO_WEIGHTS, start_servers
 
 
 def requests(count):
@@ -52,7 +52,7 @@ def test_requests_go_through_the_router_to_servers_that_have_the_weights(
 
         stream = engine.generate(requests(32), SamplingParams(100))
         seen = [next(stream)]
-        os.kill(server_of(second.servers[0]._keeper.pid), signal.SIGKILL)
+        os.kill(server_of(second.servers[0]._supervisor.pid), signal.SIGKILL)
         seen += list(stream)
         assert sorted((i, k) for i, k, _ in seen) == everything
 

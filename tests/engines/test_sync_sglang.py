@@ -51,8 +51,8 @@ def test_two_leaders_and_four_servers(two_ranks, check):
 def lost(two_ranks, servers, sglang_model, other_model):
     """After `two_ranks`: servers are killed, the last one first."""
     urls = ",".join(server.url for server in servers)
-    keepers = ",".join(str(server._keeper.pid) for server in servers)
-    return run("ranks_sync_lost.py", 2, "sglang", urls, sglang_model, other_model, 1, 2, keepers)
+    supervisors = ",".join(str(server._supervisor.pid) for server in servers)
+    return run("ranks_sync_lost.py", 2, "sglang", urls, sglang_model, other_model, 1, 2, supervisors)
 
 
 @pytest.mark.parametrize("check", names_of("ranks_sync_lost.py"))

@@ -48,7 +48,7 @@ def test_two_leaders(two_ranks, check):
 @pytest.fixture(scope="module")
 def last_lost(two_ranks, server, models):
     """After `two_ranks`: the server is killed."""
-    return run("ranks_sync_last_lost.py", 2, "vllm", server.url, *models, 1, 2, server._keeper.pid)
+    return run("ranks_sync_last_lost.py", 2, "vllm", server.url, *models, 1, 2, server._supervisor.pid)
 
 
 @pytest.mark.parametrize("check", ["check_start", *names_of("ranks_sync_last_lost.py")])

@@ -92,18 +92,18 @@ def test_memory_comes_and_goes_for_twenty_steps_without_creep(colocated):
 def test_an_engine_that_dies_asleep_is_started_again_and_gets_the_weights(colocated):
     policy, engine, sync = colocated
     engine.release_memory()
-    keeper = engine.group.servers[0]._keeper
-    for process in psutil.Process(keeper.pid).children(recursive=True):
+    supervisor = engine.group.servers[0]._supervisor
+    for process in psutil.Process(supervisor.pid).children(recursive=True):
         process.send_signal(signal.SIGKILL)
-    keeper.wait(60)
+    supervisor.wait(60)
     engine.resume_memory()
     checked_sync(policy, sync, version=100)
     assert greedy(engine)
     engine.release_memory()
-    keeper = engine.group.servers[0]._keeper
-    for process in psutil.Process(keeper.pid).children(recursive=True):
+    supervisor = engine.group.servers[0]._supervisor
+    for process in psutil.Process(supervisor.pid).children(recursive=True):
         process.send_signal(signal.SIGKILL)
-    keeper.wait(60)
+    supervisor.wait(60)
     with pytest.raises(EngineError, match=r"rollout\.server\.max_restarts"):
         engine.resume_memory()
 

@@ -45,7 +45,7 @@ def test_a_killed_engine_comes_back_with_the_current_weights(cluster, task, laun
 
     # Slurm gives the tasks of both components the id of the first one.
     started = cluster.processes(f"SLURM_JOB_ID={job}\0", "-m sglang.launch_server")
-    servers = [pid for pid in started if "keeper.py" not in Path(f"/proc/{pid}/cmdline").read_text()]
+    servers = [pid for pid in started if "supervisor.py" not in Path(f"/proc/{pid}/cmdline").read_text()]
     assert len(servers) == 2
     killed_at = newest(run)["version"]
     kill(servers[0])

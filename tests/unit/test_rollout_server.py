@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from processes import alive, below, children, server_of, wait_until
 
-from megatron_nft.engines import supervisor as keeper
+from megatron_nft.engines import supervisor
 from megatron_nft.engines.engine import EngineError
 from megatron_nft.engines.server import Server, ServerGroup
 
@@ -54,7 +54,7 @@ def temporary_folder(server: int) -> Path:
     return folder
 
 
-FAMILY = 5  # keeper (two processes), server, child, stubborn grandchild
+FAMILY = 5  # supervisor (two processes), server, child, stubborn grandchild
 
 
 def make_server(tmp_path, *arguments, code=SERVER, name="test server"):
@@ -108,7 +108,7 @@ def test_family_ends_when_the_starter_is_killed(tmp_path, signum):
 
 
 @pytest.mark.parametrize("which", ["outer", "inner", "server"])
-def test_family_goes_with_a_killed_keeper_or_server(tmp_path, ours, which):
+def test_family_goes_with_a_killed_supervisor_or_server(tmp_path, ours, which):
     """vLLM's engine core outlives its API server in the same way as the stubborn grandchild here."""
     servers = group(make_server(tmp_path, "family"))
     wait_until(lambda: len(ours()) >= FAMILY)
@@ -139,12 +139,36 @@ def test_a_process_that_lost_its_first_thread_hides_nobody():
         try:
             stat = Path(f"/proc/{process.pid}/stat")
             wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
-            assert {process.pid, child} <= set(keeper.descendants(os.getpid()))
+            assert {process.pid, child} <= set(supervisor.descendants(os.getpid()))
         finally:
             os.kill(child, signal.SIGKILL)
             process.kill()
         process.wait(60)
-        assert process.pid not in keeper.descendants(os.getpid())
+        assert process.pid not in supervisor.descendants(os.getpid())
+
+
+def test_a_server_does_not_take_itself_for_a_rank(tmp_path, monkeypatch):
+    """With torchrun's variables its own init_process_group would wait for a store that nobody opens."""
+    rank = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK")
+    rank += ("ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+    rank += ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RUN_ID")
+    others = ("NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES", "https_proxy", "HF_HOME", "MASTER_KEY", "RANKING")
+    for name in (*rank, *others):
+        monkeypatch.setenv(name, "1")
+    servers = group(make_server(tmp_path))
+    try:
+        (supervisor_pid,) = (p for p in children(os.getpid()) if "supervisor.py" in command_line(p))
+        text = Path(f"/proc/{server_of(supervisor_pid)}/environ").read_text()
+        inherited = dict(v.split("=", 1) for v in text.split("\0") if v)
+        assert not inherited.keys() & set(rank)
+        assert {name: inherited.get(name) for name in others} == dict.fromkeys(others, "1")
+        assert inherited["MARK"] == "1" and inherited["PATH"] == os.environ["PATH"]
+    finally:
+        servers.close()
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def test_early_exit_is_told_with_the_end_of_the_log(tmp_path, ours):

@@ -19,12 +19,12 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Meeting, address_towards
-from megatron_nft.weights.buckets import Bucket
+from megatron_nft.distributed import gather_objects
 from megatron_nft.engines.weights import EngineServer
-from megatron_nft.weights.transports.servers import ServerTransport
-from megatron_nft.weights.together import gather_objects
+from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.transport import EngineLost, WeightSyncError
+from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Meeting, address_towards
+from megatron_nft.weights.transports.servers import ServerTransport
 
 POLL_S = 0.0005
 CLOSE_S = 10.0  # for an idle group to be gone: a process that exits meanwhile is aborted by the C++ runtime

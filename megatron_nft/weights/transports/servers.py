@@ -9,18 +9,18 @@ import numpy as np
 import torch
 
 from megatron_nft.config import Config
+from megatron_nft.distributed import gather_objects
+from megatron_nft.engines.client import HttpEngine
+from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.sglang.shards import engine_key, hf_names_of
+from megatron_nft.engines.sglang.weights import SGLangServer
+from megatron_nft.engines.vllm.weights import VLLMServer
+from megatron_nft.engines.weights import EngineServer, ServerFacts
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.parallel import ParallelLayout
-from megatron_nft.engines.engine import EngineError
-from megatron_nft.engines.client import HttpEngine
 from megatron_nft.weights.buckets import Bucket
-from megatron_nft.engines.weights import EngineServer, ServerFacts
-from megatron_nft.engines.sglang.shards import engine_key, hf_names_of
 from megatron_nft.weights.names import hf_shapes
-from megatron_nft.engines.sglang.weights import SGLangServer
-from megatron_nft.weights.together import gather_objects
 from megatron_nft.weights.transport import EngineLost, Ledger, Reference, WeightSyncError
-from megatron_nft.engines.vllm.weights import VLLMServer
 
 SERVERS: dict[str, type[EngineServer]] = {"sglang": SGLangServer, "vllm": VLLMServer}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from megatron_nft.weights.buckets import Bucket
 from megatron_nft.engines.weights import EngineServer
-from megatron_nft.weights.transports.servers import ServerTransport
+from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.shared_memory import shared_buffer
+from megatron_nft.weights.transports.servers import ServerTransport
 
 
 class TensorTransport(ServerTransport):
