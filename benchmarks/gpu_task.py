@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gpu_policies import make_policy, packed
+from objectives import Objective
 
 from megatron_nft.data.synthetic import MAX_RESPONSE_TOKENS, Problem, make_tokenizer, problems, sft_samples, write_model
 from megatron_nft.policy.parallel import ParallelLayout
@@ -38,8 +39,7 @@ def teacher_samples(seed: int = 0) -> list[TrainingSample]:
     return made[NUM_HELD_OUT:]
 
 
-def supervised_loss(logprobs: torch.Tensor, _batch: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return -logprobs, {}
+supervised_loss = Objective(lambda logprobs, batch: -logprobs)
 
 
 def supervised_steps(policy: Policy, samples: list[TrainingSample], num_steps: int, seed: int = 0) -> list[float]:

@@ -19,8 +19,11 @@ from megatron.core import parallel_state
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from objectives import Objective
+
 from megatron_nft.config import Config
 from megatron_nft.data.packing import filler, pack
+from megatron_nft.metrics import Max, Mean
 from megatron_nft.policy import parallel
 from megatron_nft.policy.family import read_family
 from megatron_nft.policy.policy import Policy
@@ -70,10 +73,12 @@ def token_loss(logprobs: torch.Tensor, advantage: torch.Tensor | float) -> torch
     return -advantage * logprobs + 0.05 * logprobs.square()
 
 
-def loss(logprobs: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    per_token = token_loss(logprobs, batch.advantage)
+def token_metrics(logprobs: torch.Tensor, loss: torch.Tensor, batch: PackedBatch) -> dict[str, Mean | Max]:
     trained = batch.loss_mask > 0
-    return per_token, {"logprob": logprobs[trained], "max_advantage": batch.advantage[trained]}
+    return {"logprob": Mean(logprobs[trained], trained), "max_advantage": Max(batch.advantage[trained])}
+
+
+loss = Objective(lambda logprobs, batch: token_loss(logprobs, batch.advantage), token_metrics)
 
 
 def make_reference(ranks: Ranks, family: str, *, tied: bool, layers: int = 4, **changes: object) -> Reference:

@@ -74,10 +74,12 @@ def compare_report(report, reference, where) -> None:
     trained = sum(s.response_length for s in made)
     rows = [reference.logprobs[i][s.prompt_length - 1 : -1] for i, s in enumerate(made)]
     assert report.num_tokens == trained, where
-    np.testing.assert_allclose(report.metrics["logprob"], np.concatenate(rows).sum(), rtol=TOLERANCE, err_msg=where)
+    logprob = report.metrics["logprob"]
+    np.testing.assert_allclose(logprob.total, np.concatenate(rows).sum(), rtol=TOLERANCE, err_msg=where)
+    assert logprob.count == trained, where
     # fillers have advantage 0 only outside the mask: the maximum is that of the real samples
     expected = max(np.float32(s.advantage) for s in made)
-    np.testing.assert_allclose(report.metrics["max_advantage"], expected, rtol=1e-6, err_msg=where)
+    np.testing.assert_allclose(report.metrics["max_advantage"].value, expected, rtol=1e-6, err_msg=where)
 
 
 ALL_SPLITS = {"packed": PACKED, "one by one": ONE_BY_ONE, "uneven": UNEVEN}

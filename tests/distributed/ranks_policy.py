@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from launch import Ranks, run_checks
+from objectives import Objective
 from policies import (
     DENOMINATOR,
     TEMPERATURE,
@@ -22,6 +23,7 @@ from policies import (
 )
 
 from megatron_nft.data.packing import pack
+from megatron_nft.metrics import Max, Mean
 from megatron_nft.policy import parallel
 from megatron_nft.policy.logprobs import linear_logprobs
 from megatron_nft.policy.policy import Policy
@@ -129,7 +131,7 @@ def check_norms_and_biases_are_not_decayed(ranks: Ranks) -> None:
     for layout in ({}, {"use_distributed_optimizer": False}, TP2):
         policy = make(ranks, {"lr": 1e-2, "weight_decay": 0.5}, **layout)
         before = [(n, p.detach().clone()) for c in policy.chunks for n, p in c.named_parameters()]
-        policy.train_step(deal(policy, UNEVEN), lambda logprobs, batch: (0 * logprobs, {}), 1.0)
+        policy.train_step(deal(policy, UNEVEN), Objective(lambda logprobs, batch: 0 * logprobs), 1.0)
         after = [p for c in policy.chunks for p in c.parameters()]
         kinds = set()
         for (name, old), new in zip(before, after, strict=True):
@@ -144,7 +146,7 @@ def check_a_nan_skips_the_step_everywhere(ranks: Ranks) -> None:
 
     def nan_loss(logprobs, batch):
         bad = 1 in batch.sample_ids  # the second micro-batch of replica 1, or of the only one
-        return (logprobs * math.nan if bad else -logprobs), {}
+        return logprobs * math.nan if bad else -logprobs
 
     class NanGradient(torch.autograd.Function):
         @staticmethod
@@ -156,7 +158,7 @@ def check_a_nan_skips_the_step_everywhere(ranks: Ranks) -> None:
             return grad * math.inf
 
     def nan_gradient(logprobs, batch):
-        return -(NanGradient.apply(logprobs) if 1 in batch.sample_ids else logprobs), {}
+        return -(NanGradient.apply(logprobs) if 1 in batch.sample_ids else logprobs)
 
     splits = [[0, 2], [3, 4], [5, 6], [1, 7]]
     for layout in ({}, TP2, PP2, VPP, {"use_distributed_optimizer": False}):
@@ -165,7 +167,7 @@ def check_a_nan_skips_the_step_everywhere(ranks: Ranks) -> None:
             each.train_step(deal(each, splits), loss, DENOMINATOR)
         before = state(policy)
         for bad, reason in ((nan_loss, "the loss is nan"), (nan_gradient, "the gradient norm is ")):
-            report = policy.train_step(deal(policy, splits), bad, DENOMINATOR)
+            report = policy.train_step(deal(policy, splits), Objective(bad), DENOMINATOR)
             assert report.skipped and report.reason.startswith(reason), (layout, report)
             reports = [None] * ranks.world_size
             dist.all_gather_object(reports, (report.skipped, report.reason))
@@ -185,43 +187,87 @@ def check_the_losses_own_tensor_is_not_divided(ranks: Ranks) -> None:
     def remembering(logprobs, batch):
         per_token = -logprobs
         kept.append((per_token, per_token.detach().clone()))
-        return per_token, {"sum": per_token.detach()[batch.loss_mask > 0]}
+        return per_token
+
+    def total(logprobs, loss, batch):
+        return {"sum": Mean(loss, batch.loss_mask)}
 
     reports = []
     for splits in (UNEVEN, [[0, 1, 2, 3], [4, 5, 6, 7]]):
         policy = make(ranks)
-        reports.append(policy.train_step(deal(policy, splits), remembering, 10.0))
+        reports.append(policy.train_step(deal(policy, splits), Objective(remembering, total), 10.0))
     assert len(kept) == 3 and all(torch.equal(now, then) for now, then in kept)
     np.testing.assert_allclose(reports[0].loss, reports[1].loss, rtol=1e-6)
     for report in reports:
-        np.testing.assert_allclose(report.metrics["sum"] / 10, report.loss, rtol=1e-6)
+        np.testing.assert_allclose(report.metrics["sum"].total / 10, report.loss, rtol=1e-6)
 
 
 def check_values_outside_the_mask_do_not_count(ranks: Ranks) -> None:
     def masked(logprobs, batch):
-        return torch.where(batch.loss_mask > 0, -logprobs, math.nan), {}
+        return torch.where(batch.loss_mask > 0, -logprobs, math.nan)
+
+    def total(logprobs, loss, batch):
+        return {"loss": Mean(loss, 1), "largest": Max(loss)}
 
     reports = []
-    for each in (masked, lambda logprobs, batch: (-logprobs, {})):
+    for each in (masked, lambda logprobs, batch: -logprobs):
         policy = make(ranks, **PP2)
-        reports.append(policy.train_step(deal(policy, UNEVEN), each, 10.0))
+        reports.append(policy.train_step(deal(policy, UNEVEN), Objective(each, total), 10.0))
     assert reports[0] == reports[1] and not reports[0].skipped
 
 
 def check_metrics(ranks: Ranks) -> None:
-    def measured(logprobs, batch):
+    def measured(logprobs, loss, batch):
+        assert not (torch.is_grad_enabled() or logprobs.requires_grad or loss.requires_grad)
         tokens = batch.tokens[batch.loss_mask > 0].double()
-        return -logprobs, {"tokens": tokens, "max_token": tokens, "batches": 1, "max_empty": tokens[:0]}
+        return {
+            "token": Mean(tokens, len(tokens)),
+            "batches": Mean(1, 1.0),
+            "largest": Max(tokens),
+            "least": Max(-tokens),  # below 0 everywhere: fillers must not count as 0
+            "constant": Max(3),
+            "nothing": Max(tokens[:0]),
+        }
 
     made = samples()
     trained = np.concatenate([s.input_ids[s.prompt_length - 1 : -1] for s in made]).astype(np.float64)
     for layout in ({}, TP2, PP2, VPP):
         policy = make(ranks, **layout)
         batches = deal(policy, UNEVEN)
-        report = policy.train_step(batches, measured, 10.0)
-        assert report.metrics["tokens"] == trained.sum() and report.metrics["max_token"] == trained.max()
-        assert report.metrics["batches"] == len(batches) * policy.layout.dp_size
+        report = policy.train_step(batches, Objective(lambda logprobs, batch: -logprobs, measured), 10.0)
+        count = len(batches) * policy.layout.dp_size
+        assert report.metrics == {
+            "token": Mean(trained.sum(), len(trained)),
+            "batches": Mean(count, count),
+            "largest": Max(trained.max()),
+            "least": Max(-trained.min()),
+            "constant": Max(3.0),
+            "nothing": Max(-math.inf),
+        }
         assert report.num_tokens == len(trained)
+
+
+def check_entropies_of_the_policy(ranks: Ranks) -> None:
+    """Against transformers in float64; asking for them leaves the log-probs as they are, bit for bit."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_reference(ranks, "qwen2", tied=True).model
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    expected = []
+    with torch.no_grad():
+        for sample in samples():
+            logp = torch.log_softmax(model(torch.from_numpy(sample.input_ids).long()[None]).logits[0] / TEMPERATURE, -1)
+            expected.append(-(logp.exp() * logp).sum(-1).numpy())
+    for layout in ({}, TP2, {**TP2, "sequence_parallel": True}, PP2, VPP):
+        policy = make(ranks, **layout)
+        batches = deal(policy, UNEVEN)
+        plain = policy.compute_logprobs(batches, TEMPERATURE)
+        pairs = policy.compute_logprobs_and_entropies(batches, TEMPERATURE)
+        assert all(np.array_equal(a, b) for a, (b, _) in zip(plain, pairs, strict=True)), layout
+        mine = UNEVEN[policy.layout.dp_rank :: policy.layout.dp_size]
+        for indices, (_, entropies) in zip(mine, pairs, strict=False):  # fillers have no samples
+            rows = np.concatenate([expected[i] for i in indices])
+            np.testing.assert_allclose(entropies[: len(rows)], rows, rtol=1e-5, err_msg=str(layout))
 
 
 def check_every_micro_batch_is_told_once(ranks: Ranks) -> None:
@@ -230,23 +276,27 @@ def check_every_micro_batch_is_told_once(ranks: Ranks) -> None:
         policy = make(ranks, **layout)
         batches, told = deal(policy, UNEVEN), []
         policy.on_micro_batch = lambda told=told: told.append(None)
-        policy.train_step(batches, lambda logprobs, batch: (-logprobs, {}), 10.0)
+        policy.train_step(batches, Objective(lambda logprobs, batch: -logprobs), 10.0)
         assert len(told) == len(batches)
         policy.compute_logprobs(batches)
         assert len(told) == 2 * len(batches)
 
 
 def check_changing_metric_names_are_refused(ranks: Ranks) -> None:
+    kinds = iter([Mean(1, 1), Max(1)])
     names = iter("abcd")
     policy = make(ranks)
-    raises(
-        ValueError,
-        "the names must not change",
-        policy.train_step,
-        deal(policy, UNEVEN),
-        lambda logprobs, batch: (-logprobs, {next(names): 1.0}),
-        1.0,
-    )
+    for metrics in (lambda *_: {next(names): Max(1.0)}, lambda *_: {"same": next(kinds)}):
+        changing = Objective(lambda logprobs, batch: -logprobs, metrics)
+        raises(ValueError, "the names must not change", policy.train_step, deal(policy, UNEVEN), changing, 1.0)
+
+
+def check_what_an_objective_returns_is_checked(ranks: Ranks) -> None:
+    policy = make(ranks)
+    summed = Objective(lambda logprobs, batch: -logprobs.sum())
+    raises(ValueError, "the loss has shape ()", policy.train_step, deal(policy, UNEVEN), summed, 1.0)
+    bare = Objective(lambda logprobs, batch: -logprobs, lambda *_: {"mine": 1.0})
+    raises(TypeError, "metric mine is a float", policy.train_step, deal(policy, UNEVEN), bare, 1.0)
 
 
 def check_wrong_micro_batches(ranks: Ranks) -> None:
@@ -289,18 +339,6 @@ def check_weights_are_nan_until_loaded(ranks: Ranks) -> None:
     assert all(p.isnan().all() for chunk in policy.chunks for p in chunk.parameters())
     report = policy.train_step(deal(policy, UNEVEN), loss, DENOMINATOR)
     assert report.skipped
-
-
-def check_replicas_start_equal(ranks: Ranks) -> None:
-    policy = make(ranks)
-    with torch.no_grad():
-        for p in policy.chunks[0].parameters():
-            p.add_(ranks.rank)
-    policy.broadcast_params()
-    total = torch.stack([p.detach().double().sum() for p in policy.chunks[0].parameters()]).sum()
-    sums = [None] * ranks.world_size
-    dist.all_gather_object(sums, total.item())
-    assert len(set(sums)) == 1
 
 
 def check_layouts(ranks: Ranks) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from objectives import Objective
 
 from megatron_nft.config import Config
 from megatron_nft.data.packing import pack
@@ -86,9 +87,12 @@ def packed(policy: Policy, samples: list[TrainingSample], splits: list[list[int]
     return [pack(samples, part, multiple_of=policy.pad_multiple, device=policy.layout.device) for part in splits]
 
 
-def likelihood_loss(logprobs: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def weighted_likelihood(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """-log p of every response token, weighted by the advantage."""
-    return -logprobs * batch.advantage, {}
+    return -logprobs * batch.advantage
+
+
+likelihood_loss = Objective(weighted_likelihood)
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from gpu_policies import gradients, likelihood_loss, make_policy, make_samples, packed, relative
+from gpu_policies import gradients, make_policy, make_samples, packed, relative, weighted_likelihood
+from objectives import Objective
 
 pytestmark = pytest.mark.needs("engine")
 
@@ -25,9 +26,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(params=RECIPES)
 def recipe(request):
-    from megatron_nft.policy.capability import allowed_recipes, read_machine
+    from megatron_nft.policy.capability import allowed_recipes, read_gpu_stack
 
-    if request.param not in allowed_recipes(read_machine()):
+    if request.param not in allowed_recipes(read_gpu_stack()):
         pytest.skip(f"this chip does not have {request.param}")
     return request.param
 
@@ -41,9 +42,8 @@ def logprobs(policy) -> np.ndarray:
     return policy.compute_logprobs([batch])[0][: sum(LENGTHS)]
 
 
-def nll(logprobs, batch):
-    """-log p of every response token: a mean of several nats, where right and wrong answers would cancel."""
-    return -logprobs, {}
+# -log p of every response token: a mean of several nats, where right and wrong answers would cancel
+nll = Objective(lambda logprobs, batch: -logprobs)
 
 
 def step(policy):
@@ -52,9 +52,9 @@ def step(policy):
 
 @pytest.mark.parametrize("missing", RECIPES)
 def test_a_recipe_that_the_chip_lacks_is_refused(layout, model, missing):
-    from megatron_nft.policy.capability import allowed_recipes, read_machine
+    from megatron_nft.policy.capability import allowed_recipes, read_gpu_stack
 
-    if missing in allowed_recipes(read_machine()):
+    if missing in allowed_recipes(read_gpu_stack()):
         pytest.skip(f"this chip has {missing}")
     with pytest.raises(ValueError, match=f"recipe={missing} needs .* Allowed here: none"):
         make(layout, model, missing)
@@ -94,9 +94,9 @@ def test_the_first_ratio_of_an_update_is_one(layout, model, recipe):
 
     def loss(found, batch):
         seen.append(found.detach().float().cpu().numpy())
-        return likelihood_loss(found, batch)
+        return weighted_likelihood(found, batch)
 
-    policy.train_step(batch, loss, 100.0)
+    policy.train_step(batch, Objective(loss), 100.0)
     real = slice(0, sum(LENGTHS))
     assert np.abs(seen[0] - before)[real].mean() < 0.3 * np.abs(seen[0] - in_bf16)[real].mean()
 

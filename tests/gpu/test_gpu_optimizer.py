@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_policies import likelihood_loss, make_policy, make_samples, packed, relative
+from objectives import Objective
 
 pytestmark = pytest.mark.needs("engine")
 
@@ -73,7 +74,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(layout, model):
         three_steps(policy)
         before = weights(policy)
         (batch,) = packed(policy, make_samples(LENGTHS, VOCAB))
-        report = policy.train_step([batch], lambda lp, b: (lp * float("nan"), {}), 100.0)
+        report = policy.train_step([batch], Objective(lambda lp, b: lp * float("nan")), 100.0)
         assert report.skipped
         assert all(torch.equal(w, before[name]) for name, w in weights(policy).items())
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gpu_policies import gradients, make_policy, make_samples, packed, relative
+from objectives import Objective
 from tiny import FAMILIES, make_model
 
 pytestmark = pytest.mark.needs("engine")
@@ -19,9 +20,8 @@ LENGTHS = [37, 5, 120, 64, 2, 19]
 VOCAB, DENOMINATOR = 300, 37.0
 
 
-def quadratic(logprobs, batch):
-    """Nonlinear, so that a wrong log-prob shows in the gradient too."""
-    return -batch.advantage * logprobs + 0.05 * logprobs.square(), {}
+# Nonlinear, so that a wrong log-prob shows in the gradient too.
+quadratic = Objective(lambda logprobs, batch: -batch.advantage * logprobs + 0.05 * logprobs.square())
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

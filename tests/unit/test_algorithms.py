@@ -1,14 +1,18 @@
-"""The loss that the settings name, over packed micro-batches, and what it reports."""
+"""The algorithm that the settings name: its loss over packed micro-batches, its metrics, and names that are refused."""
 
 import math
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_nft.config import AlgorithmConfig
+from megatron_nft.algorithms import ALGORITHMS, AlgorithmError, algorithm_class, open_algorithm, read_settings
 from megatron_nft.data.packing import filler, pack
-from megatron_nft.losses import make_loss, nft_loss, nft_sequence_loss, policy_gradient_loss, rft_loss
+from megatron_nft.losses import nft_loss, nft_sequence_loss, policy_gradient_loss, rft_loss
+from megatron_nft.metrics import Max, Mean
 from megatron_nft.types import TrainingSample
 
 
@@ -24,6 +28,19 @@ def sample(prompt, response, correct, rate, advantage=0.0, behaviour=-1.0):
         correct_rate=rate,
         advantage=advantage,
     )
+
+
+def evaluate(logprobs, batch, **settings):
+    """Loss [T], 0 outside the mask, and metrics, as policy/step.py takes them."""
+    algorithm = open_algorithm(read_settings(settings), max_response_tokens=20)
+    loss = algorithm.loss(logprobs, batch).where(batch.loss_mask > 0, 0.0)
+    with torch.no_grad():
+        return loss, algorithm.metrics(logprobs.detach(), loss.detach(), batch)
+
+
+def parts(metric):
+    """(total, count) of a mean, the value of a maximum, as numbers."""
+    return (float(metric.total), float(metric.count)) if isinstance(metric, Mean) else float(metric.value)
 
 
 @pytest.fixture
@@ -75,7 +92,7 @@ def logprobs(batch):
     ids=lambda x: x["name"] if isinstance(x, dict) else "",
 )
 def test_settings_reach_the_loss(settings, direct, batch, logprobs):
-    loss, _ = make_loss(AlgorithmConfig(**settings))(logprobs, batch)
+    loss, _ = evaluate(logprobs, batch, **settings)
     expected = direct(logprobs, batch) * batch.loss_mask
     assert expected.abs().sum() > 0.1
     torch.testing.assert_close(loss, expected)
@@ -83,47 +100,106 @@ def test_settings_reach_the_loss(settings, direct, batch, logprobs):
     assert gradient[batch.loss_mask == 0].abs().sum() == 0
 
 
-def test_diagnostics_by_hand(batch, logprobs):
-    loss, metrics = make_loss(AlgorithmConfig(prompt_weight="uniform"))(logprobs, batch)
+def test_metrics_by_hand(batch, logprobs):
+    loss, metrics = evaluate(logprobs, batch, prompt_weight="uniform")
     ln2 = math.log(2)
     # wrong, r = 1/2: x = 2 - R is 0 (clamped), 1.5, 1.5, 1, 1: loss -log of 1, 1.5, 1.5, 1, 1
     expected = {
-        "tokens": 8,
-        "positive_tokens": 3,
-        "negative_tokens": 5,
-        "positive_loss": -3 * ln2,
-        "negative_loss": -2 * math.log(1.5),
-        "ratio": 6 + 2 + 0.5 + 0.5 + 1 + 1,
-        "log_ratio": 3 * ln2 + ln2 - 2 * ln2,
-        "kl": (6 + 2 + 0.5 + 0.5 + 1 + 1) - 8 - 2 * ln2,
-        "max_ratio": 2.0,
-        "max_inverse_ratio": 2.0,
-        "clamped_tokens": 1,
+        "loss/positive": (-3 * ln2, 3),
+        "loss/negative": (-2 * math.log(1.5), 5),
+        "tokens/positive_share": (3, 8),
+        "ratio/mean": (6 + 2 + 0.5 + 0.5 + 1 + 1, 8),
+        "ratio/log_mean": (3 * ln2 + ln2 - 2 * ln2, 8),
+        "ratio/kl": ((6 + 2 + 0.5 + 0.5 + 1 + 1) - 8 - 2 * ln2, 8),
+        "ratio/max": 2.0,
+        "ratio/max_inverse": 2.0,
+        "clamp/share": (1, 5),
     }
-    assert {k: v.item() for k, v in metrics.items()} == pytest.approx(expected, rel=1e-5)
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert parts(metrics[name]) == pytest.approx(value, rel=1e-5), name
     assert loss.sum().item() == pytest.approx(-3 * ln2 - 2 * math.log(1.5), rel=1e-5)
-    assert all(not v.requires_grad and v.shape == () and v.dtype == torch.float32 for v in metrics.values())
+
+
+def test_only_nft_has_a_clamp_to_log(batch, logprobs):
+    for name in ALGORITHMS:
+        assert ("clamp/share" in evaluate(logprobs, batch, name=name)[1]) == (name == "nft")
 
 
 def test_a_filler_carries_no_loss_and_no_counts():
     for name in ("nft", "rft", "grpo", "dr_grpo", "dapo"):
         logprobs = torch.full((8,), -3.0, requires_grad=True)
-        loss, metrics = make_loss(AlgorithmConfig(name=name))(logprobs, filler(8))
+        loss, metrics = evaluate(logprobs, filler(8), name=name)
         loss.sum().backward()
         assert loss.tolist() == [0.0] * 8 and logprobs.grad.abs().sum() == 0
-        assert all(v.item() == 0.0 for v in metrics.values())
+        assert all(parts(v) == (0.0 if isinstance(v, Max) else (0.0, 0.0)) for v in metrics.values())
 
 
 @pytest.mark.parametrize("settings", [{"name": "nft"}, {"name": "nft", "ratio": "sequence"}, {"name": "grpo"}])
 def test_samples_without_behaviour_logprobs_cannot_pass(settings):
     batch = pack([sample(2, 3, True, 0.5, 1.0, behaviour=None)], [0])
-    loss, _ = make_loss(AlgorithmConfig(**settings))(torch.full((5,), -1.0), batch)
+    loss, _ = evaluate(torch.full((5,), -1.0), batch, **settings)
     assert torch.isnan(loss.sum())
 
 
 def test_an_enormous_ratio_stays_finite_in_the_log():
     batch = pack([sample(1, 2, False, 0.5, behaviour=-200.0)], [0])
-    loss, metrics = make_loss(AlgorithmConfig())(torch.full((3,), -0.5), batch)
+    loss, metrics = evaluate(torch.full((3,), -0.5), batch)
     assert torch.isfinite(loss).all()
-    assert all(torch.isfinite(v) for v in metrics.values())
-    assert metrics["max_ratio"] > 1e30
+    assert all(np.isfinite(parts(v)).all() for v in metrics.values())
+    assert parts(metrics["ratio/max"]) > 1e30
+
+
+@pytest.mark.parametrize("settings", [*({"name": name} for name in ALGORITHMS), {"name": "nft", "ratio": "sequence"}])
+def test_a_loss_that_is_per_token_can_be_evaluated_in_pieces(settings, batch, logprobs):
+    algorithm = open_algorithm(read_settings(settings), max_response_tokens=20)
+    whole = algorithm.loss(logprobs, batch)
+    per_token = ("behaviour_logprobs", "loss_mask", "correct", "correct_rate", "advantage", "segment_ids")
+    pieces = [replace(batch, **{k: getattr(batch, k)[part] for k in per_token}) for part in (slice(9), slice(9, None))]
+    found = torch.cat([algorithm.loss(logprobs[:9], pieces[0]), algorithm.loss(logprobs[9:], pieces[1])])
+    inside = batch.loss_mask > 0
+    assert torch.equal(found[inside], whole[inside]) == algorithm.per_token
+    assert algorithm.per_token == (settings.get("ratio") != "sequence")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ppo", "'ppo' is none of nft, rft, grpo, dr_grpo, dapo, and not module:Class of your own"),
+        (3, "3 is none of"),
+        ("no_such_module:Mine", "cannot import no_such_module: ModuleNotFoundError"),
+        ("broken:Mine", "cannot import broken: ZeroDivisionError: division by zero"),
+        ("mine:Absent", "has no Absent"),
+        ("mine:", "has no class after the colon"),
+        ("mine:function", "function is not a subclass of megatron_nft.algorithms.Algorithm"),
+        ("mine:Unrelated", "Unrelated is not a subclass of megatron_nft.algorithms.Algorithm"),
+        ("mine:WithoutSettings", "WithoutSettings has no Settings"),
+        ("mine:WithoutLoss", "WithoutLoss does not define loss"),
+    ],
+)
+def test_names_that_cannot_be_used(name, said, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "mine.py").write_text(
+        "from megatron_nft.algorithms import Algorithm, AlgorithmSettings\n"
+        "def function(): pass\n"
+        "class Unrelated: pass\n"
+        "class WithoutSettings(Algorithm):\n"
+        "    def loss(self, logprobs, batch): return logprobs\n"
+        "class WithoutLoss(Algorithm):\n"
+        "    Settings = AlgorithmSettings\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    with pytest.raises(AlgorithmError) as error:
+        algorithm_class(name)
+    assert said in str(error.value)
+
+
+def test_settings_are_read_without_torch_or_numpy():
+    code = (
+        "import sys\nfrom megatron_nft.algorithms import ALGORITHMS, read_settings\nimport megatron_nft.config\n"
+        "for name in ALGORITHMS: read_settings({'name': name})\n"
+        "print(sorted({'torch', 'numpy', 'megatron'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "[]\n"

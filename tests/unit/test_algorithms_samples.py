@@ -1,10 +1,10 @@
-"""Groups to training samples."""
+"""Which groups of answers are trained, and as what samples."""
 
 import numpy as np
 import pytest
 
-from megatron_nft.config import AlgorithmConfig
-from megatron_nft.data.grouping import classify, to_samples
+from megatron_nft.algorithms import open_algorithm, read_settings
+from megatron_nft.data.grouping import classify
 from megatron_nft.types import Prompt, Rollout, RolloutGroup, Verdict
 
 
@@ -26,6 +26,10 @@ def rollout(index, verdict, tokens=3, ignored=False, trained=True):
 def group(*rollouts):
     prompt = Prompt(7, "src", ({"role": "user", "content": "q"},), "1", np.array([1, 2], np.int32))
     return RolloutGroup(5, prompt, list(rollouts), step=4)
+
+
+def samples_of(group, max_response_tokens=100, **settings):
+    return open_algorithm(read_settings(settings), max_response_tokens=max_response_tokens).samples(group)
 
 
 R, W, U, T = Verdict.CORRECT, Verdict.WRONG, Verdict.UNPARSEABLE, Verdict.TIMEOUT
@@ -50,7 +54,7 @@ def test_classify(verdicts, ignored, expected):
 
 def test_samples_carry_the_answers_and_the_rate():
     g = group(rollout(0, R), rollout(1, W, tokens=5), rollout(2, W, ignored=True), rollout(3, U, trained=False))
-    samples = to_samples(g, AlgorithmConfig(), 100)
+    samples = samples_of(g)
     assert [s.sample_index for s in samples] == [0, 1, 3]
     assert [s.correct for s in samples] == [True, False, False]
     assert {s.correct_rate for s in samples} == {1 / 3}  # the ignored answer does not count
@@ -63,18 +67,18 @@ def test_samples_carry_the_answers_and_the_rate():
 
 def test_rate_is_clamped_for_the_loss_only():
     g = group(rollout(0, R), *(rollout(i, W) for i in range(1, 100)))
-    assert to_samples(g, AlgorithmConfig(), 100)[0].correct_rate == 0.02
-    assert to_samples(g, AlgorithmConfig(correct_rate_min=0.005), 100)[0].correct_rate == 0.01
+    assert samples_of(g)[0].correct_rate == 0.02
+    assert samples_of(g, correct_rate_min=0.005)[0].correct_rate == 0.01
     # advantages: true rate 0.01, (1 - 0.01) / sqrt(0.01 * 0.99)
-    assert to_samples(g, AlgorithmConfig(name="grpo"), 100)[0].advantage == pytest.approx(9.9498743710662)
+    assert samples_of(g, name="grpo")[0].advantage == pytest.approx(9.9498743710662)
     flipped = group(rollout(0, W), *(rollout(i, R) for i in range(1, 100)))
-    assert to_samples(flipped, AlgorithmConfig(), 100)[0].correct_rate == 0.98
+    assert samples_of(flipped)[0].correct_rate == 0.98
 
 
-@pytest.mark.parametrize("settings", [{"name": "rft"}, {"negative_weight": 0.0}, {"name": "rft", "negative_weight": 1}])
+@pytest.mark.parametrize("settings", [{"name": "rft"}, {"negative_weight": 0.0}])
 def test_without_a_negative_term_wrong_answers_are_left_out(settings):
     g = group(rollout(0, R), rollout(1, W), rollout(2, R), rollout(3, W))
-    samples = to_samples(g, AlgorithmConfig(**settings), 100)
+    samples = samples_of(g, **settings)
     assert [s.sample_index for s in samples] == [0, 2]
     assert samples[0].correct_rate == 0.5  # but they count in the rate
 
@@ -90,18 +94,19 @@ def test_without_a_negative_term_wrong_answers_are_left_out(settings):
 )
 def test_advantages(name, expected):
     g = group(rollout(0, R), rollout(1, W), rollout(2, U), rollout(3, T))
-    assert [s.advantage for s in to_samples(g, AlgorithmConfig(name=name), 100)] == pytest.approx(expected)
+    assert [s.advantage for s in samples_of(g, name=name)] == pytest.approx(expected)
 
 
 def test_dapo_penalty_for_long_answers():
     # limit 20, buffer 8: nothing up to 12 tokens, half the penalty at 16, all of it at 20
-    settings = AlgorithmConfig(name="dapo", overlong_buffer_tokens=8, overlong_penalty=1.0)
+    settings = {"name": "dapo", "overlong_buffer_tokens": 8, "overlong_penalty": 1.0}
     g = group(rollout(0, R, 12), rollout(1, R, 16), rollout(2, R, 20), rollout(3, W, 12))
     rewards = np.array([1.0, 0.5, 0.0, -1.0])
     expected = (rewards - rewards.mean()) / rewards.std()
-    assert [s.advantage for s in to_samples(g, settings, 20)] == pytest.approx(expected.tolist())
-    halved = settings.model_copy(update={"overlong_penalty": 0.5})
+    assert [s.advantage for s in samples_of(g, 20, **settings)] == pytest.approx(expected.tolist())
     rewards = np.array([1.0, 0.75, 0.5, -1.0])
     expected = (rewards - rewards.mean()) / rewards.std()
-    assert [s.advantage for s in to_samples(g, halved, 20)] == pytest.approx(expected.tolist())
-    assert [s.correct for s in to_samples(g, settings, 20)] == [True, True, True, False]
+    assert [s.advantage for s in samples_of(g, 20, **settings | {"overlong_penalty": 0.5})] == pytest.approx(
+        expected.tolist()
+    )
+    assert [s.correct for s in samples_of(g, 20, **settings)] == [True, True, True, False]

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 torch = pytest.importorskip("torch")
 import tiny  # noqa: E402
+from objectives import Objective  # noqa: E402
 
 from megatron_nft.config import Config  # noqa: E402
 from megatron_nft.data.packing import pack  # noqa: E402
@@ -19,7 +20,7 @@ from megatron_nft.plan import memory  # noqa: E402
 from megatron_nft.plan.activations import cpu_ends, cpu_layer  # noqa: E402
 from megatron_nft.plan.architecture import dense_params, read_architecture  # noqa: E402
 from megatron_nft.plan.hardware import CHIPS  # noqa: E402
-from megatron_nft.plan.layout import Layout, Machine  # noqa: E402
+from megatron_nft.plan.layout import Cluster, LayoutSettings  # noqa: E402
 from megatron_nft.policy import cpu, parallel  # noqa: E402
 from megatron_nft.policy.model import packed_params  # noqa: E402
 from megatron_nft.policy.policy import Policy  # noqa: E402
@@ -63,8 +64,7 @@ def batch(multiple_of: int = 1):
     return pack(samples, range(len(samples)), multiple_of=multiple_of)
 
 
-def plain_loss(logprobs, packed):
-    return -logprobs, {}
+plain_loss = Objective(lambda logprobs, packed: -logprobs)
 
 
 def kept_bytes(policy: Policy) -> int:
@@ -96,8 +96,8 @@ def kept_bytes(policy: Policy) -> int:
 )
 def test_activations_are_what_autograd_keeps(tmp_path, family, precision, recompute):
     config, policy = make(tmp_path / "model", family, precision=precision, recompute=recompute)
-    a, layout, e = policy.spec, Layout.of(config), memory.element_bytes(config)
-    per_token = a.num_layers * cpu_layer(a, layout, e).kept[recompute] + cpu_ends(a, layout, e, stage=0)
+    spec, layout, e = policy.spec, LayoutSettings.of(config), memory.element_bytes(config)
+    per_token = spec.num_layers * cpu_layer(spec, layout, e).kept[recompute] + cpu_ends(spec, layout, e, stage=0)
     assert kept_bytes(policy) == pytest.approx(per_token * sum(LENGTHS), rel=0.05)
 
 
@@ -105,11 +105,11 @@ def test_activations_are_what_autograd_keeps(tmp_path, family, precision, recomp
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_parameters_gradients_and_optimizer_are_what_megatron_allocates(tmp_path, family, tied, precision):
     config, policy = make(tmp_path / "model", family, tied, precision=precision, use_distributed_optimizer=False)
-    machine, layout = Machine(CHIPS["cpu"], 1, 1), Layout.of(config)
+    cluster, layout = Cluster(CHIPS["cpu"], 1, 1), LayoutSettings.of(config)
     parameters = list(policy.chunks[0].parameters())
     assert sum(p.numel() for p in parameters) == dense_params(policy.spec, 1, 1, 0)
 
-    parts = memory.trainer_memory(policy.spec, config, layout, machine, 1)[0].phases["train"]
+    parts = memory.trainer_memory(policy.spec, config, layout, cluster, 1)[0].phases["train"]
     assert parts["weights"] == sum(p.nbytes for p in parameters)
     buffers = [b.grad_data for ddp in policy.wrapped for b in ddp.buffers]
     assert sum(b.nbytes for b in buffers) == pytest.approx(parts["gradients"], rel=0.05)

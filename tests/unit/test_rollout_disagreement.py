@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from tiny import make_tokenizer
 
+from megatron_nft.algorithms import open_algorithm
 from megatron_nft.config import Config
-from megatron_nft.data.grouping import to_samples
-from megatron_nft.engines.engine import Completion
 from megatron_nft.engines.answers import generate_groups
+from megatron_nft.engines.engine import Completion
 from megatron_nft.types import Prompt
 from megatron_nft.verify import VerifierPool
 
@@ -51,7 +51,7 @@ def test_disagreement_decides_who_is_trained(tmp_path, graders, policy, trained,
         (group,), _ = generate_groups(
             ScriptedEngine(), [(0, prompt)], config, pool, step=1, weight_version=0, tokenizer=make_tokenizer()
         )
-    samples = to_samples(group, config.algorithm, max_response_tokens=20)
+    samples = open_algorithm(config.algorithm, max_response_tokens=20).samples(group)
     assert {s.sample_index: s.correct for s in samples} == trained
     assert [s.correct_rate for s in samples] == pytest.approx([rate] * len(trained))
     verdicts = {name: str(verdict) for name, verdict in group.rollouts[1].grader_verdicts.items()}
