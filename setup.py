@@ -22,6 +22,7 @@ BASE = [
     "httpx>=0.27,<1",
     "tensorboard>=2.16",
     "math-verify==0.9.0",
+    "math-core>=0.9,<0.10",  # LaTeX to MathML for the report page
     "antlr4-python3-runtime>=4.9.3,<=4.13.2,!=4.10.*,!=4.12.*",
 ]
 

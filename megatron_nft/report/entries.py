@@ -1,4 +1,4 @@
-"""What the browser of answers shows: questions with their answers, from rollout files or from answer files."""
+"""Questions with their answers, read from the rollout files of a run or the answer files of an evaluation."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from megatron_nft.data.rollout_file import read_rollout_file
 from megatron_nft.evaluate.records import read_answers
 
+Array: TypeAlias = NDArray[Any]
 TOKEN_COLUMNS = ("response_ids", "rollout_logprobs", "trainer_logprobs")
 
 
 @dataclass(slots=True)
 class AnswerEntry:
-    """One answer. The token arrays are None where they were not recorded."""
+    """One answer with R tokens. The token arrays are None where they were not recorded."""
 
     text: str
     num_tokens: int
@@ -31,13 +33,13 @@ class AnswerEntry:
     grader_verdicts: dict[str, str] = field(default_factory=dict)
     weight_version: int | None = None
     verify_s: float = 0.0
-    token_ids: np.ndarray | None = None  # int32 [R]
-    rollout_logprobs: np.ndarray | None = None  # float32 [R]
-    trainer_logprobs: np.ndarray | None = None  # float32 [R]
+    token_ids: NDArray[np.int32] | None = None  # [R]
+    rollout_logprobs: NDArray[np.float32] | None = None  # [R], log p under the engine, nats
+    trainer_logprobs: NDArray[np.float32] | None = None  # [R], log p under the trainer, nats
 
     @property
     def graders_disagree(self) -> bool:
-        """Whether some grader says correct and another does not."""
+        """Whether one grader calls the answer correct and another does not."""
         correct = [verdict == "correct" for verdict in self.grader_verdicts.values()]
         return any(correct) and not all(correct)
 
@@ -47,7 +49,7 @@ class QuestionEntry:
     """One question with its answers."""
 
     step: int | None  # training step; None in an evaluation
-    number: int  # draw, or place in the benchmark
+    number: int  # the draw of a run, or the row of a benchmark
     source: str
     prompt: str
     answer: str
@@ -55,13 +57,13 @@ class QuestionEntry:
 
     @property
     def correct_rate(self) -> float:
-        """Share of correct answers, those left out of the loss aside, as training counts it."""
-        counted = [a.verdict == "correct" for a in self.answers if a.fate != "ignored"]
+        """Share of correct answers as training counts it: answers that the loss ignores do not count."""
+        counted = [answer.verdict == "correct" for answer in self.answers if answer.fate != "ignored"]
         return sum(counted) / len(counted) if counted else 0.0
 
 
 def rollout_entries(path: Path) -> Iterator[QuestionEntry]:
-    """The questions of one rollout file, in its order."""
+    """The questions of one rollout file in the order of the file."""
     table = read_rollout_file(path)
     rows = table.select([name for name in table.column_names if name not in (*TOKEN_COLUMNS, "prompt_ids")]).to_pylist()
     tokens = zip(*(_arrays(table.column(name)) for name in TOKEN_COLUMNS))
@@ -70,29 +72,30 @@ def rollout_entries(path: Path) -> Iterator[QuestionEntry]:
 
 
 def answer_entries(path: Path, source: str) -> Iterator[QuestionEntry]:
-    """The questions of one answer file of an evaluation."""
+    """The questions of one answer file of an evaluation; `source` names the benchmark."""
     for _, record in read_answers(path):
         answers = [
             AnswerEntry(
-                text=a.text,
-                num_tokens=a.num_tokens,
-                finish_reason=a.finish_reason,
-                verdict=str(a.verdict),
-                extracted=a.extracted,
-                grader_verdicts={name: str(verdict) for name, verdict in a.grader_verdicts.items()},
-                verify_s=a.verify_s,
+                text=answer.text,
+                num_tokens=answer.num_tokens,
+                finish_reason=answer.finish_reason,
+                verdict=str(answer.verdict),
+                extracted=answer.extracted,
+                grader_verdicts={name: str(verdict) for name, verdict in answer.grader_verdicts.items()},
+                verify_s=answer.verify_s,
             )
-            for a in record.result.answers
+            for answer in record.result.answers
         ]
         yield QuestionEntry(None, record.result.index, source, record.prompt, record.answer, answers)
 
 
-def _question(rows: list[tuple[dict[str, Any], tuple]]) -> QuestionEntry:
+def _question(rows: list[tuple[dict[str, Any], tuple[Array | None, ...]]]) -> QuestionEntry:
+    """One question from the rows of its answers, each with its arrays in the order of TOKEN_COLUMNS."""
     first = rows[0][0]
     answers = [
         AnswerEntry(
             text=row["text"],
-            num_tokens=len(ids),
+            num_tokens=0 if ids is None else len(ids),
             finish_reason=row["finish_reason"],
             verdict=row["verdict"] or "not graded",
             fate=row["fate"],
@@ -111,11 +114,11 @@ def _question(rows: list[tuple[dict[str, Any], tuple]]) -> QuestionEntry:
     )
 
 
-def _arrays(column: pa.ChunkedArray) -> list[np.ndarray | None]:
-    """Each row of a list column as a numpy array, None for null."""
-    found: list[np.ndarray | None] = []
+def _arrays(column: pa.ChunkedArray) -> list[Array | None]:
+    """Each row of a list column as a NumPy array; None for null."""
+    found: list[Array | None] = []
     for chunk in column.chunks:
         values, offsets = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
         valid = chunk.is_valid().to_numpy(zero_copy_only=False)
-        found += [values[a:b] if ok else None for a, b, ok in zip(offsets, offsets[1:], valid)]
+        found += [values[start:end] if ok else None for start, end, ok in zip(offsets, offsets[1:], valid)]
     return found

@@ -1,4 +1,4 @@
-"""The HTML page of an evaluation: its tables, its protocol and all its answers."""
+"""The HTML page of an evaluation: result tables, protocol and all answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from megatron_nft.report.page import table_html, write_page
 
 
 def evaluation_page(folder: Path, results: Mapping[str, Any], path: Path) -> int:
-    """Writes `path` from results.json and the answer files of `folder`; returns its size in bytes."""
+    """Write the page and return its size in bytes.
+
+    folder: folder of the evaluation with its answer files. results: content of its results.json. path: the page.
+    """
     protocol = results["protocol"]
     parts = [table_html(title, header, rows) for title, (header, rows) in tables(results)]
     parts.append("<p>Intervals are 95 % bootstrap intervals over questions.</p>")

@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run, also of one in progress."""
+"""Reads metrics.jsonl of a run that has ended or is still in progress."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """(records by step, notes on what was left out). A last line without its end is a run in progress, not a fault.
+    """Returns the records in order of their steps, and notes on what was left out.
 
-    A step that was done again after a resume counts once, with its last record. Neither a missing file nor a damaged
-    line is an error: the page says what it lacks.
+    A step that was repeated after a resume counts once, with its last record. Neither a missing file nor a damaged line
+    is an error: the page says what it lacks. A last line without a line feed is being written and needs no note.
     """
     if not path.exists():
         return [], [f"{path.name} is not there yet"]
@@ -32,9 +32,12 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def to_columns(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """{"step": [...], "scalars": {name: [number or null]}, "histograms": {name: [list or null]}}."""
-    scalars: dict[str, list] = {}
-    histograms: dict[str, list] = {}
+    """The records by column: {"step": [int], "scalars": {name: [number]}, "histograms": {name: [list]}}.
+
+    A value that is missing in a record or is not finite is None: it leaves a gap in the curve.
+    """
+    scalars: dict[str, list[float | None]] = {}
+    histograms: dict[str, list[list[Any] | None]] = {}
     for i, record in enumerate(records):
         for name, value in record.items():
             if name == "step":
@@ -49,7 +52,7 @@ def to_columns(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; "nan" and "inf", as figures that are none are written, leave a gap in the curve."""
+    """A finite number as it is; None for anything else, such as the text "nan" that the loop writes for NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value if math.isfinite(value) else None

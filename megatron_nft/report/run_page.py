@@ -1,4 +1,4 @@
-"""The HTML page of a training run, finished or in progress."""
+"""The HTML page of a training run that has ended or is still in progress."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from megatron_nft.report.page import table_html, write_page
 
 PACKED_COLUMNS = ("prompt_text", "text", "response_ids", "rollout_logprobs", "trainer_logprobs", "extracted")
 PAGE_BYTES_PER_PARQUET_BYTE = 1.3
-"""Measured: parquet (zstd) packs these columns about as well as the page does, which then adds base64's third."""
+"""Measured: parquet (zstd) compresses these columns about as well as the page does; base64 then adds a third."""
 
 
 class ReportError(ValueError):
-    """A folder that is no run. The message says what was looked for."""
+    """Raised for a folder that is not a run folder. The message says what was looked for."""
 
 
 def run_page(
@@ -34,10 +34,18 @@ def run_page(
     tokenizer_dir: Path | None = None,
     on_file: Callable[[], Any] = lambda: None,
 ) -> int:
-    """Writes `path`; returns its size in bytes. `on_file` is called after each rollout file.
+    """Write the page of the run in `run_dir` to `path` and return its size in bytes.
 
-    Where the run holds more than `max_rollouts` or about `max_bytes` of page, questions are left out evenly over the
-    run, whole questions at a time, and the page says so.
+    Where the run has more than `max_rollouts` answers, or enough for a page of more than about `max_bytes`, whole
+    questions are left out evenly over the run, and the page says so.
+
+    Args:
+        tokenizer_dir: folder with the run's tokenizer; None to look in the run's own folder and its model.
+        on_file: called after each rollout file.
+
+    Raises:
+        ReportError: `run_dir` is not a run folder.
+        ValueError: `tokenizer_dir` has no tokenizer, or a rollout file is damaged.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -68,7 +76,7 @@ def run_page(
 
 
 def _sizes(files: Sequence[tuple[int, Path]]) -> tuple[list[tuple[Path, int, int]], list[str]]:
-    """(file, rows, compressed bytes of what the page shows) from the footers, and a note per file that is broken."""
+    """(file, rows, compressed bytes of what the page shows) from each footer, and a note for each broken file."""
     found, notes = [], []
     for _, path in files:
         try:
@@ -87,6 +95,7 @@ def _sizes(files: Sequence[tuple[int, Path]]) -> tuple[list[tuple[Path, int, int
 
 
 def _share(files: Sequence[tuple[Path, int, int]], max_rollouts: int, max_bytes: int) -> float:
+    """The share of all questions that fits in the page."""
     rows = sum(n for _, n, _ in files)
     size = PAGE_BYTES_PER_PARQUET_BYTE * sum(s for _, _, s in files)
     return min(1.0, max_rollouts / max(rows, 1), max_bytes / max(size, 1))
@@ -109,7 +118,7 @@ def _subtitle(records: list[dict[str, Any]], rollouts: int) -> str:
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:
-    """The run's resolved settings; empty where they are absent or damaged."""
+    """The run's resolved settings; empty where config.yaml is missing or damaged."""
     try:
         value = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -135,7 +144,7 @@ def _settings_table(run_dir: Path) -> str:
 
 
 def _token_decoder(run_dir: Path, given: Path | None) -> tuple[Callable[[list[int]], list[str]] | None, list[str]]:
-    """Ids to texts with the run's tokenizer, and a note where there is none: the page then shows plain text only."""
+    """A function from token ids to their texts, or None and a note that the page cannot show tokens."""
     from megatron_nft.data.prompts import load_tokenizer
 
     if given is not None:
@@ -150,4 +159,5 @@ def _token_decoder(run_dir: Path, given: Path | None) -> tuple[Callable[[list[in
 
 
 def _decode_each(tokenizer: Any, ids: list[int]) -> list[str]:
-    return tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    texts: list[str] = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    return texts

@@ -10,9 +10,13 @@ from tiny import make_tokenizer
 
 from megatron_nft import cli
 from megatron_nft.data.rollout_file import list_rollout_files, read_rollouts, rollout_path, write_rollouts
+from megatron_nft.report.entries import AnswerEntry, QuestionEntry
+from megatron_nft.report.formulas import BLOCK_SIZE
+from megatron_nft.report.page import write_page
 
 HOSTILE = (
-    '<script>window.bad = 1</script><img src=x onerror="window.bad = 1"> \\(\\href{javascript:bad}{x}\\) $\\undefined{'
+    '<script>window.bad = 1</script><img src=x onerror="window.bad = 1"> \\(\\href{javascript:bad}{x}\\) '
+    "$\\text{<img src=x onerror=window.bad=1>}$ \\boxed{\\htmlStyle{position:fixed}{<b>}} $\\undefined{"
 )
 TOKENS = "[...document.querySelectorAll('.answer:first-child .tokens span')]"
 
@@ -137,9 +141,15 @@ def test_length_and_text_filters(page, run_dir, rows):
 
 def test_answers_stand_side_by_side_with_maths(page, run_dir, rows):
     open_answers(page, run_dir)
-    page.until("document.querySelectorAll('.answer .katex').length > 8")
+    page.until("document.querySelectorAll('.answer math').length > 8")
     assert page.js("document.querySelectorAll('.answer').length") == 8
-    page.until("[...document.fonts].some((f) => f.status === 'loaded' && f.family === 'KaTeX_Main')")
+    above, below, upper_middle, lower_middle = page.js(
+        """(() => { const parts = [...document.querySelector('.answer mfrac').children];
+          const [a, b] = parts.map((e) => e.getBoundingClientRect());
+          return [a.bottom, b.top, a.left + a.width / 2, b.left + b.width / 2]; })()"""
+    )
+    assert above < below  # laid out as maths: the numerator stands over the denominator
+    assert abs(upper_middle - lower_middle) < 1
     boxes = "[...document.querySelectorAll('.answer')].map((a) => a.getBoundingClientRect())"
     sides = page.js(f"{boxes}.map((b) => [b.left, b.top, b.right, b.bottom])")
     left, top, right, bottom = zip(*sides, strict=True)
@@ -151,7 +161,8 @@ def test_answers_stand_side_by_side_with_maths(page, run_dir, rows):
             )  # no overlap
     first = page.js("document.querySelector('.answer .body').innerText")
     assert "The ticket costs $5 and the bus costs $7, which changes nothing." in first  # prices are no formula
-    boxed = page.js("document.querySelector('.answer .box annotation').textContent")
+    boxed = page.js("document.querySelector('.answer .box').title")
+    assert page.js("document.querySelector('.answer .box math').textContent") == boxed
     shown = page.js("document.querySelector('.list .item.on .top').textContent")
     mine = [r for r in rows if shown.startswith(f"step {r['step']} · draw {r['draw']}sums")]
     assert boxed == mine[0]["extracted"]
@@ -207,7 +218,40 @@ def test_what_a_model_writes_is_text_and_never_code(page, run_dir):
     assert page.js("document.querySelector('.answer .body').textContent").startswith(
         "<script>window.bad = 1</script><img"
     )
+    codes = page.js("[...document.querySelectorAll('.answer code')].map((e) => e.textContent)")
+    assert codes == ["\\href{javascript:bad}{x}", "\\htmlStyle{position:fixed}{<b>}"]  # as they were written
+    assert page.js("document.querySelector('.answer math').textContent") == "<img src=x onerror=window.bad=1>".replace(
+        " ", "\xa0"
+    )
     assert "A broken half ? of a character" in page.js("document.querySelectorAll('.answer .body')[1].textContent")
+
+
+def test_formulas_are_found_wherever_in_the_table_they_are(page, tmp_path):
+    """Questions whose formulas lie in many blocks of the table, and one that uses some from every block."""
+    count = 3 * BLOCK_SIZE
+    entries = [
+        QuestionEntry(0, n, "s", f"Is it ${n}$ or \\[\\frac{{{n}}}{{7}}\\] then?", "1", [answer_of(f"\\boxed{{{n}}}")])
+        for n in range(count)
+    ]
+    everywhere = range(0, count, 100)
+    entries.append(QuestionEntry(1, count, "s", "last", "$0$", [answer_of(" ".join(f"${n}$" for n in everywhere))]))
+    path = tmp_path / "page.html"
+    write_page(path, title="t", subtitle="", overview="", metrics=None, questions=entries)
+    page.open(path, "#answers")
+    for n in (0, count - 1, 700):
+        page.type("#filter-search", f"it ${n}$")
+        page.until(f"document.querySelector('.question .body math')?.textContent === '{n}'")
+        assert page.js("document.querySelector('.question .body math[display=block]').textContent") == f"{n}7"
+        page.until(f"document.querySelector('.answer .box math')?.textContent === '{n}'")
+    page.type("#filter-search", "last")
+    page.until("document.querySelector('.bar math')?.textContent === '0'")
+    page.until(f"document.querySelectorAll('.answer math').length === {len(everywhere)}")
+    shown = page.js("[...document.querySelectorAll('.answer math')].map((e) => e.textContent)")
+    assert shown == [str(n) for n in everywhere]
+
+
+def answer_of(text):
+    return AnswerEntry(text, num_tokens=3, finish_reason="stop", verdict="correct")
 
 
 def test_keys_move_through_the_list(page, run_dir):

@@ -14,12 +14,23 @@ from megatron_nft.report.metrics_file import read_metrics, to_columns
 from megatron_nft.report.pack import CHUNK_BYTES, Packer
 
 
+def raw_elements(stream, name):
+    """The content of the elements NAME-0, NAME-1, ... in a stream."""
+    pattern = rb'<script type="text/plain" id="%s-(\d+)">([^<]*)</script>' % name.encode()
+    found = re.findall(pattern, stream.getvalue())
+    assert [int(number) for number, _ in found] == list(range(len(found)))
+    return [gzip.decompress(base64.b64decode(text)) for _, text in found]
+
+
+def read_elements(stream, name):
+    """The same for elements that hold JSON."""
+    return [json.loads(raw) for raw in raw_elements(stream, name)]
+
+
 def unpack(stream):
     """All chunks as the page reads them: per chunk the JSON part, with each answer's three arrays put in."""
     chunks = []
-    for number, text in re.findall(rb'<script type="text/plain" id="chunk-(\d+)">([^<]*)</script>', stream.getvalue()):
-        assert int(number) == len(chunks)
-        raw = gzip.decompress(base64.b64decode(text))
+    for raw in raw_elements(stream, "chunk"):
         length = int.from_bytes(raw[:4], "little")
         groups, at = json.loads(raw[4 : 4 + length]), 4 + length
         for answer in (a for g in groups for a in g["answers"] if a["hasTokens"]):
@@ -97,6 +108,29 @@ def test_large_runs_are_cut_into_chunks_that_the_index_finds():
     assert len(chunks) == 3
     places = zip(index["groups"]["number"], index["groups"]["chunk"], index["groups"]["slot"])
     assert all(chunks[chunk][slot]["prompt"] == f"q{number}" for number, chunk, slot in places)
+
+
+def test_formulas_of_prompts_answers_and_references_are_numbers():
+    stream = io.BytesIO()
+    packer = Packer(stream)
+    packer.add(
+        [
+            QuestionEntry(0, 0, "s", "What is $x$?", "\\frac{1}{2}", [AnswerEntry("It is $x$.", 9, "stop", "wrong")]),
+            QuestionEntry(0, 1, "s", "And?", "12", [AnswerEntry(r"\boxed{x}", 9, "stop", "wrong")]),
+            QuestionEntry(0, 2, "s", "And?", "$x$ or 2", []),
+        ]
+    )
+    index = packer.index()
+    [[first, second, third]] = unpack(stream)
+    assert first["prompt"] == ["What is ", 0, "?"]
+    assert first["answer"] == [1]  # LaTeX without delimiters
+    assert first["answers"][0]["text"] == ["It is ", 0, "."]
+    assert (second["answer"], second["answers"][0]["text"]) == ("12", [[0]])
+    assert third["answer"] == [0, " or 2"]
+    [block] = read_elements(stream, "formulas")
+    assert [source for source, _ in block] == ["x", "\\frac{1}{2}"]
+    assert index["formulasPerBlock"] == 500
+    assert index["groups"]["text"] == ["What is $x$?", "And?", "And?"]  # the list and the search show the source
 
 
 def test_nothing_is_a_page_too():

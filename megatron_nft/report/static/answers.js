@@ -15,7 +15,7 @@ function answerCard(answer, number, view, matches) {
     disagree ? make("span", { class: "warn" }, gradersText(answer.graders)) : null);
   const body = make("div", { class: "body" });
   const card = make("div", { class: `answer${matches ? "" : " out"}` }, head, body);
-  card.fill = () => (view.mode === "tokens" && answer.hasTokens ? renderTokens(body, answer, view) : renderText(body, answer.text));
+  card.fill = () => (view.mode === "tokens" && answer.hasTokens ? renderTokens(body, answer, view) : renderText(body, answer.text, view.formulasPerBlock));
   return card;
 }
 

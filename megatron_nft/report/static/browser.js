@@ -9,7 +9,7 @@ function createBrowser(root, index, tokens) {
   const start = new Uint32Array(n + 1);  // first answer of each group
   for (let g = 0; g < n; g++) start[g + 1] = start[g] + groups.count[g];
   const state = { step: "", source: "", verdict: "", fate: "", flag: 0, min: 0, max: Infinity, search: "", order: "run" };
-  const view = { mode: "maths", paint: "ratio", tokens, gapScale: index.gapScale };
+  const view = { mode: "maths", paint: "ratio", tokens, gapScale: index.gapScale, formulasPerBlock: index.formulasPerBlock };
   let shown = [];  // group numbers that pass the filters
   let current = -1;
 
@@ -106,13 +106,14 @@ function createBrowser(root, index, tokens) {
   async function open(g) {
     current = g;
     drawList();
-    const [parts] = await Promise.all([chunk(groups.chunk[g]), loadKatex()]);
-    if (current !== g) return;  // another was opened meanwhile
-    const group = parts[groups.slot[g]];
+    const group = (await chunk(groups.chunk[g]))[groups.slot[g]];
     const text = make("div", { class: "body" });
-    renderText(text, group.prompt);
     const reference = make("span", {});
-    renderText(reference, /[\\^_$]/.test(group.answer) && !group.answer.includes("$") ? `$${group.answer}$` : group.answer);
+    await Promise.all([
+      renderText(text, group.prompt, index.formulasPerBlock),
+      renderText(reference, group.answer, index.formulasPerBlock),
+    ]);
+    if (current !== g) return;  // another was opened meanwhile
     question.replaceChildren(toolbar(g, group, reference), text);
     const cards = group.answers.map((answer, k) => answerCard(answer, k, view, passes(start[g] + k)));
     columns.replaceChildren(...cards);

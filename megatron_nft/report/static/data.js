@@ -12,8 +12,10 @@ async function unpack(element) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
+const json = (bytes) => JSON.parse(new TextDecoder().decode(bytes));
+
 async function island(name) {
-  return JSON.parse(new TextDecoder().decode(await unpack(document.getElementById(`data-${name}`))));
+  return json(await unpack(document.getElementById(`data-${name}`)));
 }
 
 // The page is long: an element far down may not have been parsed yet when it is asked for.
@@ -26,20 +28,27 @@ async function elementWhenParsed(id) {
   }
 }
 
-// [{prompt, answer, answers: [{..., ids, engine, gap}]}]; see pack.py for the layout.
-const chunks = new Map();
-async function chunk(number) {
-  if (!chunks.has(number)) {
-    if (chunks.size > 40) chunks.delete(chunks.keys().next().value);
-    chunks.set(number, readChunk(number));
-  }
-  return chunks.get(number);
+// A function that reads part `number` of the page, and keeps the `limit` parts that were asked for last.
+function keeping(limit, read) {
+  const kept = new Map();
+  return (number) => {
+    const part = kept.get(number) ?? read(number);
+    kept.delete(number);
+    kept.set(number, part);
+    if (kept.size > limit) kept.delete(kept.keys().next().value);
+    return part;
+  };
 }
+
+// [{prompt, answer, answers: [{..., ids, engine, gap}]}]; see pack.py for the layout.
+const chunk = keeping(40, readChunk);
+// [[LaTeX source, tree of its MathML or null]]; see formulas.py.
+const formulaBlock = keeping(80, async (number) => json(await unpack(await elementWhenParsed(`formulas-${number}`))));
 
 async function readChunk(number) {
   const raw = await unpack(await elementWhenParsed(`chunk-${number}`));
   const length = new DataView(raw.buffer).getUint32(0, true);
-  const groups = JSON.parse(new TextDecoder().decode(raw.subarray(4, 4 + length)));
+  const groups = json(raw.subarray(4, 4 + length));
   let at = 4 + length;
   const take = (type, n) => {
     const part = new type(raw.slice(at, at + n * type.BYTES_PER_ELEMENT).buffer);
