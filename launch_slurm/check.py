@@ -16,7 +16,7 @@ from megatron_nft.config import Config, ConfigError, load_config
 
 def check(config: Config, world_size: int, engines: bool) -> None:
     """ValueError for the first thing that would stop the run."""
-    config.check_world_size(world_size)
+    config.policy.data_parallel_size(world_size)
     if not (config.model.path / "config.json").is_file():
         raise ValueError(f"model.path {config.model.path}: no model there (no config.json)")
     for key, paths in (("data.train", config.data.train), ("eval.data", config.eval.data)):

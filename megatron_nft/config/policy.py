@@ -20,29 +20,31 @@ class ModelConfig(Section):
     path: Path
     """Folder in Hugging Face format: config.json, safetensors and a tokenizer."""
     chat_template: Path | None = None
-    """Jinja file used in place of the tokenizer's own chat template."""
+    """Jinja file to use in place of the tokenizer's own chat template."""
     system_prompt: str | None = None
-    """System message put before every question; None leaves it to the chat template."""
+    """System message put before every question; null leaves it to the chat template."""
     architecture: dict[str, Any] | None = None
-    """Figures of config.json, for `plan` where the folder is not at hand; checked against the folder when it is."""
+    """Values of the model's config.json, so that `megatron-nft plan` works where the folder is not at hand. They are
+    checked against the folder where it is."""
 
 
 class Fp8Config(Section):
     """Transformer Engine FP8, for chips that have it."""
 
     recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"] = "none"
-    """Scaling recipe: megatron-core's `fp8_recipe` (`tensorwise` is current scaling); none trains without FP8.
+    """Scaling recipe, megatron-core's `fp8_recipe` (`tensorwise` is current scaling); none trains without FP8.
     mxfp8 and nvfp4 (4 bits, megatron-core's `fp4_recipe`) need Blackwell."""
     format: Literal["hybrid", "e4m3"] = "hybrid"
-    """hybrid: E4M3 forward, E5M2 gradients."""
+    """Number format: hybrid is E4M3 forward and E5M2 for gradients, e4m3 is E4M3 for both."""
     num_layers_at_start_in_bf16: NonNegativeInt = 0
-    """Transformer layers at the input end that stay in bf16."""
+    """Number of transformer layers at the input end that stay in bf16."""
     num_layers_at_end_in_bf16: NonNegativeInt = 0
-    """Transformer layers at the output end that stay in bf16."""
+    """Number of transformer layers at the output end that stay in bf16."""
     logprobs: bool = True
-    """Compute behaviour log-probs in the recipe that trains; false: in bf16. Both halves of the ratio must come from
-    the same arithmetic: with false every ratio of the first update carries FP8's rounding, where it should be 1, and
-    the negative term multiplies that error by r / (1 - r). False leaves it out of the gap to a bf16 engine instead."""
+    """Compute behaviour log-probs in the recipe that trains; false computes them in bf16. Both halves of the ratio
+    should come from the same arithmetic: with false every ratio of the first update carries FP8's rounding, where it
+    should be 1, and the negative term multiplies that error by r / (1 - r). In return, false keeps FP8's rounding out
+    of the measured gap to a bf16 engine."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Fp8Config:
@@ -62,33 +64,44 @@ class PolicyConfig(Section):
     """The trained model on Megatron-Core. Names are megatron-core's own."""
 
     tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that each matrix is split over (TP). Times `pipeline_model_parallel_size` it must divide the number of
+    ranks; what remains is data parallel."""
     pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that the layers are split into (PP)."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
-    """Model chunks per pipeline rank; None leaves the interleaved schedule off."""
+    """Model chunks per pipeline rank (VPP), at least 2; null leaves the interleaved schedule off."""
     expert_model_parallel_size: PositiveInt = 1
+    """Ranks that the experts of a mixture-of-experts model are spread over (EP); must divide data x tensor parallel
+    size."""
     sequence_parallel: bool = False
+    """Split the activations between the matrices along the sequence as well; needs TP of at least 2."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """dtype of weights and activations; master weights and gradients are always fp32."""
+    """dtype of weights and activations. Master weights and gradients are always fp32."""
     fp8: Fp8Config = Fp8Config()
+    """FP8 training."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
-    """auto: Transformer Engine where CUDA is there, the CPU spec else."""
+    """Implementation of the layers: Transformer Engine's, or megatron-core's own in plain torch (`local`), which a CPU
+    needs. auto takes Transformer Engine where there is a CUDA device."""
     attention_backend: Literal["auto", "flash", "fused"] = "auto"
-    """Transformer Engine's kernels for packed attention: FlashAttention (package flash-attn), cuDNN's, or its choice.
-    `flash` beside an engine that uses FlashAttention brings the two sides' log-probs together."""
+    """Transformer Engine's kernels for packed attention: FlashAttention (package flash-attn), cuDNN's fused attention,
+    or its own choice. `flash` beside an engine that uses FlashAttention brings the two sides' log-probs closer."""
     compile: bool = True
-    """With Transformer Engine layers: torch.compile for SwiGLU and for residual additions, megatron-core's fusions."""
+    """Compile SwiGLU and the residual additions (megatron-core's fusions) with torch.compile. Acts on Transformer
+    Engine layers only."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recompute; selective means the core attention and the MLP."""
+    """Activations that are computed again in the backward pass rather than kept: none, core attention and MLP
+    (selective), or whole layers (full). Saves memory, costs time."""
     micro_batch_tokens: PositiveInt = 16384
-    """Cap on the tokens of one packed micro-batch, padding included; never exceeded."""
+    """Most tokens in one packed micro-batch, padding included. Must hold the longest answer with its prompt; lower it
+    where activations do not fit."""
     logprob_chunk_tokens: PositiveInt = 1024
-    """Rows of [T, V] logits that exist at a time when log-probs are computed."""
+    """Tokens whose logits over the whole vocabulary exist at a time while log-probs are computed."""
     use_distributed_optimizer: bool = True
-    """Shard the optimizer state over data-parallel ranks."""
+    """Shard the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass goes on."""
+    """Reduce gradients over the data-parallel ranks while the backward pass goes on."""
     optimizer_offload: bool = False
-    """Keep optimizer state in host memory."""
+    """Keep the optimizer's state in host memory. Needs bf16, the distributed optimizer and Transformer Engine."""
 
     @model_validator(mode="after")
     def _combinations(self) -> PolicyConfig:
@@ -119,6 +132,27 @@ class PolicyConfig(Section):
             )
         return self
 
+    def data_parallel_size(self, world_size: int) -> int:
+        """Number of replicas that `world_size` processes make: world_size / (TP x PP).
+
+        ValueError where TP x PP does not divide the processes, or EP does not divide those of a pipeline stage.
+        """
+        tp, pp, ep = (
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.expert_model_parallel_size,
+        )
+        if world_size < 1 or world_size % (tp * pp):
+            raise ValueError(
+                f"{world_size} processes cannot be divided into tensor_model_parallel_size ({tp}) x "
+                f"pipeline_model_parallel_size ({pp}) = {tp * pp}; use a multiple of {tp * pp} processes "
+                "(num_processes, or the GPUs of the job)"
+            )
+        dp = world_size // (tp * pp)
+        if (dp * tp) % ep:
+            raise ValueError(f"expert_model_parallel_size ({ep}) must divide data x tensor parallel size ({dp * tp})")
+        return dp
+
     @property
     def token_multiple(self) -> int:
         """Packed micro-batches are padded to a multiple of this many tokens.
@@ -132,15 +166,21 @@ class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
     lr: PositiveFloat = 1e-6
+    """Learning rate after the warm-up."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Where a decaying schedule ends; unused by `constant`."""
+    """Learning rate at which a decaying schedule ends; not used by `constant`."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Schedule after the warm-up, over all optimizer updates of the run."""
     lr_warmup_steps: NonNegativeInt = 10
-    """Optimizer steps (not rollout batches) over which lr rises linearly; the first step already has lr/steps."""
+    """Optimizer updates (not training steps) over which the learning rate rises linearly; the first update already has
+    lr / lr_warmup_steps."""
     adam_beta1: Fraction = 0.9
+    """Decay of the running mean of gradients."""
     adam_beta2: Fraction = 0.999
+    """Decay of the running mean of squared gradients."""
     adam_eps: PositiveFloat = 1e-8
+    """Added to the denominator of the update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled decay of matrices; norms and biases are not decayed."""
+    """Decoupled weight decay of matrices; norms and biases are not decayed."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
-    """Global gradient norm limit; 0 turns clipping off."""
+    """Largest norm of the whole gradient; above it the gradient is scaled down. 0 turns clipping off."""

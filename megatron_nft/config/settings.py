@@ -1,6 +1,7 @@
 """All settings of a run, and what must hold between sections. `megatron_nft.config` is where to import them from.
 
-Every field has a default or is required, and a line that says what it does. Nothing here imports torch:
+Every field has a default or is required, and a text below it that says what it does; docs/settings.md is made of
+these texts. Nothing here imports torch:
 `megatron-nft --help` and `--dry-run` stay quick.
 """
 
@@ -35,23 +36,35 @@ class Config(Section):
     """All settings of `megatron-nft train`."""
 
     run_dir: Path
-    """Everything the run writes."""
+    """Folder that everything the run writes goes to. A run that finds a checkpoint in it goes on from there."""
     seed: NonNegativeInt = 0
+    """Seed of the order of the questions, of sampling and of the order of training."""
     num_processes: PositiveInt = 1
-    """Local ranks to start when not under torchrun or Slurm."""
+    """Ranks to start on this machine, one per GPU; not used under torchrun or Slurm, which start their own."""
     model: ModelConfig
+    """The model that is trained."""
     policy: PolicyConfig = PolicyConfig()
+    """How the model is laid out and computed."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
     algorithm: Annotated[SerializeAsAny[AlgorithmSettings], BeforeValidator(_read_algorithm)] = NFTSettings()
-    """One flat section; which keys it has depends on `algorithm.name` (see `megatron_nft.algorithms`)."""
+    """The loss; one flat section, whose keys depend on `algorithm.name`."""
     data: DataConfig
+    """Questions to train on."""
     rollout: RolloutConfig = RolloutConfig()
+    """Generation of answers."""
     verify: VerifyConfig = VerifyConfig()
+    """Grading of answers."""
     train: TrainConfig = TrainConfig()
+    """The size of a step."""
     sync: SyncConfig = SyncConfig()
+    """How weights get from the trainer into the engines."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
     eval: EvalConfig = EvalConfig()
+    """Held-out questions during training."""
     metrics: MetricsConfig = MetricsConfig()
+    """Where metrics go."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
@@ -68,17 +81,3 @@ class Config(Section):
         if self.rollout.engine == "embedded" and self.sync.transport not in ("auto", "tensor"):
             raise ValueError(f"sync.transport={self.sync.transport} needs rollout.engine sglang or vllm, not embedded")
         return self
-
-    def check_world_size(self, world_size: int) -> int:
-        """Data-parallel size for `world_size` ranks. ValueError where the layout does not divide it."""
-        tp, pp = self.policy.tensor_model_parallel_size, self.policy.pipeline_model_parallel_size
-        if world_size % (tp * pp):
-            raise ValueError(
-                f"{world_size} processes cannot be divided into tensor_model_parallel_size ({tp}) x "
-                f"pipeline_model_parallel_size ({pp}) = {tp * pp}; set num_processes to a multiple of {tp * pp}"
-            )
-        dp = world_size // (tp * pp)
-        ep = self.policy.expert_model_parallel_size
-        if (dp * tp) % ep:
-            raise ValueError(f"expert_model_parallel_size ({ep}) must divide data x tensor parallel size ({dp * tp})")
-        return dp

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
-from megatron_nft.config import FP8_ALIGNMENT, Config
+from megatron_nft.config import Config, PolicyConfig
 from megatron_nft.plan.hardware import Chip
-from megatron_nft.policy.family import ModelSpec
+from megatron_nft.policy.family import ModelSpec, split_problems
 from megatron_nft.policy.precision import size_problems
 
 
@@ -52,21 +53,33 @@ class LayoutSettings:
             offload=p.optimizer_offload,
         )
 
+    def applied_to(self, policy: PolicyConfig) -> PolicyConfig:
+        """`policy` with this layout in place of its own."""
+        return policy.model_copy(update=self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """The layout under the names of the policy's settings."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "expert_model_parallel_size": self.ep,
+            "virtual_pipeline_model_parallel_size": self.vpp if self.vpp > 1 else None,
+            "sequence_parallel": self.sequence_parallel,
+            "recompute": self.recompute,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "optimizer_offload": self.offload,
+        }
+
     def dp(self, cluster: Cluster) -> int:
         """Data-parallel size; check `problems` first."""
         return cluster.trainer_devices // (self.tp * self.pp)
 
     def overrides(self) -> list[str]:
         """The layout as key=value settings of `megatron-nft train`."""
+        words = {None: "null", True: "true", False: "false"}
         return [
-            f"policy.tensor_model_parallel_size={self.tp}",
-            f"policy.pipeline_model_parallel_size={self.pp}",
-            f"policy.expert_model_parallel_size={self.ep}",
-            f"policy.virtual_pipeline_model_parallel_size={self.vpp if self.vpp > 1 else 'null'}",
-            f"policy.sequence_parallel={str(self.sequence_parallel).lower()}",
-            f"policy.recompute={self.recompute}",
-            f"policy.micro_batch_tokens={self.micro_batch_tokens}",
-            f"policy.optimizer_offload={str(self.offload).lower()}",
+            f"policy.{name}={words[value] if value is None or isinstance(value, bool) else value}"
+            for name, value in self._settings().items()
         ]
 
     def describe(self) -> str:
@@ -95,87 +108,65 @@ def longest_sequence(config: Config) -> int:
     return config.data.max_prompt_tokens + config.rollout.max_response_tokens
 
 
-def token_multiple(config: Config, layout: LayoutSettings) -> int:
-    """Packed micro-batches are padded to a multiple of this: FP8's alignment on each tensor-parallel rank's share."""
-    return FP8_ALIGNMENT[config.policy.fp8.recipe] * (layout.tp if layout.sequence_parallel else 1)
-
-
 def problems(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> list[str]:
     """Every rule that the layout breaks, one line each; empty when it can run."""
-    return (
-        _divisibility(spec, config, layout, cluster)
-        + _fp8(spec, config, layout, cluster)
-        + _engine(spec, config, cluster)
-    )
+    policy = layout.applied_to(config.policy)
+    return [
+        *_processes(policy, config, cluster),
+        *split_problems(spec, policy),
+        *_lengths(spec, policy, config),
+        *_fp8(spec, policy, cluster),
+        *_engine(spec, config, cluster),
+    ]
 
 
-def _divisibility(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> list[str]:
-    tp, pp, vpp = layout.tp, layout.pp, layout.vpp
-    out = []
-    if cluster.trainer_devices % (tp * pp) or not cluster.trainer_devices:
-        out.append(
-            f"{cluster.trainer_devices} trainer GPUs cannot be divided into TP {tp} x PP {pp} = {tp * pp}: "
-            "change the nodes or the layout"
-        )
-    for value, name in (
-        (spec.num_attention_heads, "attention heads"),
-        (spec.num_query_groups, "key/value heads"),
-        (
-            spec.moe_ffn_hidden_size or spec.ffn_hidden_size,
-            "moe_intermediate_size" if spec.num_experts else "intermediate_size",
-        ),
-    ):
-        if value % tp:
-            out.append(f"tensor_model_parallel_size ({tp}) must divide the {name} ({value})")
-    if layout.ep > 1 and (not spec.num_experts or spec.num_experts % layout.ep):
-        out.append(f"expert_model_parallel_size ({layout.ep}) must divide num_experts ({spec.num_experts})")
-    if cluster.trainer_devices % (pp * layout.ep):
-        out.append(
-            f"expert_model_parallel_size ({layout.ep}) x PP {pp} must divide the {cluster.trainer_devices} trainer GPUs"
-        )
-    if spec.num_layers % (pp * vpp):
-        chunks = f" x virtual_pipeline_model_parallel_size ({vpp})" if vpp > 1 else ""
-        out.append(f"pipeline_model_parallel_size ({pp}){chunks} must divide num_hidden_layers ({spec.num_layers})")
-    if vpp > 1 and pp == 1:
-        out.append(f"virtual_pipeline_model_parallel_size ({vpp}) needs pipeline_model_parallel_size >= 2")
-    if layout.sequence_parallel and tp == 1:
-        out.append("sequence_parallel needs tensor_model_parallel_size >= 2, not 1")
+def _processes(policy: PolicyConfig, config: Config, cluster: Cluster) -> list[str]:
+    """How the processes of the trainer are divided: over the model-parallel sizes, over nodes, over answers."""
+    problems, tp = [], policy.tensor_model_parallel_size
     if tp > cluster.devices_per_node:
-        out.append(
+        problems.append(
             f"tensor_model_parallel_size ({tp}) must stay inside a node ({cluster.devices_per_node} GPUs): "
             "its traffic needs NVLink"
         )
-    longest, multiple = longest_sequence(config), token_multiple(config, layout)
+    answers = config.train.questions_per_optimizer_step * config.rollout.answers_per_question
+    try:
+        replicas = policy.data_parallel_size(cluster.trainer_devices)
+    except ValueError as error:
+        return [*problems, str(error)]
+    if replicas > answers:
+        problems.append(
+            f"{replicas} data-parallel replicas, but only {answers} answers per optimizer step: "
+            "raise train.questions_per_optimizer_step or the model-parallel sizes"
+        )
+    return problems
+
+
+def _lengths(spec: ModelSpec, policy: PolicyConfig, config: Config) -> list[str]:
+    """Whether the longest answer fits a micro-batch and the model's context."""
+    problems, longest, multiple = [], longest_sequence(config), policy.token_multiple
     padded = -(-longest // multiple) * multiple
-    if padded > layout.micro_batch_tokens:
-        out.append(
-            f"micro_batch_tokens ({layout.micro_batch_tokens}) must hold the longest answer: {longest} tokens, "
+    if padded > policy.micro_batch_tokens:
+        problems.append(
+            f"micro_batch_tokens ({policy.micro_batch_tokens}) must hold the longest answer: {longest} tokens, "
             f"{padded} when padded to a multiple of {multiple}"
         )
     if longest > spec.max_position_embeddings:
-        out.append(
+        problems.append(
             f"the longest answer ({longest} tokens with its question) exceeds the model's "
             f"max_position_embeddings ({spec.max_position_embeddings})"
         )
-    dp = cluster.trainer_devices // (tp * pp)
-    answers = config.train.questions_per_optimizer_step * config.rollout.answers_per_question
-    if dp > answers:
-        out.append(
-            f"{dp} data-parallel replicas, but only {answers} answers per optimizer step: "
-            "raise train.questions_per_optimizer_step or the model-parallel sizes"
-        )
-    return out
+    return problems
 
 
-def _fp8(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> list[str]:
-    recipe = config.policy.fp8.recipe
+def _fp8(spec: ModelSpec, policy: PolicyConfig, cluster: Cluster) -> list[str]:
+    recipe = policy.fp8.recipe
     if recipe == "none":
         return []
     chip = cluster.chip
     if recipe not in chip.fp8_recipes:
         allowed = ", ".join(("none", *chip.fp8_recipes))
         return [f"fp8.recipe={recipe}: {chip.name} does not have it; allowed there: {allowed}"]
-    return size_problems(spec, recipe, layout.tp, layout.ep)
+    return size_problems(spec, recipe, policy.tensor_model_parallel_size, policy.expert_model_parallel_size)
 
 
 def _engine(spec: ModelSpec, config: Config, cluster: Cluster) -> list[str]:
@@ -211,7 +202,7 @@ def candidates(spec: ModelSpec, config: Config, cluster: Cluster) -> list[list[L
     for tp, pp, ep, recompute in itertools.product(tps, pps, eps, ("none", "selective", "full")):
         for vpp in sorted({1, current.vpp if pp > 1 else 1}):
             first = replace(current, tp=tp, pp=pp, ep=ep, vpp=vpp, sequence_parallel=tp > 1, recompute=recompute)
-            multiple = token_multiple(config, first)
+            multiple = first.applied_to(config.policy).token_multiple
             smallest = -(-longest_sequence(config) // multiple) * multiple
             small = replace(first, micro_batch_tokens=min(smallest, first.micro_batch_tokens))
             steps = [first, small] + [replace(small, offload=True)] * (cluster.chip.name != "cpu")

@@ -7,6 +7,7 @@ window, an unknown RoPE scaling, quantized weights) is a ValueError that names t
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,30 +138,39 @@ def tensor_parallel_sizes(spec: ModelSpec) -> dict[str, int]:
     }
 
 
-def check_layout(spec: ModelSpec, policy: PolicyConfig) -> None:
-    """ValueError where the model cannot be split as set, with the numbers. The vocabulary is padded, not refused."""
+def split_problems(spec: ModelSpec, policy: PolicyConfig) -> list[str]:
+    """Why the model cannot be split over the ranks as set, one sentence per rule that is broken. The vocabulary is
+    padded, so it never stands in the way."""
     tp, pp, ep = (
         policy.tensor_model_parallel_size,
         policy.pipeline_model_parallel_size,
         policy.expert_model_parallel_size,
     )
     vpp = policy.virtual_pipeline_model_parallel_size or 1
-    divided = tensor_parallel_sizes(spec)
+    divided, problems = tensor_parallel_sizes(spec), []
     for key, value in divided.items():
         if value % tp:
-            allowed = [n for n in range(1, value + 1) if all(v % n == 0 for v in divided.values())]
-            raise ValueError(
+            common = math.gcd(*divided.values())
+            allowed = [n for n in range(1, common + 1) if common % n == 0]
+            problems.append(
                 f"tensor_model_parallel_size ({tp}) must divide the model's {key} ({value}); "
                 f"allowed for this model: {', '.join(map(str, allowed))}"
             )
     if spec.num_layers % (pp * vpp):
         chunks = f"pipeline_model_parallel_size ({pp})"
         chunks += f" x virtual_pipeline_model_parallel_size ({vpp}) = {pp * vpp}" if vpp > 1 else ""
-        raise ValueError(f"{chunks} must divide the model's num_hidden_layers ({spec.num_layers})")
+        problems.append(f"{chunks} must divide the model's num_hidden_layers ({spec.num_layers})")
     if ep > 1 and not spec.num_experts:
-        raise ValueError(f"expert_model_parallel_size ({ep}) must be 1: {spec.family} has no experts")
-    if spec.num_experts % ep:
-        raise ValueError(f"expert_model_parallel_size ({ep}) must divide the model's num_experts ({spec.num_experts})")
+        problems.append(f"expert_model_parallel_size ({ep}) must be 1: {spec.family} has no experts")
+    elif spec.num_experts % ep:
+        problems.append(f"expert_model_parallel_size ({ep}) must divide the model's num_experts ({spec.num_experts})")
+    return problems
+
+
+def check_layout(spec: ModelSpec, policy: PolicyConfig) -> None:
+    """ValueError, with the first of `split_problems`, where the model cannot be split as set."""
+    for problem in split_problems(spec, policy):
+        raise ValueError(problem)
 
 
 def _positive(config: dict[str, Any], key: str, default: int | None = None) -> int:

@@ -77,8 +77,7 @@ def initialize(policy: PolicyConfig, seed: int) -> ParallelLayout:
     device = _join()
     from megatron.core import parallel_state as ps
 
-    world = dist.get_world_size()
-    _check_world(policy, world)
+    policy.data_parallel_size(dist.get_world_size())  # raises where the layout does not divide the world
     if ps.model_parallel_is_initialized():
         _leave_groups()
     groups = dist.distributed_c10d._world.pg_map
@@ -164,22 +163,13 @@ def _loopback_store(port: int, rank: int, world: int) -> dist.TCPStore:
     return dist.TCPStore(LOOPBACK, port, world, is_master=True, master_listen_fd=listener.detach())
 
 
-def _check_world(policy: PolicyConfig, world: int) -> None:
-    tp, pp = policy.tensor_model_parallel_size, policy.pipeline_model_parallel_size
-    if world % (tp * pp):
-        raise ValueError(
-            f"{world} processes cannot be divided into tensor_model_parallel_size ({tp}) x "
-            f"pipeline_model_parallel_size ({pp}) = {tp * pp}; use a multiple of {tp * pp} processes"
-        )
-
-
 def _layout(policy: PolicyConfig, device: torch.device) -> ParallelLayout:
     from megatron.core import parallel_state as ps
 
     world = dist.get_world_size()
     everyone = list(range(world))
     tp, pp = policy.tensor_model_parallel_size, policy.pipeline_model_parallel_size
-    dp_size = world // (tp * pp)
+    dp_size = policy.data_parallel_size(world)
     replicas = tuple(  # rank = tp_rank + tp * (dp_rank + dp_size * pp_rank)
         tuple(t + tp * (d + dp_size * p) for p in range(pp) for t in range(tp)) for d in range(dp_size)
     )

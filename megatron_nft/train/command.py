@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def rank_plan(config: Config, world_size: int) -> str:
     """One line per rank: what it holds. Megatron's default order: TP fastest, then DP, then PP."""
     tp, pp = config.policy.tensor_model_parallel_size, config.policy.pipeline_model_parallel_size
-    dp = config.check_world_size(world_size)
+    dp = config.policy.data_parallel_size(world_size)
     lines = [f"{world_size} ranks = TP {tp} x PP {pp} x DP {dp}"]
     lines += [
         f"  rank {r}: tensor {r % tp}, data {r // tp % dp}, pipeline {r // (tp * dp)}"

@@ -13,6 +13,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(p.name for p in CONFIGS.glob("*.yaml"))
 SIZES = {"qwen2.5_math_7b": 32, "qwen2.5_32b": 128}  # GPUs of the published runs
 BASELINES = ("rft", "grpo", "dr_grpo", "dapo")
+LIKELIHOOD = {"prompt_weight": "dr_grpo", "ratio": "token", "correct_rate_min": 0.02, "correct_rate_max": 0.98}
+"""What NFT and RFT read beside the keys that all have."""
 
 
 def load(name):
@@ -52,7 +54,7 @@ def test_layout_divides_the_model_and_the_machine(name):
     config = load_config([CONFIGS / name])
     check_layout(spec_from_config(config.model.architecture), config.policy)
     size = next((gpus for size, gpus in SIZES.items() if size in name), config.num_processes)
-    dp = config.check_world_size(size)
+    dp = config.policy.data_parallel_size(size)
     assert config.train.questions_per_optimizer_step * config.rollout.answers_per_question >= dp
 
 
@@ -106,7 +108,7 @@ def test_published_figures_of_the_32b_run():
     assert c.algorithm.loss_divisor == 16_000
     p = c.policy
     assert (p.tensor_model_parallel_size, p.pipeline_model_parallel_size) == (8, 2)
-    assert c.check_world_size(128) == 8
+    assert c.policy.data_parallel_size(128) == 8
     assert c.model.chat_template.name == "qwen2.5-math-7b.jinja"
     figures = c.model.architecture
     assert (figures["hidden_size"], figures["intermediate_size"], figures["num_hidden_layers"]) == (5120, 27648, 64)
@@ -120,16 +122,29 @@ def test_published_figures_of_the_32b_run():
 def test_baselines_differ_in_the_algorithm_alone(size, algorithm):
     quick = size == "quickstart"
     name, base = (f"quickstart_{algorithm}", size) if quick else (f"{algorithm}_{size}", f"nft_{size}")
-    changed = differences(tree(name), tree(base))
-    assert load(name).algorithm.name == algorithm
-    expected = {"run_dir", "algorithm.name"}
-    if algorithm == "dapo":
-        expected |= {"algorithm.clip_high", "algorithm.loss_divisor"}
-        expected |= {"algorithm.overlong_buffer_tokens"} if size == "qwen2.5_32b" else set()
-        a = load(name).algorithm
-        assert (a.clip_low, a.clip_high, a.loss_divisor) == (0.2, 0.28, "tokens")
-        assert (a.overlong_buffer_tokens, a.overlong_penalty) == ((4096 if size == "qwen2.5_32b" else 0), 1.0)
-    assert changed == expected
+    ours, theirs = tree(name), tree(base)
+    algorithms = ours.pop("algorithm"), theirs.pop("algorithm")
+    assert differences(ours, theirs) == {"run_dir"}
+    divisor = {"qwen2.5_math_7b": 32_000, "qwen2.5_32b": 16_000, "quickstart": 1000}[size]
+    assert algorithms[0] == {
+        "name": algorithm,
+        "loss_divisor": "tokens" if algorithm == "dapo" else divisor,
+        "truncated": "negative",
+        "ratio_max_log": 10.0,
+        **{
+            "rft": LIKELIHOOD,
+            "grpo": {"clip_low": 0.2, "clip_high": 0.2},
+            "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2},
+            "dapo": {
+                "clip_low": 0.2,
+                "clip_high": 0.28,
+                "overlong_buffer_tokens": 4096 if size == "qwen2.5_32b" else 0,
+                "overlong_penalty": 1.0,
+            },
+        }[algorithm],
+    }
+    nft = {"name": "nft", "loss_divisor": divisor, "negative_weight": 1.0, "clamp": 1.0}
+    assert algorithms[1] == {**nft, "truncated": "negative", "ratio_max_log": 10.0, **LIKELIHOOD}
 
 
 def test_quick_start_is_the_calibrated_run():
@@ -143,7 +158,7 @@ def test_quick_start_is_the_calibrated_run():
     assert (a.name, a.clamp, a.prompt_weight, a.loss_divisor, a.negative_weight) == ("nft", 1.0, "dr_grpo", 1000, 1.0)
     # The issue's other layout must work by overrides alone.
     other = ["policy.tensor_model_parallel_size=1", "policy.pipeline_model_parallel_size=2"]
-    assert load_config([CONFIGS / "quickstart.yaml"], other).check_world_size(2) == 1
+    assert load_config([CONFIGS / "quickstart.yaml"], other).policy.data_parallel_size(2) == 1
 
 
 def test_quick_start_architecture_is_what_the_maker_writes(tmp_path):

@@ -113,8 +113,8 @@ def test_too_small_a_machine_names_a_layout_that_fits(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("policy.tensor_model_parallel_size=8", "must divide the attention heads (28)"),
-        ("policy.pipeline_model_parallel_size=8", "must divide num_hidden_layers (28)"),
+        ("policy.tensor_model_parallel_size=8", "must divide the model's num_attention_heads (28); allowed for this model: 1, 2, 4"),
+        ("policy.pipeline_model_parallel_size=8", "must divide the model's num_hidden_layers (28)"),
         ("policy.fp8.recipe=mxfp8", "h100 does not have it"),
         ("rollout.server.mem_fraction_static=0.18", "KV cache holds"),
     ],
