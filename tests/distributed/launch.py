@@ -28,7 +28,6 @@ import datetime
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +36,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from forkserver import ForkedProcess, ForkServer
 
 from megatron_nft.processes import free_port
 
@@ -130,27 +131,49 @@ def launch(path: Path, world_size: int, args: tuple[str, ...], timeout_s: float)
         return _collect(scratch, world_size, late, timeout_s, [p.returncode for p in processes])
 
 
-def _start(
-    path: Path, rank: int, world_size: int, args: tuple[str, ...], port: int, scratch: Path
-) -> subprocess.Popen[bytes]:
-    env = os.environ | {
+_servers: list[ForkServer] = []
+
+
+def fork_servers() -> list[ForkServer]:
+    """The processes that ranks are forked from, started at the first call; they stay until pytest ends.
+
+    Neighbouring ranks come from different ones. Each has a hash seed of its own, so that an order of collectives that
+    is the order of a set shows as it does between ranks that are started one by one.
+    """
+    if not _servers:
+        _servers.extend(ForkServer(_environment()) for _ in range(2))
+    return _servers
+
+
+def kept_running() -> set[int]:
+    """Process ids of the fork servers, which are no leftovers of a test."""
+    return {server.pid for server in _servers}
+
+
+def _environment() -> dict[str, str]:
+    """One thread in each rank; the helpers of tests/ and of this folder can be imported."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")])),
+    }
+
+
+def _start(path: Path, rank: int, world_size: int, args: tuple[str, ...], port: int, scratch: Path) -> ForkedProcess:
+    env = _environment() | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")])),  # tiny.py
         "NFT_TEST_SCRATCH": str(scratch),
     }
-    with open(scratch / f"log-{rank}.txt", "wb") as log:
-        command = [sys.executable, str(path), *args]
-        return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    servers = fork_servers()
+    return servers[rank % len(servers)].start(path, args, env, scratch / f"log-{rank}.txt")
 
 
-def _wait_briefly(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
+def _wait_briefly(processes: list[ForkedProcess], seconds: float) -> None:
     """Let ranks write their own errors after another rank has died."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(p.poll() is None for p in processes):
