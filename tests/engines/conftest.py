@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from environments import install
+from launch import kept_running
 from processes import below, wait_until
 from tiny import make_model
 
@@ -66,4 +67,4 @@ def nothing_left_running():
     """No process that the tests of this folder started is left at the end."""
     before = below(os.getpid())
     yield
-    assert not below(os.getpid()) - before
+    assert not below(os.getpid()) - before - kept_running()

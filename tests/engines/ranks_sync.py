@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -13,20 +12,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-
 from launch import Ranks, run_checks
 from processes import wait_until
 from under_way import requests_under_way
 
 from megatron_nft.config import Config
-from megatron_nft.policy import parallel
-from megatron_nft.policy.family import read_family
-from megatron_nft.policy.model import build_chunks
 from megatron_nft.engines.engine import Request, SamplingParams
 from megatron_nft.engines.sglang.client import SGLangEngine
 from megatron_nft.engines.vllm.client import VLLMEngine
+from megatron_nft.policy import parallel
+from megatron_nft.policy.family import read_family
+from megatron_nft.policy.model import build_chunks
 from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.import_hf import load_hf
 from megatron_nft.weights.sync import WeightSync

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "distributed"))
 
 
 def names_of(script: str) -> list[str]:
@@ -20,9 +19,7 @@ def names_of(script: str) -> list[str]:
 
 def run(script: str, world_size: int, *arguments: object, timeout_s: float = 500) -> dict[str, str]:
     """check -> error, "" where it passed."""
-    from launch import launch
-
-    return launch(HERE / script, world_size, tuple(map(str, arguments)), timeout_s)
+    return launch.launch(HERE / script, world_size, tuple(map(str, arguments)), timeout_s)
 
 
 def report(errors: dict[str, str], check: str) -> None:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 from safetensors.torch import load_file
 
 from megatron_nft.data.synthetic import write_task
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "endtoend"))
-
 from runs import Run, metrics_of
 
 NUM_STEPS = 2
