@@ -1,104 +1,58 @@
-"""`megatron-nft grade`: verdicts for the responses in a file.
+"""Grade all responses in a file.
 
-Results go to a journal beside the output, row by row and in order; the output is written from it at the end, at once.
-The same command after an interruption goes on where the journal ends, unless the input or the graders have changed.
+Results go to a journal beside the output, row by row and in order; at the end the output is written from it in one
+step. After an interruption the same call continues where the journal ends, unless the input or the graders have
+changed.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import os
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
 from megatron_nft.console import show_progress
 from megatron_nft.files import RowsError, sha256_of_file
 from megatron_nft.types import Verdict
-from megatron_nft.verify.grade_report import Tally, disagree, print_report
+from megatron_nft.verify.grade_report import Tally, disagree
 from megatron_nft.verify.grade_rows import as_text, response_column, rows_to_grade, write_rows
-from megatron_nft.verify.graders import GRADERS, GraderError, split_names
-from megatron_nft.verify.inbox import VerifierError
+from megatron_nft.verify.graders import split_names
 from megatron_nft.verify.outcome import Graded
 from megatron_nft.verify.pool import VerifierPool
+
+if TYPE_CHECKING:
+    from megatron_nft.config import VerifyConfig
 
 IN_FLIGHT_ROWS = 1024
 FLUSH_EVERY_S = 0.5
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("--input", type=Path, required=True, help="JSONL or parquet with response (or text) and answer")
-    parser.add_argument("--output", type=Path, required=True, help="JSONL or parquet; an existing file is replaced")
-    parser.add_argument(
-        "--grader",
-        default="math_verify",
-        help=f"one or several, comma-separated: {', '.join(GRADERS)}, numeric:TOLERANCE, or module.function "
-        "(default: math_verify); the verdict is the first one's",
-    )
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=_positive(int), default=cpus, help="processes (default: one per CPU)")
-    parser.add_argument("--timeout-s", type=_positive(float), default=3.0, help="time for one verdict (default: 3)")
-    memory_help = "memory that grading one row may take (default: 1 GiB)"
-    parser.add_argument("--memory-bytes", type=_positive(int), default=1 << 30, help=memory_help)
+def grade_file(source: Path, target: Path, config: VerifyConfig, console: Console) -> Tally:
+    """Grade all rows of `source` (JSONL or parquet) and write them with their verdicts to `target`.
 
-
-def _positive(kind: type) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    read.__name__ = kind.__name__  # argparse names it in its messages
-    return read
-
-
-def run(args: argparse.Namespace) -> int:
-    """Grade the file. 0: every row has its verdict; 1: it could not be done; 2: no such grader; 130: interrupted."""
-    console = Console(soft_wrap=False, highlight=False)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    try:
-        tally = grade_file(args, console)
-    except (RowsError, GraderError, VerifierError, OSError) as error:
-        errors.print(f"grade: {error}", markup=False, style="red")
-        return 2 if isinstance(error, GraderError) else 1
-    except KeyboardInterrupt:
-        errors.print("grade: interrupted; the same command goes on from here", markup=False)
-        return 130
-    print_report(console, tally)
-    console.print(f"written: {args.output}", markup=False)
-    return 0
-
-
-def grade_file(args: argparse.Namespace, console: Console) -> Tally:
-    """Grade all rows of `args.input` into `args.output`; the counts."""
-    from megatron_nft.config import VerifyConfig
-
-    names = split_names(args.grader)
-    config = VerifyConfig(
-        grader=args.grader, workers=args.workers, timeout_s=args.timeout_s, memory_bytes=args.memory_bytes
-    )
-    _check_paths(args.input, args.output)
-    num_rows, checksum = _scan(args.input)
-    key = {"input": checksum, "graders": names, "timeout_s": args.timeout_s, "memory_bytes": args.memory_bytes}
-    journal = args.output.with_name(f"{args.output.name}.journal")
+    Returns the counts of verdicts. Raises RowsError for a file that cannot be read or written, GraderError for an
+    unknown grader, VerifierError if a grader cannot be loaded.
+    """
+    names = split_names(config.grader)
+    _check_paths(source, target)
+    num_rows, checksum = _scan(source)
+    key = {"input": checksum, "graders": names, "timeout_s": config.timeout_s, "memory_bytes": config.memory_bytes}
+    journal = target.with_name(f"{target.name}.journal")
     done = _open_journal(journal, key)
     if done:
         console.print(f"going on after row {done} of {num_rows}", markup=False)
     with show_progress("grading", num_rows, done=done) as progress, journal.open("a", encoding="utf-8") as file:
-        for _ in _grade(args.input, done, config, file):
+        for _ in _grade(source, done, config, names, file):
             progress.advance()
     tally = Tally(names)
-    write_rows(args.output, args.input, _results(args.input, journal, tally))
+    write_rows(target, source, _results(source, journal, tally))
     journal.unlink()
     return tally
 
@@ -109,11 +63,11 @@ def _check_paths(source: Path, target: Path) -> None:
     if target.exists() and source.exists() and target.samefile(source):
         raise RowsError(f"{target}: input and output are the same file")
     if target.is_dir() or not target.parent.is_dir():
-        raise RowsError(f"{target}: cannot be written: {target.parent} is no folder, or the output is one")
+        raise RowsError(f"{target}: cannot be written: {target.parent} is not a folder, or the output is one")
 
 
 def _scan(path: Path) -> tuple[int, str]:
-    """The number of rows, each of which can be read, and a checksum of the file."""
+    """Return the number of rows and the SHA-256 of the file. Raises RowsError for a row that cannot be read."""
     count = 0
     for row in rows_to_grade(path):
         if count == 0:
@@ -123,7 +77,10 @@ def _scan(path: Path) -> tuple[int, str]:
 
 
 def _open_journal(path: Path, key: dict[str, Any]) -> int:
-    """The number of rows that an earlier, interrupted command has graded; the journal then ends after them."""
+    """Return how many rows an earlier, interrupted call has graded; a torn last line is cut off the journal.
+
+    key: what the journal is valid for. A journal of anything else is begun anew.
+    """
     key = json.loads(json.dumps(key))
     with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
         header = file.readline()
@@ -141,27 +98,27 @@ def _open_journal(path: Path, key: dict[str, Any]) -> int:
     return 0
 
 
-def _grade(path: Path, done: int, config: Any, journal: TextIO) -> Iterator[int]:
-    """Grade the rows after the first `done` into the journal; yields 1 for each."""
+def _grade(path: Path, done: int, config: VerifyConfig, names: tuple[str, ...], journal: TextIO) -> Iterator[None]:
+    """Grade the rows after the first `done` into the journal. Yields after each row."""
     waiting: deque[Future[Graded] | str] = deque()
     flushed = time.monotonic()
     with VerifierPool(config) as pool:
         for submitted in _submissions(path, done, pool):
             waiting.append(submitted)
             while waiting and (len(waiting) >= IN_FLIGHT_ROWS or isinstance(waiting[0], str) or waiting[0].done()):
-                journal.write(_journal_line(waiting.popleft(), config.grader))
-                yield 1
+                journal.write(_journal_line(waiting.popleft(), names))
+                yield
             if time.monotonic() - flushed > FLUSH_EVERY_S:
                 journal.flush()
                 flushed = time.monotonic()
         while waiting:
-            journal.write(_journal_line(waiting.popleft(), config.grader))
+            journal.write(_journal_line(waiting.popleft(), names))
             journal.flush()
-            yield 1
+            yield
 
 
 def _submissions(path: Path, done: int, pool: VerifierPool) -> Iterator[Future[Graded] | str]:
-    """Per row its future, or the reason why it cannot be graded."""
+    """Yield for each row its future, or the reason why it cannot be graded."""
     column = None
     for number, row in enumerate(rows_to_grade(path)):
         column = column or response_column(row, path)
@@ -184,10 +141,10 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def _journal_line(result: Future[Graded] | str, graders: str) -> str:
-    """One result as a line of JSON, keys as in the output."""
+def _journal_line(result: Future[Graded] | str, names: tuple[str, ...]) -> str:
+    """Return a result as a line of JSON, with the keys of the output. names: the graders, for a row without verdict."""
+    values: dict[str, Any]
     if isinstance(result, str):
-        names = split_names(graders)
         values = {
             "verdict": Verdict.UNPARSEABLE,
             "extracted": None,
@@ -210,7 +167,7 @@ def _journal_line(result: Future[Graded] | str, graders: str) -> str:
 
 
 def _results(path: Path, journal: Path, tally: Tally) -> Iterator[dict[str, Any]]:
-    """The columns that each row gets; counts them in `tally` on the way."""
+    """Yield the columns that each row gets, and count them in `tally`."""
     with journal.open(encoding="utf-8") as file:
         next(file)  # the header
         for number, (row, line) in enumerate(zip(rows_to_grade(path), file, strict=True), start=1):
@@ -221,14 +178,3 @@ def _results(path: Path, journal: Path, tally: Tally) -> Iterator[dict[str, Any]
                 result["grader_verdicts"] = json.dumps(by_grader)
                 result["graders_disagree"] = disagree(by_grader)
             yield result
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command by itself: python -m megatron_nft.verify.grade_file."""
-    parser = argparse.ArgumentParser(prog="megatron-nft grade", description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

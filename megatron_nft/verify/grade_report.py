@@ -1,4 +1,4 @@
-"""What `megatron-nft grade` prints: verdicts, reasons, and where several graders differ."""
+"""The tables that `megatron-nft grade` prints: verdicts, reasons, and the rows on which several graders differ."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ SHOWN_REASONS = 8
 
 @dataclass(slots=True)
 class Tally:
-    """Counts over all rows."""
+    """Counts over all rows of a file."""
 
     graders: tuple[str, ...]
     verdicts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     pairs: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)  # other grader -> (first's, its) verdicts
     disagreements: int = 0
-    shown: list[tuple[int, dict[str, str], Any, Any]] = field(default_factory=list)
-    seconds: float = 0.0
+    shown: list[tuple[int, dict[str, str], Any, Any]] = field(
+        default_factory=list
+    )  # (row, verdicts, extracted, answer)
+    seconds: float = 0.0  # of grading, all workers together
 
     def add(self, number: int, result: dict[str, Any], answer: Any) -> None:
-        """Count row `number` (from 1) with its result as it stands in the journal."""
+        """Count the row with this number (from 1). result: as in the journal; answer: the reference."""
         self.verdicts[result["verdict"]] += 1
         self.seconds += result["seconds"]
         if result["reason"]:
@@ -50,7 +52,7 @@ def disagree(by_grader: dict[str, str]) -> bool:
 
 
 def print_report(console: Console, tally: Tally) -> None:
-    """The tables, in the order of interest."""
+    """Print the tables, the most interesting one first."""
     rows = sum(tally.verdicts.values())
     table = Table(title=f"verdicts by {tally.graders[0]}")
     for column in ("verdict", "rows", "share"):
@@ -102,7 +104,7 @@ def _disagreements(tally: Tally) -> Table:
 
 
 def _plain(value: Any, limit: int = 60) -> Any:
-    """A value as text of a few dozen characters that rich does not interpret."""
+    """Return a value as a short text that rich does not interpret."""
     from rich.text import Text
 
     text = "".join(c if c.isprintable() else "\N{MIDDLE DOT}" for c in str("" if value is None else value))

@@ -1,7 +1,7 @@
-"""Rows with responses and answers, read from and written to JSONL and parquet without losing one.
+"""Rows with responses and answers, read from and written to JSONL and parquet without losing any.
 
-JSONL is read as bytes: a line with invalid UTF-8 is still a row (the bytes become replacement characters), only a line
-that is not a JSON object stops the reading, with its number. In parquet, text that is not UTF-8 is replaced as well.
+A row whose text is not valid UTF-8 is kept, with replacement characters. Only a line that is not a JSON object stops
+the reading; the error names it.
 """
 
 from __future__ import annotations
@@ -14,43 +14,46 @@ from typing import Any, BinaryIO
 
 from megatron_nft.files import RowsError, read_rows, replacing
 
-RESPONSE_COLUMNS = ("response", "text")  # `text` is what the project's rollout files call it
+RESPONSE_COLUMNS = ("response", "text")  # `text` is the column's name in the project's rollout files
 
 
 def rows_to_grade(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file, in order; text that is not UTF-8 does not cost a row (files.read_rows)."""
+    """Return the rows of a .jsonl or .parquet file in order. Raises RowsError for a file or row that cannot be read."""
     return (row for _, row in read_rows(path, replace_invalid_text=True))
 
 
 def response_column(row: dict[str, Any], path: Path) -> str:
-    """The column that holds the responses, told by the first row. RowsError where a column is missing."""
+    """Return the name of the column that holds the responses, judging by the first row.
+
+    Raises RowsError if there is none, or no column with answers.
+    """
     name = next((column for column in RESPONSE_COLUMNS if column in row), None)
-    for needed, found in (("response", name is not None), ("answer", "answer" in row)):
-        if not found:
-            also = " (or 'text')" if needed == "response" else ""
-            columns = ", ".join(map(repr, row)) or "none"
-            raise RowsError(f"{path}, row 1: column {needed!r}{also} is missing; columns found: {columns}")
+    if name is None or "answer" not in row:
+        missing = "'response' (or 'text')" if name is None else "'answer'"
+        columns = ", ".join(map(repr, row)) or "none"
+        raise RowsError(f"{path}, row 1: column {missing} is missing; columns found: {columns}")
     return name
 
 
 def as_text(value: Any) -> str | None:
-    """An answer as the graders want it; None for null and for what has no text: mappings, lists of mappings."""
+    """Return an answer as the text that graders expect; None for null and for mappings, also within lists."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):  # several answers
-        parts = [as_text(part) for part in value]
-        return None if None in parts else ", ".join(parts)
+        parts = [text for part in value if (text := as_text(part)) is not None]
+        return ", ".join(parts) if len(parts) == len(value) else None
     if value is None or isinstance(value, dict) or value != value:  # NaN is what pandas writes for null
         return None
     return str(value)
 
 
 def write_rows(path: Path, source: Path, results: Iterable[dict[str, Any]]) -> None:
-    """Write the rows of `source` with one of `results` each: all of them or nothing.
+    """Write the rows of `source`, each with its columns from `results`, to `path`: all of them or nothing.
 
-    From parquet to parquet the columns of the source keep their types; a column of a result's name is replaced.
+    A column of the source that has the name of a result is replaced. From parquet to parquet the other columns keep
+    their types.
     """
     with replacing(path) as file:
         if path.suffix == ".parquet":
@@ -81,7 +84,7 @@ def _write_parquet(file: BinaryIO, source: Path, results: list[dict[str, Any]]) 
 
 
 def _array(values: list[Any]) -> Any:
-    """An Arrow array; values of mixed types as JSON text."""
+    """Return an Arrow array; values of mixed types become JSON text."""
     import pyarrow as pa
 
     try:

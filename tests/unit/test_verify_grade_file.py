@@ -13,19 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 from processes import wait_until
 
+from megatron_nft import files
 from megatron_nft.data.rollout_file import rollout_path, write_rollouts
 from megatron_nft.types import Prompt, Rollout, RolloutGroup, Verdict
-from megatron_nft.verify import grade_file, grade_rows
+from megatron_nft.verify import command
 
 HERE = Path(__file__).parent
 
 
 def run(source: Path, target: Path, *options: str) -> int:
     parser = argparse.ArgumentParser()
-    grade_file.add_arguments(parser)
-    return grade_file.run(
-        parser.parse_args(["--input", str(source), "--output", str(target), "--workers", "1", *options])
-    )
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(["--input", str(source), "--output", str(target), "--workers", "1", *options]))
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -45,7 +44,7 @@ def test_rows_keep_order_and_columns(tmp_path, capsys):
     assert [{key: row[key] for key in rows[0]} for row in graded] == rows
     assert [row["verdict"] for row in graded] == ["correct" if i % 3 == 1 else "wrong" for i in range(200)]
     assert [row["extracted"] for row in graded] == [str(i % 3) for i in range(200)]
-    assert {row["grader"] for row in graded} == {"math_verify"}
+    assert {row["grader"] for row in graded} == {"maths"}
     assert all(0 <= row["seconds"] < 60 for row in graded)
     shown = capsys.readouterr().out
     assert "correct" in shown
@@ -91,14 +90,14 @@ def test_bad_rows_are_counted_and_none_is_lost(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"response": "a", "answer": "b"}\n{"response": \n', "line 2: not JSON"),
-        (b"[1, 2]\n", "line 1: a list, not an object"),
+        (b'{"response": "a", "answer": "b"}\n{"response": \n', "row 2: not JSON"),
+        (b"[1, 2]\n", "row 1: a list, not an object"),
         (
             b'{"respons": "a", "answer": "b"}\n',
             "'response' (or 'text') is missing; columns found: 'respons', 'answer'",
         ),
         (b'{"response": "a", "gold": "b"}\n', "column 'answer' is missing"),
-        (b'{"response": ' + b"[" * 100000 + b"\n", "line 1: not JSON"),
+        (b'{"response": ' + b"[" * 100000 + b"\n", "row 1: not JSON"),
     ],
 )
 def test_files_that_cannot_be_graded(tmp_path, capsys, content, message):
@@ -118,7 +117,7 @@ def test_paths_and_graders_that_do_not_exist(tmp_path, capsys):
     assert run(source, tmp_path / "out.jsonl", "--grader", "nope") == 2
     assert run(source, tmp_path / "out.jsonl", "--grader", "no_such_module.f") == 1
     errors = capsys.readouterr().err
-    for text in ("no such file", "the same file", "'.csv'", "unknown grader 'nope'", "cannot import no_such_module"):
+    for text in ("No such file", "the same file", "'.csv'", "unknown grader 'nope'", "cannot import no_such_module"):
         assert text in errors
     with pytest.raises(SystemExit):
         run(source, tmp_path / "out.jsonl", "--workers", "0")
@@ -197,14 +196,14 @@ def test_a_truncated_parquet_file(tmp_path, capsys):
 def test_several_graders(tmp_path, capsys):
     rows = [{"response": r, "answer": "1/2"} for r in ("\\boxed{1/2}", "\\boxed{0.5}", "\\boxed{2}", "no box here")]
     source, target = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
-    assert run(source, target, "--grader", "math_verify,dapo_boxed") == 0
+    assert run(source, target, "--grader", "maths,dapo_boxed") == 0
     graded = read_jsonl(target)
     assert [row["verdict"] for row in graded] == ["correct", "correct", "wrong", "unparseable"]
     assert [row["graders_disagree"] for row in graded] == [False, True, False, False]
-    assert json.loads(graded[1]["grader_verdicts"]) == {"math_verify": "correct", "dapo_boxed": "wrong"}
+    assert json.loads(graded[1]["grader_verdicts"]) == {"maths": "correct", "dapo_boxed": "wrong"}
     shown = " ".join(capsys.readouterr().out.split())
     assert "1 of 4 rows are correct for one grader and not for another" in shown
-    assert "math_verify (down), dapo_boxed (across)" in shown
+    assert "maths (down), dapo_boxed (across)" in shown
     assert "│ 2 │ correct" in shown  # the row on which they disagree
 
 
@@ -215,7 +214,7 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path):
     rows[200] = {"response": f"until {go}", "answer": f"until {go}"}
     source, target = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     journal = tmp_path / "out.jsonl.journal"
-    command = [sys.executable, "-m", "megatron_nft.verify.grade_file", "--input", str(source), "--output", str(target)]
+    command = [sys.executable, "-m", "megatron_nft", "grade", "--input", str(source), "--output", str(target)]
     command += ["--grader", "verify_graders.act", "--workers", "1", "--timeout-s", "600"]
     environment = os.environ | {"PYTHONPATH": str(HERE)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
@@ -251,7 +250,7 @@ def test_a_full_disk_leaves_the_old_output(tmp_path, monkeypatch, capsys):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(grade_rows.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     assert run(source, target) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert target.read_text() == "old\n"

@@ -132,7 +132,9 @@ def test_values_agree_with_sympy():
     import sympy
 
     compared, different = 0, []
-    for text in {normalize(content(a)) for name in ("math500", "olympiadbench", "minerva_math") for a in references(name)}:
+    for text in {
+        normalize(content(a)) for name in ("math500", "olympiadbench", "minerva_math") for a in references(name)
+    }:
         try:
             tree = read(text, lenient=False)[0]
         except NotUnderstood:
