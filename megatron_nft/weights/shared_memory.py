@@ -84,7 +84,7 @@ def flattened_bucket(bucket: Bucket) -> str:
 
 
 def shared_memory(bucket: Bucket) -> dict[str, Any]:
-    """Where `bucket.flat` lies, as JSON for one reader (engine_side/nft_vllm_extension.py)."""
+    """Where `bucket.flat` lies, as JSON for one reader (engines/vllm/worker/nft_vllm_extension.py)."""
     flat = bucket.flat
     if not flat.is_cuda:
         storage = flat.untyped_storage()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_nft.weights.buckets import Bucket, TensorMeta
-from megatron_nft.weights.engine_side.nft_checksum import checksums
+from megatron_nft.weights.checksum.nft_checksum import checksums
 from megatron_nft.weights.hf_folder import name_list
 
 

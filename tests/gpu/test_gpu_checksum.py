@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_nft.weights.engine_side import nft_checksum
+from megatron_nft.weights.checksum import nft_checksum
 
 pytestmark = pytest.mark.needs("cuda")
 

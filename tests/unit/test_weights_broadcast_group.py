@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from processes import wait_until
 
-import megatron_nft.weights
+from megatron_nft.engines.vllm.client import WORKER_FOLDERS
 from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Meeting
 
 TIMEOUT_S = 90.0  # of the group: what must not be waited for
@@ -97,7 +96,8 @@ def test_leaving_does_not_wait_for_a_member_that_stays_away(group_of):
 
 def test_a_vllm_worker_receives_from_several_leaders(monkeypatch):
     """Each stage leader has a group of its own; the first goes on sending after the second has joined."""
-    monkeypatch.syspath_prepend(str(Path(megatron_nft.weights.__file__).parent / "engine_side"))
+    for folder in WORKER_FOLDERS:
+        monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, "nft_vllm_extension", raising=False)
     from nft_vllm_extension import WeightReceiver
 

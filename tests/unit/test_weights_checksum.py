@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_nft.weights.buckets import Bucket, TensorMeta
 from megatron_nft.engines.sglang.shards import EngineReference, engine_name, shards
-from megatron_nft.weights.engine_side import nft_checksum
-from megatron_nft.weights.engine_side.nft_checksum import Sha256, WordHash, checksum
+from megatron_nft.weights.buckets import Bucket, TensorMeta
+from megatron_nft.weights.checksum import nft_checksum
+from megatron_nft.weights.checksum.nft_checksum import Sha256, WordHash, checksum
 
 
 def short_sha256(*tensors: torch.Tensor) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from megatron_nft.engines.embedded.engine import EmbeddedEngine
 from megatron_nft.weights.buckets import Bucket
-from megatron_nft.weights.engine_side.nft_checksum import checksum
+from megatron_nft.weights.checksum.nft_checksum import checksum
 from megatron_nft.weights.transport import HFReference, Ledger, Reference, WeightSyncError, compare
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_nft.weights.buckets import Bucket
-from megatron_nft.weights.engine_side.nft_checksum import Sha256, WordHash, hasher
+from megatron_nft.weights.checksum.nft_checksum import Sha256, WordHash, hasher
 from megatron_nft.weights.names import Geometry
 
 VOCAB_MULTIPLE = 64

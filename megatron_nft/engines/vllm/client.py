@@ -15,6 +15,8 @@ import numpy as np
 
 from megatron_nft.engines.client import PROBE_TIMEOUT_S, Aborted, HttpEngine, integer_version
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams
+from megatron_nft.engines.vllm import worker
+from megatron_nft.weights import checksum
 
 if TYPE_CHECKING:
     from megatron_nft.config import ServerConfig
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 PATH = "/inference/v1/generate"
 MODEL_NAME = "policy"
 CPU_KV_CACHE_GIB = 1
-EXTENSION_PATH = Path(__file__).parents[2] / "weights" / "engine_side"
+WORKER_FOLDERS = (Path(worker.__file__).parent, Path(checksum.__file__).parent)  # on the PYTHONPATH of its workers
 EXTENSION = "nft_vllm_extension.WeightReceiver"  # takes the weights inside vLLM's workers
 
 
@@ -114,7 +116,7 @@ def environment(config: ServerConfig, *, device: str, gpu: int) -> dict[str, str
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # the weight update endpoints
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(EXTENSION_PATH), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, WORKER_FOLDERS), os.environ.get("PYTHONPATH")])),
     }
     if device == "cpu":
         # vLLM compiles helpers of its sampler even when eager; torch's compiler fails in folders with a space.

@@ -1,10 +1,11 @@
-"""vLLM's update calls, through our worker extension (engine_side/nft_vllm_extension.py). Tested with 0.32.0."""
+"""vLLM's update calls, through our worker extension (worker/nft_vllm_extension.py). Tested with 0.32.0."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from megatron_nft.engines.vllm.client import WORKER_FOLDERS
 from megatron_nft.engines.weights import HttpServer, ServerFacts
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.names import Geometry
@@ -29,8 +30,8 @@ class VLLMServer(HttpServer):
             answer = None
         if answer is None:
             raise WeightSyncError(
-                f"{self.url} cannot take weights: start vLLM with VLLM_SERVER_DEV_MODE=1, the folder "
-                f"{Path(__file__).parents[2] / 'weights' / 'engine_side'} on its PYTHONPATH, and "
+                f"{self.url} cannot take weights: start vLLM with VLLM_SERVER_DEV_MODE=1, the folders "
+                f"{' and '.join(map(str, WORKER_FOLDERS))} on its PYTHONPATH, and "
                 "--worker-extension-cls nft_vllm_extension.WeightReceiver"
             )
         return answer["results"]

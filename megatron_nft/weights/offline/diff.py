@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_nft.weights.engine_side.nft_checksum import checksum
+from megatron_nft.weights.checksum.nft_checksum import checksum
 from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.offline.megatron_reader import EMBEDDING, OUTPUT, MegatronCheckpoint, MegatronWeights
 

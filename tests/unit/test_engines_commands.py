@@ -7,9 +7,9 @@ import pytest
 
 from megatron_nft.config import ServerConfig
 from megatron_nft.engines import open as create
+from megatron_nft.engines.engine import EngineError
 from megatron_nft.engines.sglang import client as sglang
 from megatron_nft.engines.vllm import client as vllm
-from megatron_nft.engines.engine import EngineError
 
 COMMON = {"dtype": "bfloat16", "gpu": 4, "weight_version": -1}
 

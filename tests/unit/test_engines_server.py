@@ -92,7 +92,7 @@ def test_family_ends_when_the_starter_is_killed(tmp_path, signum):
         import sys, time
         sys.path[:0] = {sys.path!r}
         from pathlib import Path
-        import test_rollout_server as t
+        import test_engines_server as t
         servers = t.group(t.make_server(Path({str(tmp_path)!r}), "family"))
         print("up", flush=True)
         time.sleep(600)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_nft.engines.engine import SamplingParams
 from megatron_nft.engines.embedded.sampling import draw_tokens, row_keys, uniforms
+from megatron_nft.engines.engine import SamplingParams
 
 
 def test_uniforms_are_splitmix64():
