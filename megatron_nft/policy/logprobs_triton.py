@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_nft.policy.logprobs import NO_LOGIT
+from megatron_nft.policy.logprobs_torch import NO_LOGIT
 
 MULTIPLE = 128  # of a tile's columns: whole tiles of the matrix units
 MAX_BLOCK = 4096  # columns that a program holds at a time
 NUM_WARPS = 8
+TILE_SHARE = 2  # a tile has half of the logits that may exist: its gradient and dX stand beside it
 
 
 @triton.jit
@@ -98,17 +99,13 @@ def _logit_gradients(
 
 
 def local_sums(
-    hidden: Tensor, weight: Tensor, local_labels: Tensor, *, temperature: float, tile_numel: int, with_entropy: bool
+    hidden: Tensor, weight: Tensor, local_labels: Tensor, *, temperature: float, max_logits: int, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """What `logprobs._local_sums` gives: maximum m fp32 [T]; sums fp32 [3, T].
-
-    hidden 16-bit [T, H], weight [v, H], local_labels int64 [T]: labels outside [0, v) are other ranks'. At most
-    `tile_numel` logits exist at a time.
-    """
+    """See `logprobs.Kernels.local_sums`; hidden and weight of 16 bits, sums in fp32."""
     tokens = hidden.size(0)
     maximum = torch.full((tokens,), NO_LOGIT, dtype=torch.float32, device=hidden.device)
     sums = torch.zeros(3, tokens, dtype=torch.float32, device=hidden.device)
-    for columns in tiles(weight.size(0), tokens, tile_numel):
+    for columns in tiles(weight.size(0), tokens, max_logits // TILE_SHARE):
         logits = _product_f32(hidden, weight[columns].T)
         width = logits.size(1)
         block = _block(width)
@@ -130,17 +127,16 @@ def gradients(
     grad_entropy: Tensor | None,
     *,
     temperature: float,
-    tile_numel: int,
+    max_logits: int,
     grad_weight: Tensor,
 ) -> Tensor:
-    """dX [T, H] in hidden's dtype, this rank's part of the sum over the vocabulary; dW is written to `grad_weight`
-    [v, H]. All other vectors are fp32 [T]."""
+    """See `logprobs.Kernels.gradients`; hidden and weight of 16 bits, all other vectors in fp32."""
     tokens = hidden.size(0)
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
     with_entropy = grad_entropy is not None
     grad_logprobs = grad_logprobs.contiguous()
     grad_entropy = grad_entropy.contiguous() if with_entropy else grad_logprobs
-    for columns in tiles(weight.size(0), tokens, tile_numel):
+    for columns in tiles(weight.size(0), tokens, max_logits // TILE_SHARE):
         logits = _product_f32(hidden, weight[columns].T)
         width = logits.size(1)
         grad = torch.empty_like(logits, dtype=hidden.dtype)

@@ -108,7 +108,7 @@ def test_triton_reads_each_ranks_rows(kernels):
     for first, rows in ((0, weight[:150]), (150, weight[150:VOCAB])):
         halves.append(
             kernels.local_sums(
-                hidden, rows, labels - first, temperature=TEMPERATURE, tile_numel=128 * TOKENS, with_entropy=True
+                hidden, rows, labels - first, temperature=TEMPERATURE, max_logits=256 * TOKENS, with_entropy=True
             )
         )
     largest = torch.maximum(halves[0][0], halves[1][0])
