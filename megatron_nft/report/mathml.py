@@ -51,6 +51,7 @@ _COLOR = re.compile(r"#[0-9a-fA-F]{3,8}\b")
 _NUMBER = re.compile(r"(\d*\.?\d+)([a-zA-Z%]*)", re.ASCII)
 _UNITS = frozenset({"", "em", "rem", "ex", "px", "pt"})  # none is larger than em, as far as a formula goes
 _NESTING = re.compile(r"\\(?:begin|end)(?![a-zA-Z])|\\.|[{}]", re.DOTALL)
+_MATHS_IN_TEXT = re.compile(r"(\\(?:text|mbox|textrm)\{[^{}$]*)\$([^$]*)\$")
 
 _MACROS = {
     "AA": r"\text{Å}",
@@ -63,6 +64,7 @@ _MACROS = {
     "dotso": r"\ldots",
     "enskip": r"\hspace{0.5em}",
     "hbox": r"\text{#1}",
+    "mbox": r"\text{#1}",
     "nobreak": "{}",
     "sdot": r"\cdot",
     "smallsetminus": r"\setminus",
@@ -87,6 +89,8 @@ def to_mathml(latex: str, display: bool) -> Tree | None:
     if len(latex) > LONGEST_FORMULA:
         return None
     latex = latex.replace("{split}", "{aligned}")  # what amsmath's split is outside of an equation with a number
+    for _ in range(latex.count("$") // 2):  # math-core knows no maths inside of text
+        latex = _MATHS_IN_TEXT.sub(r"\1}\2\\text{", latex)
     if _breaks_lines(latex):
         latex = rf"\begin{{gathered}}{latex}\end{{gathered}}"
     try:
