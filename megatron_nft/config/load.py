@@ -14,6 +14,7 @@ import functools
 import re
 import types
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_nft.algorithms import ALGORITHMS, DEFAULT, AlgorithmError, algorithm_class
 from megatron_nft.config.settings import Config
+
+REMOVED = {"checkpoint.save_optimizer": "a checkpoint always holds the optimizer's state"}
+"""Former key -> why it is gone. Files and overrides that have one are still read; the key is dropped with a warning."""
 
 
 class ConfigError(ValueError):
@@ -117,6 +121,17 @@ def _drop_replaced(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+def _without_removed(layer: dict[str, Any]) -> dict[str, Any]:
+    """The layer without the keys of `REMOVED`; a FutureWarning names each that it had."""
+    for key, reason in REMOVED.items():
+        section, _, name = key.rpartition(".")
+        values = layer.get(section)
+        if isinstance(values, dict) and name in values:
+            warnings.warn(f"{key} was removed, it had no effect: {reason}", FutureWarning, stacklevel=3)
+            layer = {**layer, section: {other: value for other, value in values.items() if other != name}}
+    return layer
+
+
 def parse_override(text: str) -> dict[str, Any]:
     """`a.b=1` -> {"a": {"b": 1}}. ConfigError without an `=` or with a value that is no YAML."""
     key, sep, value = text.partition("=")
@@ -192,7 +207,7 @@ def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> C
     if overrides:
         layers.append(functools.reduce(_merge, map(parse_override, overrides)))
     nothing: dict[str, Any] = {}
-    tree = functools.reduce(_merge, _drop_replaced(layers), nothing)
+    tree = functools.reduce(_merge, _drop_replaced([_without_removed(layer) for layer in layers]), nothing)
     try:
         return Config.model_validate(tree)
     except ValidationError as e:

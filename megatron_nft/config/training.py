@@ -14,16 +14,19 @@ class TrainConfig(Section):
     """The size of a step."""
 
     num_steps: PositiveInt = 100
-    """Training steps (rollout batches)."""
+    """Training steps of the run. A step generates answers, trains on them and syncs the weights."""
     questions_per_step: PositiveInt = 512
-    """Question groups trained per step."""
+    """Questions trained per step, each with all of its answers (a group)."""
     questions_per_optimizer_step: PositiveInt = 32
+    """Questions per optimizer update; must divide `questions_per_step`. With both equal, one epoch and
+    rollout.max_staleness=0, training is strictly on-policy."""
     num_epochs: PositiveInt = 1
-    """Passes over each step's groups."""
+    """Passes over the groups of each step."""
     max_skipped_steps: NonNegativeInt = 3
-    """Optimizer steps in a row that may be skipped for a NaN or Inf; one more ends the run."""
+    """Optimizer updates in a row that may be skipped because the gradient holds a NaN or Inf; one more ends the run."""
     stall_timeout_s: PositiveFloat = 3600.0
-    """A phase without progress for this long writes every rank's stacks and ends the run."""
+    """Seconds that a phase may go without progress. Then every rank's stacks are written to run_dir/stacks and the run
+    ends. Raise it where one phase really takes longer."""
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
@@ -36,50 +39,61 @@ class TrainConfig(Section):
 
 
 class SyncConfig(Section):
-    """Weights from the trainer into the engines."""
+    """How weights get from the trainer into the engines."""
 
     transport: Literal["auto", "tensor", "distributed", "disk"] = "auto"
-    """auto: in-process for `embedded`, else `tensor` (shared memory, CUDA IPC) for engines on this machine."""
+    """tensor: shared memory, or CUDA IPC on a GPU, for servers on this machine; distributed: gloo or NCCL broadcast to
+    servers anywhere; disk: files in run_dir that the servers load. auto takes `tensor` where every server is on this
+    machine, else `distributed`. The embedded engine copies in the process, which `auto` and `tensor` both mean."""
     bucket_bytes: PositiveInt = 512 << 20
+    """Bytes of weights that travel together. A leader of a sync holds two buckets of this size beside its own weights;
+    make it smaller where memory is short."""
     in_flight: Literal["finish", "abort", "continue"] = "finish"
-    """Requests under way at a sync: wait for them, abort and resubmit, or go on under the new weights."""
+    """What happens to requests under way when a sync begins: wait for them, abort them and ask again under the new
+    weights, or let them go on under the new weights."""
     probe_tolerance: PositiveFloat | None = None
-    """Largest |log-prob difference| of the probe after a sync; None: 1e-3 in fp32, 0.5 in bf16, 2 with FP8 rollouts."""
+    """Largest difference between the engine's and the trainer's log-probs (nats per token) of the probe after a sync;
+    a larger one ends the run. null: 1e-3 in fp32, 0.5 in bf16, 2 where the engine quantizes to FP8."""
     verify_checksums: bool = True
-    """Compare per-tensor checksums of trainer and engine where the engine offers them."""
+    """Compare checksums of every tensor after each sync, where the engine offers them."""
     timeout_s: PositiveFloat = 600.0
+    """Seconds that one call to an engine may take during a sync."""
 
 
 class CheckpointConfig(Section):
     """Saving and resuming."""
 
     every_steps: PositiveInt = 20
+    """Training steps between two checkpoints. The last step and a stop signal save as well."""
     keep: PositiveInt = 2
-    """Complete checkpoints that stay on disk."""
+    """Complete checkpoints that stay on disk; older ones are deleted once a newer one is complete."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest complete checkpoint of run_dir; never refuses a run_dir that has one."""
-    save_optimizer: bool = True
     export_hf: bool = True
-    """Write the final weights as run_dir/hf."""
+    """Write the final weights to run_dir/hf in Hugging Face format."""
 
 
 class EvalConfig(Section):
     """Held-out questions during training."""
 
     data: list[Path] = Field(default=[])
+    """Files of held-out questions, in the same formats as data.train. Empty: no evaluation."""
     every_steps: NonNegativeInt = 0
-    """0: only before the first and after the last step, if `data` is given."""
+    """Training steps between two evaluations; 0 evaluates only before the first and after the last step."""
     samples: PositiveInt = 1
+    """Answers per question; accuracy is their mean."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """0 means greedy."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling: the probability mass that tokens are drawn from. 1 draws from all of it."""
     max_response_tokens: PositiveInt | None = None
-    """None: rollout.max_response_tokens."""
+    """Tokens after which an answer is cut off; null takes rollout.max_response_tokens."""
 
 
 class MetricsConfig(Section):
-    """Where figures go, besides run_dir/metrics.jsonl."""
+    """Where metrics go, besides run_dir/metrics.jsonl."""
 
     tensorboard: bool = True
+    """Write TensorBoard event files to run_dir/tensorboard."""
     wandb_project: str | None = None
-    """Set to log to Weights & Biases as well (extra `wandb`)."""
+    """Project on Weights & Biases to log to as well (extra `wandb`); null does not log there."""

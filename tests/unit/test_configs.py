@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_nft.config import dump_config, load_config
+from megatron_nft.config import Config, ConfigError, dump_config, load_config
+from megatron_nft.config.load import REMOVED
 from megatron_nft.policy.family import check_layout, spec_from_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -156,7 +157,7 @@ def test_quick_start_is_the_calibrated_run():
     assert (o.lr, o.lr_warmup_steps, o.weight_decay, o.clip_grad) == (3e-4, 10, 0.0, 1.0)
     a = c.algorithm
     assert (a.name, a.clamp, a.prompt_weight, a.loss_divisor, a.negative_weight) == ("nft", 1.0, "dr_grpo", 1000, 1.0)
-    # The other layout must work by overrides alone.
+    # The pipeline layout works by overrides alone.
     other = ["policy.tensor_model_parallel_size=1", "policy.pipeline_model_parallel_size=2"]
     assert load_config([CONFIGS / "quickstart.yaml"], other).policy.data_parallel_size(2) == 1
 
@@ -176,3 +177,25 @@ def test_configs_hold_no_key_twice_and_name_what_they_are():
         text = (CONFIGS / name).read_text(encoding="utf-8")
         assert text.startswith("# "), f"{name} begins with a line that says what it is"
         assert isinstance(yaml.safe_load(text), dict)
+
+
+@pytest.mark.parametrize("where", ["file", "override"])
+def test_a_removed_key_is_still_read_and_has_no_effect(tmp_path, where):
+    quickstart = CONFIGS / "quickstart.yaml"
+    (tmp_path / "old.yaml").write_text(
+        f"base: {quickstart}\ncheckpoint: {{save_optimizer: false, keep: 7}}\n", encoding="utf-8"
+    )
+    with pytest.warns(FutureWarning, match=r"checkpoint\.save_optimizer was removed"):
+        if where == "file":
+            config = load_config([tmp_path / "old.yaml"])
+        else:
+            config = load_config([quickstart], ["checkpoint.save_optimizer=false", "checkpoint.keep=7"])
+    assert config == load_config([quickstart], ["checkpoint.keep=7"])
+
+
+def test_removed_keys_are_not_settings_and_their_neighbours_are_still_checked():
+    for key in REMOVED:
+        section, _, name = key.rpartition(".")
+        assert name not in Config.model_fields[section].annotation.model_fields
+    with pytest.raises(ConfigError, match=r"checkpoint\.save_optimiser: unknown key"):
+        load_config([CONFIGS / "quickstart.yaml"], ["checkpoint.save_optimiser=false"])
