@@ -78,7 +78,7 @@ class PolicyConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """dtype of weights and activations. Master weights and gradients are always fp32."""
     fp8: Fp8Config = Fp8Config()
-    """FP8 training."""
+    """Transformer Engine FP8, for chips that have it."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of the layers: Transformer Engine's, or megatron-core's own in plain torch (`local`), which a CPU
     needs. auto takes Transformer Engine where there is a CUDA device."""

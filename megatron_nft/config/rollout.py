@@ -14,87 +14,113 @@ class DataConfig(Section):
     """Questions to train on."""
 
     train: list[Path] = Field(min_length=1)
-    """Parquet files in the verl layout or JSONL files (see docs of tools/prepare_data.py)."""
+    """Parquet or JSONL files in verl's layout; `megatron-nft prepare` makes them of public question sets."""
     max_prompt_tokens: PositiveInt = 512
+    """Longest prompt in tokens, chat template included."""
     over_long: Literal["drop", "refuse"] = "drop"
-    """What to do with longer prompts: drop and count them, or stop."""
+    """What to do with prompts that are longer: drop and count them, or refuse to start."""
     shuffle: bool = True
-    """A new order per epoch, from the seed."""
+    """Draw the questions in a new order each epoch, which follows from `seed`; false keeps the order of the files."""
 
 
 class ServerConfig(Section):
     """SGLang or vLLM servers: given by URL, or started and watched by the run."""
 
     urls: list[str] = Field(default=[])
-    """Servers that are already up; empty starts `num_servers` of them."""
+    """Addresses of servers that are already up, for example http://node7:30000. Empty: the run starts its own, or waits
+    for those of `registry`."""
     registry: Path | None = None
-    """Folder in which engine nodes announce their servers (engines/discovery.py); used in place of `urls`."""
+    """Folder in which engine nodes announce their servers (engines/discovery.py); read where `urls` is empty."""
     registry_nodes: PositiveInt = 1
-    """Engine nodes that are waited for in `registry`."""
+    """Number of engine nodes to wait for in `registry`."""
     num_servers: PositiveInt = 1
-    """Servers that are started on each machine."""
+    """Servers to start on each machine."""
     tensor_parallel_size: PositiveInt = 1
+    """GPUs of one server, each with a part of every matrix."""
     python: Path | None = None
-    """Interpreter of the engine's own environment; None looks for .venv-sglang or .venv-vllm, then uses our own."""
+    """Interpreter of the engine's own environment; null looks for .venv-sglang or .venv-vllm, then uses our own."""
     host: str = "127.0.0.1"
     """Interface that started servers listen on."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of started servers; auto takes the trainer's."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto follows policy.precision."""
+    """dtype of the engine's weights; auto follows policy.precision."""
     quantization: Literal["none", "fp8"] = "none"
-    """fp8: the engine quantizes what it loads. With sglang for dense models without query/key norms (Qwen2, Llama)."""
+    """fp8: the engine quantizes the weights it loads. With sglang only for dense models without query/key norms (Qwen2,
+    Llama)."""
     mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of a GPU's memory that the engine takes for weights and KV cache."""
     max_total_tokens: PositiveInt | None = None
-    """KV-cache size in tokens; None lets the engine choose (32768 on a CPU)."""
+    """Size of the KV cache in tokens (sglang only); null lets the engine choose (32768 on a CPU)."""
     max_running_requests: PositiveInt | None = None
+    """Requests that a server decodes at once; null lets the engine choose (64 on a CPU)."""
     memory_saver: bool = False
     """Release the engine's memory while the trainer works on the same GPU."""
     sleep_level: Literal["kv_cache", "all"] = "all"
-    """What memory_saver releases: the KV cache alone, or the weights too, which the next weight sync brings back."""
+    """What `memory_saver` releases: the KV cache alone, or the weights too, which the next weight sync brings back."""
     cuda_graphs: bool = True
-    """Decode in CUDA graphs, where the engine runs on a GPU. False saves their memory and seconds at the start."""
+    """Decode in CUDA graphs, where the engine runs on a GPU. false saves their memory and some seconds at the start."""
     fp32_lm_head: bool = False
+    """Compute the logits in fp32 (sglang only), which brings the engine's log-probs closer to the trainer's."""
     deterministic: bool = False
-    """Batch-invariant kernels, where the engine has them."""
+    """Use batch-invariant kernels, where the engine has them: an answer then does not depend on what else is decoded
+    beside it. Slower."""
     extra_args: list[str] = Field(default=[])
-    """Passed to the server as they are."""
+    """Further arguments for the server's command line, passed as they are."""
     env: dict[str, str] = Field(default={})
-    """Added to the environment of started servers, for example PYTHONPATH of an offline bundle."""
+    """Variables added to the environment of started servers, for example PYTHONPATH of an offline bundle."""
     router: bool = False
-    """Spread requests by sglang-router, one on each trainer machine, in place of our own client (SGLang)."""
+    """Spread requests by sglang-router, one on each trainer machine, in place of our own client (sglang only)."""
     router_args: list[str] = Field(default=[])
-    """Passed to the router as they are, for example ["--policy=random"]."""
+    """Further arguments for the router's command line, for example ["--policy=random"]."""
     max_in_flight: PositiveInt = 256
     """Requests under way at once, from each trainer rank."""
     max_retries: NonNegativeInt = 3
     """Further tries of a request that a server failed or dropped."""
     start_timeout_s: PositiveFloat = 300.0
+    """Seconds that a server may take to start, or to wake up."""
     request_timeout_s: PositiveFloat = 1800.0
+    """Seconds that one request may take; raise it for very long answers."""
     max_restarts: NonNegativeInt = 2
-    """How often a started server that died is started again."""
+    """How often a server that the run started and that died is started again."""
 
 
 class RolloutConfig(Section):
     """Generation of answers."""
 
     engine: Literal["embedded", "sglang", "vllm"] = "embedded"
+    """What generates the answers: transformers in the trainer's own processes (embedded; for small models), or SGLang
+    or vLLM servers."""
     answers_per_question: Annotated[int, Field(ge=2)] = 16
+    """Answers sampled for each question: the size of a group."""
     questions_per_batch: PositiveInt = 1536
-    """Questions sampled per generation batch."""
+    """Questions sampled per generation batch. Batches are generated until a step has `train.questions_per_step` groups
+    that are neither all right nor all wrong."""
     max_generation_batches: PositiveInt = 10
-    """Bound on generation batches per step; reaching it without a full batch ends the run with an error."""
+    """Most generation batches per step; when they do not fill a step, the run ends with an error."""
     max_response_tokens: PositiveInt = 3584
+    """Tokens after which an answer is cut off."""
     temperature: PositiveFloat = 1.0
+    """Sampling temperature. The trainer's log-probs are taken at the same temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling: the probability mass that tokens are drawn from. 1 draws from all of it."""
     top_k: int = -1
-    """-1 means all tokens."""
+    """Number of most likely tokens to draw from; -1 draws from all tokens."""
     allow_biased_sampling: bool = False
-    """Permit top_p < 1 or top_k in training, although the ratio is then biased."""
+    """Permit top_p < 1 or top_k in training, although the likelihood ratio is then biased."""
     max_staleness: NonNegativeInt = 1
-    """Training steps for which surplus groups are kept; 0 throws them away."""
+    """Training steps for which groups beyond a full step are kept to be trained later; 0 throws them away, as the
+    published runs do. docs/nft.md says what stale groups change."""
     embedded_batch_tokens: PositiveInt = 65536
-    """Embedded engine: rows x longest possible row of one generate call."""
+    """Size of one batch of the embedded engine: rows x tokens of the longest possible row. Lower it where memory is
+    short."""
     server: ServerConfig = ServerConfig()
+    """SGLang or vLLM servers: given by their addresses, or started and watched by the run."""
+
+    @property
+    def uses_servers(self) -> bool:
+        """Whether answers come from engine servers, rather than from a model inside each rank."""
+        return self.engine != "embedded"
 
     @model_validator(mode="after")
     def _unbiased(self) -> RolloutConfig:
@@ -111,8 +137,8 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _server_settings(self) -> RolloutConfig:
         server = self.server
-        if server.memory_saver and (self.engine == "embedded" or server.urls or server.registry):
-            where = "engine=embedded" if self.engine == "embedded" else "servers that others run"
+        if server.memory_saver and (not self.uses_servers or server.urls or server.registry):
+            where = "servers that others run" if self.uses_servers else "engine=embedded"
             raise ValueError(
                 f"server.memory_saver needs engine=sglang or vllm and servers that the run starts, not {where}"
             )
@@ -130,10 +156,12 @@ class VerifyConfig(Section):
     workers: PositiveInt = 1
     """Worker processes per trainer rank."""
     timeout_s: PositiveFloat = 3.0
-    """Time for one verdict, after which the worker is killed and the verdict is `timeout`."""
+    """Seconds for one verdict, after which the worker is killed and the verdict is `timeout`."""
     memory_bytes: PositiveInt = 1 << 30
-    """Address space that grading one answer may add to a worker."""
+    """Bytes of address space that grading one answer may add to a worker."""
     on_disagreement: Literal["trust_first", "drop", "not_negative"] = "trust_first"
-    """Several graders that differ: believe the first, leave the answer out, or leave it out if it would be wrong."""
+    """What to do with an answer on which several graders differ: believe the first grader, leave the answer out, or
+    leave it out only where it would be trained as wrong."""
     shuffle_within_groups: bool = False
-    """Negative control: a group keeps its correct rate, but which of its answers are correct is drawn at random."""
+    """Negative control of an experiment: a group keeps its correct rate, but which of its answers are correct is drawn
+    at random."""

@@ -1,8 +1,7 @@
 """All settings of a run, and what must hold between sections. `megatron_nft.config` is where to import them from.
 
 Every field has a default or is required, and a text below it that says what it does; docs/settings.md is made of
-these texts. Nothing here imports torch:
-`megatron-nft --help` and `--dry-run` stay quick.
+these texts. Nothing here imports torch: `megatron-nft --help` and `--dry-run` stay quick.
 """
 
 from __future__ import annotations
@@ -38,23 +37,25 @@ class Config(Section):
     run_dir: Path
     """Folder that everything the run writes goes to. A run that finds a checkpoint in it goes on from there."""
     seed: NonNegativeInt = 0
-    """Seed of the order of the questions, of sampling and of the order of training."""
+    """Seed of the order of the questions, of the embedded engine's sampling (servers have random numbers of their own)
+    and of the order of training."""
     num_processes: PositiveInt = 1
     """Ranks to start on this machine, one per GPU; not used under torchrun or Slurm, which start their own."""
     model: ModelConfig
     """The model that is trained."""
     policy: PolicyConfig = PolicyConfig()
-    """How the model is laid out and computed."""
+    """The trained model on Megatron-Core: how it is laid out and computed. The names are megatron-core's own."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its schedule."""
     algorithm: Annotated[SerializeAsAny[AlgorithmSettings], BeforeValidator(_read_algorithm)] = NFTSettings()
-    """The loss; one flat section, whose keys depend on `algorithm.name`."""
+    """The loss: one flat section, whose further keys depend on `algorithm.name`. An algorithm of your own has keys of
+    its own."""
     data: DataConfig
     """Questions to train on."""
     rollout: RolloutConfig = RolloutConfig()
     """Generation of answers."""
     verify: VerifyConfig = VerifyConfig()
-    """Grading of answers."""
+    """Grading of answers, in worker processes that can be killed."""
     train: TrainConfig = TrainConfig()
     """The size of a step."""
     sync: SyncConfig = SyncConfig()
@@ -64,7 +65,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     """Held-out questions during training."""
     metrics: MetricsConfig = MetricsConfig()
-    """Where metrics go."""
+    """Where metrics go, besides run_dir/metrics.jsonl."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
