@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from megatron_nft.config import Config, ConfigError, load_config
 
@@ -36,6 +37,8 @@ def main() -> int:
     parser.add_argument("--config", action="append", required=True)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
+    # Where the ranks look for an algorithm of the user's own; a script has its own folder on the path instead.
+    sys.path.insert(0, str(Path.cwd()))
     try:
         config = load_config(args.config, args.overrides)
         check(config, args.ranks, args.engine_nodes > 0)
