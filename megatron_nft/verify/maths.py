@@ -48,8 +48,9 @@ def gold_text(answer: str) -> str:
 
     answer: the bare answer, or a solution that ends in `\boxed{}` or `#### n`.
     """
-    if "box" in answer:
-        answer = last_boxes(answer) or answer
+    box = last_boxes(answer) if "\\" in answer else None
+    if box is not None:
+        answer = box
     elif "####" in answer:
         answer = _gsm8k.findall(answer)[-1]
     return normalize(answer)

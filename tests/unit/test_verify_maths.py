@@ -291,6 +291,22 @@ def test_graders_by_name(grader, response, answer, verdict):
         assert graded.reason
 
 
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("He fills 3 boxes, so 3 * 4 = 12.\n#### 12", "12"),
+        (r"The \$12 box. #### 12", "12"),
+        (r"first \boxed{4}, then \framebox{12}", "12"),
+        (r"x is \fbox{12}", "12"),
+        (r"\boxed{12} and \boxed{13}", "12, 13"),
+    ],
+)
+def test_a_solution_as_the_reference(solution, answer):
+    assert maths.gold_text(solution) == answer
+    assert grade_one(f"\\boxed{{{answer}}}", solution).verdict == "correct"
+    assert grade_one(r"\boxed{4}", solution).verdict == "wrong"
+
+
 def test_the_former_name_of_the_default_grader_warns_and_grades_the_same():
     with pytest.warns(FutureWarning, match="the grader math_verify is now called maths"):
         graded = grade_one(r"\boxed{5 \text{ m}}", "5 \\text{ cm}", "math_verify,dapo_boxed")
