@@ -11,7 +11,15 @@ from megatron_nft.verify.algebra.parse import Parser
 from megatron_nft.verify.algebra.presentation import strip_presentation
 from megatron_nft.verify.algebra.tokens import tokenize
 from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, Tree
-from megatron_nft.verify.algebra.units import SHORT_WORDS, UNIT_WORDS, canonical, is_unit, scale_of
+from megatron_nft.verify.algebra.units import (
+    SHORT_WORDS,
+    UNIT_WORDS,
+    canonical,
+    is_unit,
+    is_unit_token,
+    scale_of,
+    split_unit,
+)
 from megatron_nft.verify.algebra.wording import is_filler, is_words, word_tree
 
 MAX_CHARS = 10_000
@@ -19,7 +27,6 @@ _OPENING = frozenset(("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil", r
 _CLOSING = frozenset((")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil", r"\endmatrix"))
 _BRACKETS = frozenset(("(", "[", r"\{", r"\langle"))
 _MODULI = (r"\pmod", r"\mod", r"\bmod", '"mod')
-_RING = [r"\circ", "}"]
 _RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", r"\in", r"\approx", r"\equiv"))
 _thousands = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _slash = re.compile(r"/\s?([A-Za-z](?:_\{?\w+\}?)?)\s?([A-Za-z](?:_\{?\w+\}?)?)(?![A-Za-z(_^])")
@@ -239,7 +246,7 @@ def _quantity(tokens: list[str]) -> Tree:
     tokens, modulus = _split_modulus(tokens)
     if modulus:
         return ("unit", _quantity(tokens), f"mod {modulus}")
-    value, unit = _split_unit(tokens)
+    value, unit = split_unit(tokens)
     if parts := _compound(value, tokens[len(value) :]):
         return parts
     if any(token[0] == '"' and (" " in token or not is_unit(token[1:])) for token in value):
@@ -273,7 +280,7 @@ def _split_modulus(tokens: list[str]) -> tuple[list[str], str]:
 
 def _compound(value: list[str], unit: list[str]) -> Tree | None:
     """Read `2 hours 30 minutes` as its parts; None for an ordinary quantity."""
-    if not unit or len(value) < 3 or not all(token[0].isdigit() or _is_unit(token) for token in value):
+    if not unit or len(value) < 3 or not all(token[0].isdigit() or is_unit_token(token) for token in value):
         return None
     words = [index for index, token in enumerate(value) if token[0] == '"']
     if not words or not all(value[index - 1][0].isdigit() for index in words):
@@ -289,29 +296,3 @@ def _text(phrase: str) -> Tree:
     if choice:
         return ("s", choice[1])
     return ("s", phrase) if len(phrase) == 1 else word_tree(phrase)
-
-
-def _is_unit(token: str) -> bool:
-    return token[0] == '"' and is_unit(token[1:])
-
-
-def _split_unit(tokens: list[str]) -> tuple[list[str], str]:
-    r"""Return the tokens before a unit, and the unit: `\text{cm}^2`, `\text{m}/\text{s}`, `dollars`."""
-    end = len(tokens)
-    while end > 1:
-        token = tokens[end - 1]
-        between = token in ("/", "*") and tokens[end - 2][0] == '"' and end < len(tokens)
-        if between or _is_unit(token) or token == r"\Omega" or (token == r"\mu" and end < len(tokens)):
-            end -= 1
-        elif token in ("C", "F") and (tokens[end - 2] in (r"\circ", r"\degrees") or tokens[end - 3 : end - 1] == _RING):
-            end -= 1  # 25^\circ C
-        elif end > 2 and token.isdigit() and tokens[end - 2] == "^" and tokens[end - 3][0] == '"':
-            end -= 2
-        elif end > 4 and token == "}" and tokens[end - 4 : end - 2] == ["^", "{"] and tokens[end - 5][0] == '"':
-            end -= 4
-        elif end > 5 and token == "}" and tokens[end - 5 : end - 2] == ["^", "{", "-"] and tokens[end - 6][0] == '"':
-            end -= 5
-        else:
-            break
-    unit = " ".join(token.lstrip('"') for token in tokens[end:]).replace(" ^ ", "^")
-    return tokens[:end], re.sub(r"(?<=[{-]) | (?=\})", "", unit)

@@ -36,6 +36,7 @@ def _same_expanded(gold: Tree, found: Tree) -> bool:
 
 
 def _same_structure(gold: Tree, found: Tree) -> bool:
+    """Compare where at least one side is a list, tuple, set, union, matrix or all real numbers."""
     kinds = (gold[0], found[0])
     if kinds == ("matrix", "matrix"):
         return len(gold) == len(found) and all(_in_order(g, f) for g, f in zip(gold[1:], found[1:], strict=True))
@@ -177,6 +178,7 @@ def _same_relation(gold: Tree, found: Tree) -> bool:
 
 
 def _same_relations(gold: Tree, found: Tree) -> bool:
+    """Compare two relations: equations up to a factor, inequalities as sets of numbers."""
     gold_signs, found_signs = set(gold[1]), set(found[1])
     if gold_signs == found_signs == {"="}:
         if _is_name(gold[2]) and _is_name(found[2]) and gold[2] != found[2] and len(gold) == len(found) == 4:

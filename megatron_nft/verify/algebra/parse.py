@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from megatron_nft.verify.algebra.cursor import TokenCursor
 from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, Tree, negate, read_number, times
 from megatron_nft.verify.algebra.vocabulary import ACCENTS, FUNCTIONS, TAKEN
 from megatron_nft.verify.algebra.wording import NUMBER_WORDS
@@ -18,12 +19,11 @@ _PREFIXES = frozenset((r"\angle", r"\triangle"))
 _FUNCTION_LETTERS = frozenset("fghFGHPQuI")  # single letters that are functions: f(2) is not 2 f
 
 
-class Parser:
+class Parser(TokenCursor):
     """One pass over a list of tokens, with one method per level of precedence."""
 
     def __init__(self, tokens: list[str]) -> None:
-        self.tokens = tokens
-        self.at = 0
+        super().__init__(tokens)
         self.depth = 0
 
     def parse(self) -> Tree:
@@ -32,24 +32,6 @@ class Parser:
         if self.at < len(self.tokens):
             raise NotUnderstood(f"unexpected {self.tokens[self.at]!r}")
         return tree
-
-    def peek(self) -> str:
-        """Return the next token without taking it; the empty string at the end."""
-        return self.tokens[self.at] if self.at < len(self.tokens) else ""
-
-    def take(self) -> str:
-        """Take the next token."""
-        token = self.peek()
-        if not token:
-            raise NotUnderstood("unexpected end")
-        self.at += 1
-        return token
-
-    def expect(self, token: str) -> None:
-        """Take the next token, which has to be `token`."""
-        if self.peek() != token:
-            raise NotUnderstood(f"expected {token!r}, found {self.peek()!r}")
-        self.at += 1
 
     def sum(self) -> Tree:
         r"""Read terms joined by `+`, `-`, `\pm` and `\mp`."""
@@ -240,19 +222,6 @@ class Parser:
             return ("binom", *arguments) if counts else ("app", name, *arguments)
         return ("s", name)
 
-    def raised_primes(self) -> str:
-        r"""Read `^{\prime}` as primes of the name; take nothing and return "" if it is another power."""
-        at = self.at + 1
-        braces = self.tokens[at] == "{"
-        at += braces
-        start = at
-        while at < len(self.tokens) and self.tokens[at] == "'":
-            at += 1
-        if at == start or (braces and self.tokens[at : at + 1] != ["}"]):
-            return ""
-        self.at = at + braces
-        return "'" * (at - start)
-
     def opaque_arguments(self, name: str) -> tuple[Tree, ...]:
         """Return the arguments if `name(...)` is an application, or () if it is a product such as n(n - 1)."""
         start, kept, depth = self.at, list(self.tokens), self.depth
@@ -272,21 +241,6 @@ class Parser:
             pass
         self.at, self.tokens, self.depth = start, kept, depth
         return ()
-
-    def subscript(self) -> str:
-        """Return the text of a subscript without braces and spaces."""
-        if self.peek() != "{":
-            return self.take().lstrip('"\\')
-        self.at += 1
-        depth = 1
-        parts: list[str] = []
-        while True:
-            token = self.take()
-            depth += (token == "{") - (token == "}")
-            if depth == 0:
-                return "".join(parts)
-            if token not in ("{", "}"):
-                parts.append(token.lstrip('"\\'))
 
     def word(self, text: str) -> Tree:
         """Read a short word as a symbol."""

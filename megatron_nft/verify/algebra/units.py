@@ -43,6 +43,7 @@ _NOT_UNITS = frozenset(
     """
     )
 )
+_RING = [r"\circ", "}"]  # the end of ^{\circ}
 _word = re.compile(r"[^\W\d_]+|\\[A-Za-z]+|[$¢%]")
 _power = re.compile(r"\^\{?(-?\d+)\}?")
 _half_day = re.compile(r"\b([ap])\.?\s?m\b\.?")
@@ -112,3 +113,32 @@ def _singular(word: str) -> str:
         if form in _CANONICAL and not (len(word) == 1 and word.isupper()):
             return _CANONICAL[form]
     return lowered[:-1] if len(lowered) > 3 and lowered.endswith("s") else lowered
+
+
+def is_unit_token(token: str) -> bool:
+    """Whether a token (tokens.py) is a word that may be a unit."""
+    return token[0] == '"' and is_unit(token[1:])
+
+
+def split_unit(tokens: list[str]) -> tuple[list[str], str]:
+    r"""Return the tokens before a unit, and the unit: `\text{cm}^2`, `\text{m}/\text{s}`, `dollars`."""
+    end = len(tokens)
+    while end > 1:
+        token = tokens[end - 1]
+        between = token in ("/", "*") and tokens[end - 2][0] == '"' and end < len(tokens)
+        if between or is_unit_token(token) or token == r"\Omega" or (token == r"\mu" and end < len(tokens)):
+            end -= 1
+        elif token in ("C", "F") and (
+            tokens[end - 2] in (r"\circ", r"\degrees") or tokens[end - 3 : end - 1] == _RING
+        ):
+            end -= 1  # 25^\circ C
+        elif end > 2 and token.isdigit() and tokens[end - 2] == "^" and tokens[end - 3][0] == '"':
+            end -= 2
+        elif end > 4 and token == "}" and tokens[end - 4 : end - 2] == ["^", "{"] and tokens[end - 5][0] == '"':
+            end -= 4
+        elif end > 5 and token == "}" and tokens[end - 5 : end - 2] == ["^", "{", "-"] and tokens[end - 6][0] == '"':
+            end -= 5
+        else:
+            break
+    unit = " ".join(token.lstrip('"') for token in tokens[end:]).replace(" ^ ", "^")
+    return tokens[:end], re.sub(r"(?<=[{-]) | (?=\})", "", unit)

@@ -187,6 +187,7 @@ def _is_discrete(tree: Tree) -> bool:
 
 
 def _value_or_none(tree: Tree, point: dict[str, Any]) -> Any:
+    """Return the value at a point, without an imaginary part that is only rounding; None if there is no value."""
     try:
         result = value(tree, point)
     except (ZeroDivisionError, ValueError):
@@ -232,6 +233,7 @@ def _opaque(tree: Tree, point: dict[str, Any]) -> Any:
 
 
 def _function(name: str, argument: Tree, point: dict[str, Any]) -> Any:
+    """Return the value of a named function; a trigonometric function of degrees is converted."""
     x = value(argument, point)
     if name in _TRIGONOMETRIC and argument[0] == "deg":
         x = x * mp.pi / 180
