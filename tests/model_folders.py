@@ -36,7 +36,7 @@ def broken(model: Path, folder: Path, change) -> Path:
 
 def edit_metadata(folder: Path, change) -> None:
     """`change` edits a checkpoint's .metadata."""
-    from megatron_nft.policy.checkpoint import read_metadata
+    from megatron_nft.policy.checkpoint_metadata import read_metadata
 
     metadata = read_metadata(folder)
     change(metadata)

@@ -7,6 +7,7 @@ Norms and biases are not decayed. megatron-core needs two things for that, and d
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -81,9 +82,14 @@ ADAMS = {"transformer_engine": "Transformer Engine's fused Adam", "apex": "apex'
 """Top-level package of the class -> what to call it. megatron-core takes the first of these that is installed."""
 
 
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Megatron's optimizers inside `optimizer`: one, or one for dense and one for expert parameters."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 def describe(optimizer: MegatronOptimizer) -> str:
     """Which Adam does the work and where, for people: "torch's AdamW, sharded over data-parallel ranks"."""
-    part = getattr(optimizer, "chained_optimizers", [optimizer])[0]
+    part = optimizer_parts(optimizer)[0]
     inner = part.optimizer
     offloaded = isinstance(inner, HybridDeviceOptimizer)
     kind = inner.cpu_optimizer_cls if offloaded else type(inner)

@@ -19,7 +19,7 @@ from megatron_nft.metrics import Max, Mean
 from megatron_nft.policy import cpu
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.model import PolicyModel, build_chunks, uses_transformer_engine
-from megatron_nft.policy.optimizer import build_optimizer, describe
+from megatron_nft.policy.optimizer import build_optimizer, describe, optimizer_parts
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.policy.precision import in_bf16
 from megatron_nft.policy.step import (
@@ -207,7 +207,7 @@ def _why_skipped(loss_sum: float, grad_norm: float) -> str:
 
 def _clip_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     """Scale the gradients down to the norm `clip_grad`, if their norm over all ranks, `grad_norm`, is above it."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             # with the optimizer on the host, gradients stand in `decoupled_grad`
