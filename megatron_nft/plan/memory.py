@@ -66,6 +66,12 @@ class DeviceMemory:
         return self.total(self.peak_phase)
 
     @property
+    def largest_part(self) -> str:
+        """The part that takes most in the fullest phase."""
+        parts = self.phases[self.peak_phase]
+        return max(parts, key=lambda part: parts[part])
+
+    @property
     def fits(self) -> bool:
         return self.peak <= self.capacity
 

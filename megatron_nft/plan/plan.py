@@ -65,7 +65,7 @@ def make_plan(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: 
     devices += [engine] if engine else []
     problems = [
         f"{d.role} needs {d.peak / 2**30:.1f} GiB in phase {d.peak_phase}, has {d.capacity / 2**30:.1f} GiB "
-        f"(most of it: {max(d.phases[d.peak_phase], key=d.phases[d.peak_phase].get)})"
+        f"(most of it: {d.largest_part})"
         for d in devices
         if not d.fits
     ]

@@ -150,7 +150,7 @@ def as_dict(
     spec: ModelSpec, cluster: Cluster, work: Workload, plan: Plan, near: Neighbour | None, found: list[Plan] | None
 ) -> dict[str, Any]:
     """The report for `--json`; `search` is there with `--search`."""
-    out = {
+    out: dict[str, Any] = {
         "model": asdict(spec) | {"total_params": total_params(spec)},
         "machine": {
             "gpu": cluster.chip.name,

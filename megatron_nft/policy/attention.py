@@ -32,14 +32,14 @@ class SegmentPlan:
 
 
 @dataclass
-class SegmentParams(PackedSeqParams):
+class SegmentParams(PackedSeqParams):  # type: ignore[misc]  # megatron-core has no types
     """Megatron's packed parameters, with the plan for `PackedAttention`.
 
     `cu_seqlens_*_padded` is [0, T]: it makes Megatron's RoPE take one frequency per token, as `PolicyModel` supplies
     them, in place of a slice per segment.
     """
 
-    plan: SegmentPlan | None = field(default=None)
+    plan: SegmentPlan = field(kw_only=True)
 
 
 def bucket_width(length: int) -> int:
@@ -94,7 +94,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: 
     return torch.cat(outputs)[plan.restore]
 
 
-class PackedAttention(MegatronModule):
+class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has no types
     """Core attention of the CPU layer spec; takes packed input only."""
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:

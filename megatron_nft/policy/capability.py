@@ -57,7 +57,7 @@ NEEDS = {
 
 def read_gpu_stack(device: torch.device | int | None = None) -> GpuStack:
     """Of `device`, by default the current one. Needs CUDA and Transformer Engine."""
-    cudnn = torch.backends.cudnn.version() or 0  # 91900: 9.19.0
+    cudnn: int = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]  # torch has no type; 91900: 9.19.0
     return GpuStack(
         chip=torch.cuda.get_device_name(device),
         capability=torch.cuda.get_device_capability(device),

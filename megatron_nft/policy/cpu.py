@@ -102,7 +102,9 @@ DEFINED: dict[tuple[str, str], Any] = {
 class OnCpu(TorchFunctionMode):
     """Maps CUDA device arguments, `tensor.cuda()` and the CUDA names of tensor types to the CPU's."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
         if kwargs and (device := kwargs.get("device")) is not None and str(device).startswith("cuda"):

@@ -7,6 +7,7 @@ one micro-batch to the next.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ def fp8_history(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
 
     Empty for every recipe but the delayed one. Makes what the first forward pass would make.
     """
-    config = chunks[0].config
+    config: Any = chunks[0].config  # megatron-core's TransformerConfig
     if config.fp8 is None or config.fp8_recipe != "delayed":
         return {}
     from megatron.core.fp8_utils import get_fp8_recipe  # defined only with Transformer Engine

@@ -31,11 +31,18 @@ from megatron_nft.policy import logprobs_torch
 
 
 class Kernels(Protocol):
-    """What a rank computes from its own vocabulary rows. At most about `max_logits` logits exist at a time."""
+    """What a rank computes from its own vocabulary rows: a module with these functions. At most about `max_logits`
+    logits exist at a time."""
 
-    @staticmethod
     def local_sums(
-        hidden: Tensor, weight: Tensor, local_labels: Tensor, *, temperature: float, max_logits: int, with_entropy: bool
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        local_labels: Tensor,
+        *,
+        temperature: float,
+        max_logits: int,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         """The logits are l = hidden [T, H] @ weight [v, H]^T / temperature, in fp32 (fp64 for fp64 input). Returns, per
         token, their maximum m [T] and the sums [3, T] of exp(l - m), of the label's l, and of exp(l - m) (l - m).
@@ -45,8 +52,8 @@ class Kernels(Protocol):
         """
         ...
 
-    @staticmethod
     def gradients(
+        self,
         hidden: Tensor,
         weight: Tensor,
         local_labels: Tensor,

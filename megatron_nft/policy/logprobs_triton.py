@@ -29,8 +29,8 @@ NUM_WARPS = 8
 TILE_SHARE = 2  # a tile has half of the logits that may exist: its gradient and dX stand beside it
 
 
-@triton.jit
-def _statistics(
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
+def _statistics(  # type: ignore[no-untyped-def]  # Triton evaluates annotations, and knows only its own
     logits,  # fp32 [T, C]
     labels,  # int64 [T], as columns of this rank
     maximum,  # fp32 [T], of l so far
@@ -67,8 +67,8 @@ def _statistics(
     tl.store(label_logit + row, tl.load(logits + label, mask=mine, other=0.0) * inverse_temperature, mask=mine)
 
 
-@triton.jit
-def _logit_gradients(
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
+def _logit_gradients(  # type: ignore[no-untyped-def]  # Triton evaluates annotations, and knows only its own
     logits,  # fp32 [T, C]
     labels,  # int64 [T], as columns of this rank
     log_z,  # fp32 [T]
@@ -135,7 +135,7 @@ def gradients(
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
     with_entropy = grad_entropy is not None
     grad_logprobs = grad_logprobs.contiguous()
-    grad_entropy = grad_entropy.contiguous() if with_entropy else grad_logprobs
+    grad_entropy = grad_logprobs if grad_entropy is None else grad_entropy.contiguous()
     for columns in tiles(weight.size(0), tokens, max_logits // TILE_SHARE):
         logits = _product_f32(hidden, weight[columns].T)
         width = logits.size(1)
@@ -165,32 +165,33 @@ def tiles(rows: int, tokens: int, tile_numel: int) -> Iterator[slice]:
 
 
 def _block(width: int) -> int:
-    return min(MAX_BLOCK, triton.next_power_of_2(width))
+    return min(MAX_BLOCK, int(triton.next_power_of_2(width)))
 
 
-def _product_f32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of 16-bit matrices, never rounded to 16 bits: at a logit of 20 bf16 is 0.06 off."""
-    if a.is_cuda:
-        return torch.ops.aten.mm.dtype(a, b, torch.float32)
-    return a.float() @ b.float()
+def _product_f32(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of 16-bit matrices, never rounded to 16 bits: at a logit of 20 bf16 is 0.06 off."""
+    if left.is_cuda:
+        product: Tensor = torch.ops.aten.mm.dtype(left, right, torch.float32)
+        return product
+    return left.float() @ right.float()
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, total fp32."""
-    if a.is_cuda and _adds_in_place(a.device, a.dtype):
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, total fp32."""
+    if left.is_cuda and _adds_in_place(left.device, left.dtype):
+        torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
     else:
-        total += _product_f32(a, b)
+        total += _product_f32(left, right)
 
 
 @functools.cache
 def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this torch adds a 16-bit product to an fp32 matrix inside the product; the first releases that have the
     operator want all matrices of one dtype."""
-    a = torch.ones(16, 16, dtype=dtype, device=device)
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
     total = torch.ones(16, 16, dtype=torch.float32, device=device)
     try:
-        torch.ops.aten.addmm.dtype_out(total, a, a, torch.float32, out=total)
+        torch.ops.aten.addmm.dtype_out(total, ones, ones, torch.float32, out=total)
     except (RuntimeError, AttributeError):
         return False
     return bool((total == 17).all())

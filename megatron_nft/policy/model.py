@@ -45,7 +45,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over TP ranks
+        # Megatron sums the gradients of parameters with this mark over TP ranks
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's own mark
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H], same dtype."""
@@ -53,10 +54,10 @@ class RMSNorm(nn.Module):
         return self.weight * (x_f32 * torch.rsqrt(x_f32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
-class PolicyModel(GPTModel):
+class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
     """GPTModel whose last stage returns hidden states [T, 1, H] ([T / tp, 1, H] under sequence parallelism)."""
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple:
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, rotary, *rest = super()._preprocess(input_ids, position_ids, **kwargs)
         if isinstance(kwargs.get("packed_seq_params"), SegmentParams):
             rotary = rotary[position_ids[0]]  # [max_seqlen, 1, 1, D] -> [T, 1, 1, D]
@@ -69,7 +70,8 @@ class PolicyModel(GPTModel):
     def output_weight(self) -> nn.Parameter:
         """[V / tp, H] of the last stage: the output layer's, or the embedding's where they are tied."""
         shared = self.share_embeddings_and_output_weights
-        return self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        weight: nn.Parameter = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        return weight
 
 
 def uses_transformer_engine(policy: PolicyConfig) -> bool:

@@ -15,9 +15,11 @@ import datetime
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from megatron_nft.config import PolicyConfig
 from megatron_nft.policy import cpu
@@ -138,7 +140,7 @@ def _join() -> torch.device:
     if dist.is_initialized():
         return device
     backend = "nccl" if on_gpu else "gloo"
-    options = {"device_id": device} if on_gpu else {}
+    options: dict[str, Any] = {"device_id": device} if on_gpu else {}
     env = os.environ
     if "RANK" not in env:
         rank, world, store = 0, 1, _loopback_store(0, 0, 1)
@@ -152,15 +154,15 @@ def _join() -> torch.device:
     return device
 
 
-def _loopback_store(port: int, rank: int, world: int) -> dist.TCPStore:
-    """The ranks' meeting point on this machine. torch's own listens on every interface."""
+def _loopback_store(port: int, rank: int, world: int) -> Store:
+    """The store through which the ranks of this machine find each other. torch's own listens on every interface."""
     if rank != 0:
-        return dist.TCPStore(LOOPBACK, port, world, is_master=False)
+        return TCPStore(LOOPBACK, port, world, is_master=False)
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((LOOPBACK, port))
     port = listener.getsockname()[1]
-    return dist.TCPStore(LOOPBACK, port, world, is_master=True, master_listen_fd=listener.detach())
+    return TCPStore(LOOPBACK, port, world, is_master=True, master_listen_fd=listener.detach())
 
 
 def _layout(policy: PolicyConfig, device: torch.device) -> ParallelLayout:

@@ -33,9 +33,10 @@ def recipes(monkeypatch):
     """(compute_logprobs of a policy with the given fp8 settings, the recipes under which its forward passes ran)."""
     seen = []
 
-    def forward(wrapped, *_):
+    def forward(wrapped, *_, with_entropy):
+        assert not with_entropy
         seen.append(wrapped[0].module.config.fp8)
-        return [torch.zeros(3)]
+        return [torch.zeros(1, 3)]
 
     monkeypatch.setattr(module, "forward_logprobs", forward)
     monkeypatch.setattr(module, "check_micro_batches", lambda *_: None)
