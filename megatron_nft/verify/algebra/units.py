@@ -128,9 +128,7 @@ def split_unit(tokens: list[str]) -> tuple[list[str], str]:
         between = token in ("/", "*") and tokens[end - 2][0] == '"' and end < len(tokens)
         if between or is_unit_token(token) or token == r"\Omega" or (token == r"\mu" and end < len(tokens)):
             end -= 1
-        elif token in ("C", "F") and (
-            tokens[end - 2] in (r"\circ", r"\degrees") or tokens[end - 3 : end - 1] == _RING
-        ):
+        elif token in ("C", "F") and (tokens[end - 2] in (r"\circ", r"\degrees") or tokens[end - 3 : end - 1] == _RING):
             end -= 1  # 25^\circ C
         elif end > 2 and token.isdigit() and tokens[end - 2] == "^" and tokens[end - 3][0] == '"':
             end -= 2
