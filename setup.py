@@ -1,8 +1,6 @@
-"""Installation of megatron_nft. Extras carry the version ranges that the tests ran with."""
+"""The requirements of megatron_nft, with the version ranges that the tests ran with. The rest is in pyproject.toml."""
 
-from pathlib import Path
-
-from setuptools import find_packages, setup
+from setuptools import setup
 
 BASE = [
     "torch>=2.11,<2.14",
@@ -27,15 +25,6 @@ BASE = [
 ]
 
 setup(
-    name="megatron_nft",
-    version="0.1.0",
-    description="Negative-aware Fine-Tuning (arXiv 2505.18116) on Megatron-Core",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    packages=find_packages(include=["megatron_nft", "megatron_nft.*"]),
-    package_data={"megatron_nft.report": ["static/**/*"]},
-    python_requires=">=3.11,<3.13",
     install_requires=BASE,
     extras_require={
         # Engines run in environments of their own, which tools/install_engine.sh makes; these are for a machine where
@@ -50,10 +39,12 @@ setup(
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "ruff>=0.9",
+            "mypy>=2,<3",
+            "types-PyYAML",
+            "types-psutil",
             "matplotlib>=3.9",
             "gmpy2>=2.2",  # hostile answers are graded with and without it
             "triton>=3.3,<4",  # its interpreter runs the GPU kernels on a CPU
         ],
     },
-    entry_points={"console_scripts": ["megatron-nft = megatron_nft.cli:main"]},
 )
