@@ -1,1 +1,1 @@
-"""`megatron-nft plan`: memory, time and layout of a run, worked out before it is queued. Pure Python."""
+"""`megatron-nft plan`: memory, time and layout of a run, calculated before the run is queued. Pure Python."""

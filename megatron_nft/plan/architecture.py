@@ -1,4 +1,4 @@
-"""Parameter counts of a model, whole and per rank, from the figures of its config.json.
+"""Parameter counts of a model, whole and per rank, from the sizes in its config.json.
 
 Legend: h hidden, q = heads x head size, kv = key/value heads x head size, f MLP width, E experts, V vocabulary.
 
@@ -17,7 +17,10 @@ from megatron_nft.policy.family import ModelSpec, read_family, spec_from_config
 
 
 def read_architecture(model: ModelConfig) -> ModelSpec:
-    """From `model.architecture`, else from the folder `model.path`. ConfigError if none serves or both differ."""
+    """Read the model from the folder `model.path`, or from `model.architecture` where the folder is not at hand.
+
+    ConfigError if neither gives a model, or both do and differ.
+    """
     try:
         written = spec_from_config(model.architecture) if model.architecture else None
     except ValueError as e:
@@ -26,7 +29,7 @@ def read_architecture(model: ModelConfig) -> ModelSpec:
         if written is None:
             raise ConfigError(
                 f"model.path {model.path}: no config.json there; give the folder of the model, "
-                "or the figures of its config.json as model.architecture"
+                "or the values of its config.json as model.architecture"
             )
         return written
     try:
@@ -51,7 +54,7 @@ def kv_size(spec: ModelSpec) -> int:
 
 
 def mlp_width(spec: ModelSpec) -> int:
-    """MLP width that one token goes through: of its experts together."""
+    """MLP width that one token goes through, summed over its experts."""
     return spec.moe_ffn_hidden_size * spec.num_experts_per_token if spec.num_experts else spec.ffn_hidden_size
 
 
@@ -66,6 +69,7 @@ def expert_params(spec: ModelSpec) -> int:
 
 
 def embedding_params(spec: ModelSpec) -> int:
+    """Weights of the embedding, without padding."""
     return spec.vocab_size * spec.hidden_size
 
 
@@ -122,6 +126,6 @@ def local_expert_params(spec: ModelSpec, tp: int, pp: int, ep: int) -> int:
 
 
 def local_layer_matrices(spec: ModelSpec, tp: int, pp: int, ep: int) -> int:
-    """Linear weights of the layers on one rank: those that FP8 quantizes."""
+    """Linear weights of the layers on one rank, which are those that FP8 quantizes."""
     dense = 0 if spec.num_experts else 3 * spec.hidden_size * spec.ffn_hidden_size
     return spec.num_layers // pp * (attention_matrices(spec) + dense) // tp + local_expert_params(spec, tp, pp, ep)

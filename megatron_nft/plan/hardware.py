@@ -1,9 +1,9 @@
-"""What the planner believes of each chip: data-sheet figures and the share of them that real runs reach.
+"""What the planner assumes about each chip: the rates of its data sheet and the share of them that real runs reach.
 
 Sources: NVIDIA data sheets of H100 SXM, H200 SXM and B200 (dense rates, no sparsity; HGX boards with NVLink and one
 400 Gb/s network adapter per GPU). The reachable shares are read off published runs: bf16 training 343 TFLOP/s per H100
 (torchtitan, 8B), FP8 744 TFLOP/s per H100 (Megatron-Bridge, 8B), a device copy on one H200 at 4.3 of 4.8 TB/s. The
-`cpu` figures were measured on two x86 cores with one thread per process.
+`cpu` rates were measured on two x86 cores with one thread per process.
 """
 
 from __future__ import annotations

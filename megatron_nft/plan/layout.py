@@ -1,4 +1,4 @@
-"""One way to lay a run out over a machine, and the rules it has to obey before memory is looked at."""
+"""A layout of a run over a cluster, and the rules that it must obey before its memory is calculated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_nft.policy.precision import size_problems
 
 @dataclass(frozen=True)
 class Cluster:
-    """The devices that are asked for. Engine nodes hold engines alone; the trainer has the others."""
+    """The devices that a run gets. Engine nodes hold only engines; the trainer has the other nodes."""
 
     chip: Chip
     nodes: int
@@ -28,7 +28,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class LayoutSettings:
-    """What a plan may change of the settings; names are megatron-core's."""
+    """The settings that a plan may change, under megatron-core's abbreviations."""
 
     tp: int
     pp: int
@@ -41,6 +41,7 @@ class LayoutSettings:
 
     @classmethod
     def of(cls, config: Config) -> LayoutSettings:
+        """The layout that the settings ask for."""
         p = config.policy
         return cls(
             tp=p.tensor_model_parallel_size,
@@ -71,7 +72,7 @@ class LayoutSettings:
         }
 
     def dp(self, cluster: Cluster) -> int:
-        """Data-parallel size; check `problems` first."""
+        """Data-parallel size. Only meaningful where `problems` finds none."""
         return cluster.trainer_devices // (self.tp * self.pp)
 
     def overrides(self) -> list[str]:
@@ -83,6 +84,7 @@ class LayoutSettings:
         ]
 
     def describe(self) -> str:
+        """The layout in one line, for people."""
         parts = [f"TP {self.tp}", f"PP {self.pp}"]
         parts += [f"EP {self.ep}"] * (self.ep > 1)
         parts += [f"VPP {self.vpp}"] * (self.vpp > 1) + ["sequence parallel"] * self.sequence_parallel
@@ -91,7 +93,8 @@ class LayoutSettings:
 
 
 def with_seq_len(config: Config, seq_len: int) -> Config:
-    """The settings for questions and answers of `seq_len` tokens at most; the micro-batch cap rises if it must."""
+    """The settings with questions and answers of at most `seq_len` tokens together. The micro-batch cap is raised where
+    it would not hold them. ValueError where no token is left for the answer."""
     response = seq_len - config.data.max_prompt_tokens
     if response < 1:
         raise ValueError(
@@ -170,7 +173,7 @@ def _fp8(spec: ModelSpec, policy: PolicyConfig, cluster: Cluster) -> list[str]:
 
 
 def _engine(spec: ModelSpec, config: Config, cluster: Cluster) -> list[str]:
-    if config.rollout.engine == "embedded":
+    if not config.rollout.uses_servers:
         return []
     tp = config.rollout.server.tensor_parallel_size
     out = []
@@ -189,10 +192,9 @@ def _engine(spec: ModelSpec, config: Config, cluster: Cluster) -> list[str]:
 
 
 def candidates(spec: ModelSpec, config: Config, cluster: Cluster) -> list[list[LayoutSettings]]:
-    """Every combination of TP, PP, EP, VPP and recompute that obeys the rules, each as a ladder of what it may cost:
-
-    as set; the smallest micro-batch cap that holds an answer; that, and the optimizer on the host (GPUs only).
-    VPP is 1 or the settings' own.
+    """Every combination of TP, PP, EP, VPP and recompute that obeys the rules, each as a list that uses less and less
+    memory: with the micro-batch cap as set; with the smallest cap that holds an answer; with that cap and the optimizer
+    on the host (GPUs only). VPP is 1 or the settings' own.
     """
     current = LayoutSettings.of(config)
     tps = [t for t in range(1, cluster.devices_per_node + 1) if cluster.devices_per_node % t == 0]

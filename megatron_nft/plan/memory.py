@@ -1,4 +1,4 @@
-"""Memory of one device by part, in the three phases that a device goes through.
+"""Memory of one device by part, in the three phases that a device goes through: train, sync and generate.
 
 weights     e bytes per parameter of the rank (e = 2 in bf16, 4 in fp32); FP8 adds one byte for each of the two
             layouts in which Transformer Engine caches a quantized matrix
@@ -48,7 +48,7 @@ PARTS = (
 
 @dataclass
 class DeviceMemory:
-    """Bytes on one device: `phases[phase][part]`, parts that are not there left out."""
+    """Bytes on one device: `phases[phase][part]`, without the parts that a phase does not have."""
 
     role: str
     capacity: int
@@ -86,13 +86,14 @@ class EngineMemory:
 
 
 def element_bytes(config: Config) -> int:
+    """Bytes of one weight in the precision that trains."""
     return 2 if config.policy.precision == "bf16" else 4
 
 
 def engine_memory(spec: ModelSpec, config: Config, cluster: Cluster) -> EngineMemory:
     """Weights and KV cache per device of an engine."""
     e = element_bytes(config)
-    if config.rollout.engine == "embedded":
+    if not config.rollout.uses_servers:
         tokens = config.rollout.embedded_batch_tokens
         kv = tokens * kv_bytes_per_token(spec) * e // 2
         return EngineMemory(total_params(spec) * e, kv, tokens)
@@ -112,7 +113,7 @@ def engine_memory(spec: ModelSpec, config: Config, cluster: Cluster) -> EngineMe
 
 
 def optimizer_shard(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int) -> int:
-    """Parameters whose Adam state a rank of `stage` holds: its share over the ranks that hold the same ones."""
+    """Number of parameters whose Adam state a rank of `stage` holds: its share of those that several ranks hold."""
     dense = dense_params(spec, layout.tp, layout.pp, stage)
     experts = local_expert_params(spec, layout.tp, layout.pp, layout.ep)
     if not config.policy.use_distributed_optimizer:
@@ -122,7 +123,7 @@ def optimizer_shard(spec: ModelSpec, config: Config, layout: LayoutSettings, clu
 
 
 def optimizer_bytes(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int) -> int:
-    """Adam's state on one rank of `stage`."""
+    """Bytes of Adam's state on one rank of `stage`."""
     return optimizer_shard(spec, config, layout, cluster, stage) * (12 if config.policy.precision == "bf16" else 8)
 
 
@@ -159,7 +160,7 @@ def _training(
 
 
 def export_bytes(spec: ModelSpec, config: Config, layout: LayoutSettings) -> int:
-    """On a stage leader: two buckets, and room for shards on their way or a parameter larger than a bucket."""
+    """Bytes on a stage leader: two buckets, and buffers for shards in transit or a parameter larger than a bucket."""
     e = element_bytes(config)
     largest = max(embedding_params(spec), 2 * spec.hidden_size * spec.ffn_hidden_size * (not spec.num_experts)) * e
     gathers = layout.tp > 1 or layout.ep > 1 or largest > config.sync.bucket_bytes
@@ -172,7 +173,7 @@ def trainer_memory(
     """One entry per pipeline stage."""
     e = element_bytes(config)
     engine = engine_memory(spec, config, cluster)
-    embedded = config.rollout.engine == "embedded"
+    embedded = not config.rollout.uses_servers
     shares_device = (cluster.engine_nodes == 0 and not config.rollout.server.urls) or embedded
     frees_device = config.rollout.server.memory_saver and not embedded
     devices = []
@@ -219,7 +220,7 @@ def engine_device(spec: ModelSpec, config: Config, cluster: Cluster) -> DeviceMe
 
 
 def host_bytes_per_node(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> int:
-    """Optimizer state in host memory of one node; 0 without offload."""
+    """Bytes of optimizer state in the host memory of one node; 0 without offload."""
     if not layout.offload:
         return 0
     largest = max(optimizer_bytes(spec, config, layout, cluster, stage) for stage in range(layout.pp))
@@ -234,6 +235,6 @@ def engine_problem(spec: ModelSpec, config: Config, cluster: Cluster) -> str | N
     return (
         f"the engine's KV cache holds {engine.kv_tokens} tokens, one longest answer needs {longest}: "
         "raise rollout.server.mem_fraction_static or rollout.server.tensor_parallel_size"
-        if config.rollout.engine != "embedded"
+        if config.rollout.uses_servers
         else f"rollout.embedded_batch_tokens ({engine.kv_tokens}) must hold the longest answer ({longest} tokens)"
     )

@@ -24,7 +24,7 @@ DAY_S = 86400
 
 @dataclass
 class Plan:
-    """What came out for one layout. Memory and times are empty where a rule is broken."""
+    """The result for one layout. Memory and times are empty where a rule is broken."""
 
     layout: LayoutSettings
     problems: list[str]
@@ -55,7 +55,7 @@ class Plan:
 
 
 def make_plan(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload) -> Plan:
-    """Check the rules; where they hold, work out memory and time."""
+    """Check the rules; where they hold, calculate memory and time."""
     broken = layouts.problems(spec, config, layout, cluster)
     if broken:
         return Plan(layout, broken)
@@ -118,7 +118,8 @@ class Neighbour:
 def nearest(
     spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload
 ) -> Neighbour | None:
-    """The fitting plan with the fewest changes, the faster of two as near; else on 2, 4 … 64 times the nodes."""
+    """The plan that fits with the fewest changes to `layout`, and the faster one of two that are equally near; if none
+    fits, the nearest on 2, 4 … 64 times the nodes; None if none fits there either."""
     for factor in (1, 2, 4, 8, 16, 32, 64):
         larger = replace(cluster, nodes=cluster.nodes * factor, engine_nodes=cluster.engine_nodes * factor)
         fitting = search(spec, config, larger, work)

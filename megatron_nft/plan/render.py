@@ -7,13 +7,12 @@ from typing import Any
 
 from megatron_nft.config import Config
 from megatron_nft.plan.architecture import total_params
+from megatron_nft.plan.hardware import GIB
 from megatron_nft.plan.layout import Cluster
 from megatron_nft.plan.memory import PARTS, DeviceMemory
 from megatron_nft.plan.plan import Neighbour, Plan
 from megatron_nft.plan.timing import Workload
 from megatron_nft.policy.family import ModelSpec
-
-GIB = 1 << 30
 
 
 def duration(seconds: float) -> str:
@@ -60,7 +59,7 @@ def _head(spec: ModelSpec, config: Config, cluster: Cluster, plan: Plan) -> list
 def _time_table(plan: Plan, work: Workload) -> list[str]:
     lines = [
         "Time of one step (a model, see megatron_nft/plan/timing.py), assuming answers of "
-        f"{work.mean_response_tokens} tokens in the mean, {work.kept_share:.0%} of the questions kept:"
+        f"{work.mean_response_tokens} tokens on average, {work.kept_share:.0%} of the questions kept:"
     ]
     lines += [f"  {name:<24}{duration(s):>10}{s / plan.step_s:>7.0%}" for name, s in plan.times.items()]
     return [
@@ -100,7 +99,7 @@ def as_text(
 def search_table(plans: list[Plan], cluster: Cluster) -> str:
     """One line per layout that fits, best first."""
     if not plans:
-        return "No layout fits this machine."
+        return "No layout fits these machines."
     head = f"{'TP':>3}{'PP':>4}{'EP':>4}{'VPP':>5}{'DP':>5}  {'recompute':<11}{'cap':>7}  {'offload':<9}"
     lines = [head + f"{'fullest':>8}{'step':>10}{'tokens/day':>12}"]
     for p in plans:
@@ -149,7 +148,7 @@ def plan_dict(plan: Plan, cluster: Cluster) -> dict[str, Any]:
 def as_dict(
     spec: ModelSpec, cluster: Cluster, work: Workload, plan: Plan, near: Neighbour | None, found: list[Plan] | None
 ) -> dict[str, Any]:
-    """The report for `--json`; `search` is there with `--search`."""
+    """The report for `--json`. The key `search` is present only with `--search`."""
     out: dict[str, Any] = {
         "model": asdict(spec) | {"total_params": total_params(spec)},
         "machine": {

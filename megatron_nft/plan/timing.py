@@ -1,4 +1,4 @@
-"""Seconds of one training step by phase, from FLOPs and bytes against the chip's figures. A model, not a measurement.
+"""Seconds of one training step by phase, from FLOPs, bytes and the chip's rates. A model, not a measurement.
 
 Legend: N parameters that a token is multiplied with, L layers, q = heads x head_dim, n answers, l mean tokens of
 question and answer, W devices, D = TP x PP devices of one replica.
@@ -38,18 +38,18 @@ from megatron_nft.plan.memory import element_bytes, engine_memory, optimizer_sha
 from megatron_nft.policy.family import ModelSpec
 
 DECODE_OVERHEAD_S_PER_LAYER = 20e-6
-VERIFY_S_PER_ANSWER = 5e-3  # math-verify, mean of a mixed set on one core
+VERIFY_S_PER_ANSWER = 5e-3  # of plain math-verify, mean of a mixed set on one core; the default grader is faster
 ENGINE_SWITCH_S = 2.0  # release and resume of a colocated engine's memory
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What one training step handles; the assumptions are printed beside the figures."""
+    """How much one training step handles; the assumptions are printed beside the times."""
 
     mean_prompt_tokens: int
     mean_response_tokens: int
     kept_share: float  # questions whose answers differ, of those sampled
-    sampled_questions: int  # per step, in the mean
+    sampled_questions: int  # per step, on average
     trained_questions: int
     answers_per_question: int
     optimizer_steps: int
@@ -70,7 +70,8 @@ class Workload:
 
     @classmethod
     def of(cls, config: Config, mean_response_tokens: int | None, kept_share: float) -> Workload:
-        """Without a figure of the user's own, answers take a third of the limit."""
+        """The workload that the settings ask for. Without `mean_response_tokens`, answers are assumed to take a third
+        of the longest. ValueError where it exceeds the longest."""
         longest = config.rollout.max_response_tokens
         response = mean_response_tokens or max(1, longest // 3)
         if response > longest:
@@ -100,7 +101,7 @@ def num_micro_batches(work: Workload, layout: LayoutSettings, dp: int) -> int:
 
 
 def forward_flops_per_token(spec: ModelSpec, mean_tokens: float) -> float:
-    """Linear layers, output layer and causal attention, forward."""
+    """FLOPs of linear layers, output layer and causal attention in a forward pass."""
     return 2 * active_params(spec) + 2 * q_size(spec) * mean_tokens * spec.num_layers
 
 
@@ -114,7 +115,7 @@ def _flops_rate(config: Config, cluster: Cluster) -> float:
 def _tensor_parallel_s(
     spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, tokens: float, passes: float
 ) -> float:
-    """Collectives of `tokens` tokens of one replica through its share of the layers."""
+    """Seconds of the collectives for `tokens` tokens of one replica through its share of the layers."""
     tp, chip = layout.tp, cluster.chip
     if tp == 1:
         return 0.0
@@ -131,7 +132,8 @@ def _compute_s(
     passes: float,
     work: Workload,
 ) -> float:
-    """`passes` forward equivalents over `tokens` tokens of all replicas, with TP traffic and the pipeline's bubble."""
+    """Seconds of `passes` forward equivalents over `tokens` tokens of all replicas, with TP traffic and the pipeline's
+    bubble."""
     dp = layout.dp(cluster)
     flops = tokens * passes * forward_flops_per_token(spec, work.mean_tokens)
     busy = flops / (cluster.trainer_devices * _flops_rate(config, cluster))
@@ -148,7 +150,7 @@ def _training_passes(spec: ModelSpec, layout: LayoutSettings) -> float:
 
 
 def _optimizer_s(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> float:
-    """One optimizer step: gradients over data parallel, Adam, weights over data parallel."""
+    """Seconds of one optimizer step: gradients over data parallel, Adam, weights over data parallel."""
     chip, dp, e = cluster.chip, layout.dp(cluster), element_bytes(config)
     params = max(dense_params(spec, layout.tp, layout.pp, s) for s in range(layout.pp))
     params += local_expert_params(spec, layout.tp, layout.pp, layout.ep)
@@ -163,20 +165,20 @@ def _optimizer_s(spec: ModelSpec, config: Config, layout: LayoutSettings, cluste
 def num_engines(config: Config, cluster: Cluster) -> int:
     """Engines that share a step's questions."""
     server = config.rollout.server
-    if config.rollout.engine == "embedded":
+    if not config.rollout.uses_servers:
         return cluster.trainer_devices
     return len(server.urls) or (cluster.engine_nodes or cluster.nodes) * server.num_servers
 
 
 def generation_s(spec: ModelSpec, config: Config, cluster: Cluster, work: Workload) -> float:
-    """Until the last answer of a step is there."""
+    """Seconds until the last answer of a step is there."""
     chip, memory = cluster.chip, engine_memory(spec, config, cluster)
-    tp = 1 if config.rollout.engine == "embedded" else config.rollout.server.tensor_parallel_size
+    tp = config.rollout.server.tensor_parallel_size if config.rollout.uses_servers else 1
     engines = num_engines(config, cluster)
     answers = math.ceil(work.sampled_answers / engines)
     kv_token = memory.kv_cache / max(1, memory.kv_tokens)
     context = work.mean_prompt_tokens + work.mean_response_tokens / 2
-    limit = memory.kv_tokens // (work.mean_tokens if config.rollout.engine != "embedded" else work.mean_tokens * 2)
+    limit = memory.kv_tokens // (work.mean_tokens if config.rollout.uses_servers else work.mean_tokens * 2)
     asked = config.rollout.server.max_running_requests or answers
     batch = max(1, min(answers, int(limit), asked))
     bandwidth = chip.memory_bandwidth * chip.bandwidth_share
@@ -193,17 +195,17 @@ def generation_s(spec: ModelSpec, config: Config, cluster: Cluster, work: Worklo
 
 
 def sync_bytes(spec: ModelSpec, config: Config) -> int:
-    """The whole model in the precision it travels in."""
+    """Bytes of the whole model in the precision that is sent."""
     return total_params(spec) * element_bytes(config)
 
 
 def sync_s(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> float:
-    """Megatron shards to HF tensors to engines."""
+    """Seconds from Megatron's shards over HF tensors to the engines."""
     chip, replica = cluster.chip, layout.tp * layout.pp
     total = sync_bytes(spec, config)
     link = chip.node_bandwidth if replica <= cluster.devices_per_node else chip.network_bandwidth
     gather = total * (replica - 1) / replica / (link * chip.bandwidth_share)
-    tp = 1 if config.rollout.engine == "embedded" else config.rollout.server.tensor_parallel_size
+    tp = config.rollout.server.tensor_parallel_size if config.rollout.uses_servers else 1
     if cluster.engine_nodes:
         return gather + total / (chip.network_bandwidth * chip.bandwidth_share)
     return gather + 2 * total / tp / (chip.memory_bandwidth * chip.bandwidth_share)
@@ -225,6 +227,6 @@ def step_times(
         "optimizer": work.optimizer_steps * _optimizer_s(spec, config, layout, cluster),
         "weight sync": sync_s(spec, config, layout, cluster),
     }
-    if config.rollout.server.memory_saver and config.rollout.engine != "embedded":
+    if config.rollout.server.memory_saver and config.rollout.uses_servers:
         times["engine sleep and wake"] = ENGINE_SWITCH_S
     return times

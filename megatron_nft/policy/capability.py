@@ -1,4 +1,4 @@
-"""What the GPU path needs of the chip, CUDA, cuDNN and Transformer Engine, checked before a model is built.
+"""Requirements of the GPU path on the chip, CUDA, cuDNN and Transformer Engine, checked before a model is built.
 
 Sources: Transformer Engine 2.11 (`quantization.py`: check_fp8_support and its neighbours; `fused_attn.cpp`: packed
 layouts) and megatron-core 0.16.1, which asks for Transformer Engine 2.9 or newer.
@@ -21,17 +21,17 @@ from megatron_nft.config import FP8_ALIGNMENT, PolicyConfig
 Capability = tuple[int, int]
 
 MIN_TRANSFORMER_ENGINE = "2.9"
-UNFUSED_ATTENTION = "NVTE_UNFUSED_ATTN"  # read by Transformer Engine when it chooses how to attend
+UNFUSED_ATTENTION = "NVTE_UNFUSED_ATTN"  # read by Transformer Engine when it chooses an attention backend
 MIN_CUDNN = (9, 6)  # packed (thd) attention with grouped queries, on compute capability 9.0 and above
 
 
 @dataclass(frozen=True)
 class GpuStack:
-    """What a rank finds on its device."""
+    """The hardware and software of a rank's GPU."""
 
-    chip: str  # the driver's name
+    chip: str  # as the driver names it
     capability: Capability
-    cuda: tuple[int, ...]  # that torch was built for
+    cuda: tuple[int, ...]  # the version that torch was built for
     cudnn: tuple[int, ...]
     transformer_engine: str
     flash_attention: bool  # the package flash-attn (2 or 3) is installed
@@ -39,7 +39,7 @@ class GpuStack:
 
 @dataclass(frozen=True)
 class _Needs:
-    """Of one recipe."""
+    """The requirements of one FP8 recipe."""
 
     capability: Capability
     below: Capability | None = None  # first capability without it
@@ -56,7 +56,7 @@ NEEDS = {
 
 
 def read_gpu_stack(device: torch.device | int | None = None) -> GpuStack:
-    """Of `device`, by default the current one. Needs CUDA and Transformer Engine."""
+    """Read the stack of `device`, by default of the current one. Needs CUDA and Transformer Engine."""
     cudnn: int = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]  # torch has no type; 91900: 9.19.0
     return GpuStack(
         chip=torch.cuda.get_device_name(device),
@@ -87,7 +87,7 @@ def allowed_recipes(stack: GpuStack) -> list[str]:
 
 
 def check_gpu_stack(policy: PolicyConfig, stack: GpuStack) -> None:
-    """ValueError where Transformer Engine layers cannot run as set, saying what is there and what to do."""
+    """ValueError where Transformer Engine layers cannot run as set. It says what is installed and what to do."""
     if Version(stack.transformer_engine) < Version(MIN_TRANSFORMER_ENGINE):
         raise ValueError(
             f"Transformer Engine {stack.transformer_engine} is installed; megatron-core 0.16.1 needs "
@@ -121,10 +121,11 @@ def check_gpu_stack(policy: PolicyConfig, stack: GpuStack) -> None:
 
 @contextmanager
 def attention_backends(policy: PolicyConfig, engine: bool) -> Iterator[None]:
-    """Around the building of the model. Afterwards Transformer Engine raises where neither cuDNN nor FlashAttention can
-    do a packed batch in 16 bits (a head size that they lack, say), in place of building [tokens, tokens] matrices.
+    """Context in which the model is built. Afterwards Transformer Engine raises where neither cuDNN nor FlashAttention
+    can handle a packed batch in 16 bits (because of an unsupported head size, for example), rather than fall back to
+    whole [tokens, tokens] matrices.
 
-    Megatron sets the variable itself while it builds, and refuses a value that is not its own.
+    Megatron sets the variable itself while it builds the model, and refuses a value that is not its own.
     """
     os.environ.pop(UNFUSED_ATTENTION, None)
     yield

@@ -1,7 +1,7 @@
 """Makes megatron-core run without CUDA. Nothing here acts when a CUDA device is there.
 
 megatron-core calls `torch.cuda.*` and writes `device="cuda"`, `tensor.cuda()` and `"torch.cuda.FloatTensor"` in its
-schedules, gradient clipping and optimizers. Two means cover all of it:
+schedules, gradient clipping and optimizers. Two mechanisms cover all of it:
 
 - `REPLACED`: the functions that are replaced for the whole process, each with what stands in for it;
 - `on_cpu()`: a torch-function mode that maps device arguments to the CPU. It costs time on every torch call, so it is
@@ -150,7 +150,7 @@ _ACTIVE = contextvars.ContextVar("on_cpu_active", default=False)
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """Around every call into Megatron. Does nothing where CUDA is available, or inside itself."""
+    """Context for every call into Megatron. Does nothing where CUDA is available, or inside itself."""
     if torch.cuda.is_available() or _ACTIVE.get():
         yield
         return

@@ -54,11 +54,11 @@ class ModelSpec:
     normalize_expert_weights: bool = True  # HF's norm_topk_prob
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
-        """Rows that Megatron's embedding has: the next multiple of the TP size."""
+        """Number of rows of Megatron's embedding: the next multiple of the TP size."""
         return -(-self.vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
 
     def padding_note(self, tensor_model_parallel_size: int) -> str | None:
-        """What is said where the TP size does not divide the vocabulary; None where it does."""
+        """A note for the user where the TP size does not divide the vocabulary; None where it does."""
         padded = self.padded_vocab_size(tensor_model_parallel_size)
         if padded == self.vocab_size:
             return None
@@ -70,7 +70,7 @@ class ModelSpec:
 
 
 def read_family(model_path: Path | str) -> ModelSpec:
-    """Read `model_path`/config.json. FileNotFoundError or ValueError, each saying what to do."""
+    """Read `model_path`/config.json. Raises FileNotFoundError or ValueError, each saying what to do."""
     path = Path(model_path) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; model.path must be a folder in Hugging Face format")
@@ -85,7 +85,10 @@ def read_family(model_path: Path | str) -> ModelSpec:
 
 
 def spec_from_config(config: dict[str, Any]) -> ModelSpec:
-    """The ModelSpec of a parsed config.json, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`)."""
+    """The ModelSpec of a parsed config.json, written by transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
+
+    ValueError for an unknown family, a missing or wrong size, and a value that the code would not honour.
+    """
     name = config.get("model_type")
     if name not in FAMILIES:
         raise ValueError(f"model_type is {name!r}; allowed: {', '.join(sorted(FAMILIES))}")
@@ -127,7 +130,7 @@ def _experts(config: dict[str, Any], keys: ExpertKeys) -> dict[str, Any]:
 
 
 def tensor_parallel_sizes(spec: ModelSpec) -> dict[str, int]:
-    """What every tensor-parallel rank must have an equal part of, by its name in config.json."""
+    """The sizes that the tensor-parallel size must divide, by their names in config.json."""
     experts = spec.num_experts > 0
     return {
         "num_attention_heads": spec.num_attention_heads,

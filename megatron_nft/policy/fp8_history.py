@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def fp8_history(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
     """The live tensors, fp32: "chunk.module.direction.scale" [quantizers] and ".amax_history" [length, quantizers].
 
-    Empty for every recipe but the delayed one. Makes what the first forward pass would make.
+    Empty for every recipe but the delayed one. Allocates the tensors that the first forward pass would allocate.
     """
     config: Any = chunks[0].config  # megatron-core's TransformerConfig
     if config.fp8 is None or config.fp8_recipe != "delayed":

@@ -113,7 +113,7 @@ def transformer_config(spec: ModelSpec, policy: PolicyConfig) -> TransformerConf
         virtual_pipeline_model_parallel_size=policy.virtual_pipeline_model_parallel_size,
         sequence_parallel=policy.sequence_parallel,
         variable_seq_lengths=policy.pipeline_model_parallel_size > 1,
-        # 0.16.1 computes wrong gradients, without an error, for the interleaved schedule with any other pair
+        # with any other pair 0.16.1 computes wrong gradients in the interleaved schedule, without an error
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         params_dtype=dtype,
@@ -263,7 +263,7 @@ def _build(spec: ModelSpec, config: TransformerConfig, engine: bool, stage: int)
 
 
 def llama3_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3's RoPE scaling, fp32 [D / 2] -> [D / 2]. Megatron's own has the last three figures fixed.
+    """Llama 3's RoPE scaling, fp32 [D / 2] -> [D / 2]. Megatron's own fixes the last three values.
 
     Wavelengths above original / low_freq_factor are stretched by `factor`, those below original / high_freq_factor are
     kept, and between the two the frequency is interpolated (Llama 3.1 reference, apply_scaling).

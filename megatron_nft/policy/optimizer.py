@@ -1,6 +1,6 @@
 """Megatron's Adam with fp32 master weights, and its schedule counted in optimizer steps.
 
-Norms and biases are not decayed. megatron-core needs two things for that, and decays them in silence if either lacks:
+Norms and biases are not decayed. megatron-core needs two things for that, and silently decays them if one is missing:
 `get_standard_config_overrides`, and an OptimizerParamScheduler, which is what writes each group's `weight_decay`.
 """
 

@@ -30,7 +30,7 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # longer than the slowest roll
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Where this rank stands. Groups are torch process groups; on a GPU the default ones are NCCL."""
+    """This rank's place in the layout. Groups are torch process groups; on a GPU the default ones are NCCL."""
 
     rank: int
     world_size: int
@@ -122,8 +122,8 @@ _OWN_GROUPS: list[dist.ProcessGroup] = []  # made by the last `initialize`
 
 
 def _leave_groups() -> None:
-    """Give up the groups of the layout before. Megatron only forgets them, and each gloo group keeps threads that wake
-    up a hundred times a second: after ten layouts a rank had 1,800 of them."""
+    """Destroy the groups of the previous layout. Megatron only forgets them, and each gloo group keeps threads that
+    wake up a hundred times a second: after ten layouts a rank had 1,800 of them."""
     from megatron.core import parallel_state as ps
 
     ps.destroy_model_parallel()

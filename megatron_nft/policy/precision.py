@@ -1,7 +1,7 @@
-"""FP8 (and NVFP4): our settings in megatron-core's terms, and the sizes that the recipes can work with.
+"""FP8 (and NVFP4): our settings in megatron-core's terms, and the matrix sizes that the recipes allow.
 
 The linear layers inside the transformer layers are quantized: QKV, projection, gate and up, down. Embedding, norms,
-attention and the output layer (policy/logprobs.py) stay in bf16, weights and gradients are kept as without FP8.
+attention and the output layer (policy/logprobs.py) stay in bf16; weights and gradients are stored as without FP8.
 Imports no torch: `plan` uses it too.
 """
 
