@@ -24,6 +24,9 @@ class Progress:
         """Say that `amount` more is done; `name` says of what."""
 
 
+SILENT = Progress()
+
+
 @contextmanager
 def show_progress(
     description: str,

@@ -116,14 +116,6 @@ BENCHMARKS: dict[str, Benchmark] = {
 }  # fmt: skip
 
 
-def get_benchmark(name: str) -> Benchmark:
-    """By name; BenchmarkError lists the known ones."""
-    try:
-        return BENCHMARKS[name]
-    except KeyError:
-        raise BenchmarkError(f"unknown benchmark {name!r}; known are {', '.join(BENCHMARKS)}") from None
-
-
 def find_file(benchmark: Benchmark, folder: Path | None) -> Path:
     """The benchmark's file in `folder` (or its `eval` subfolder), or a download from the hub where `folder` is None."""
     if folder is None:
@@ -162,7 +154,7 @@ def read_prepared(path: Path) -> list[Question]:
     else:
         rows = enumerate(read_rows(path), start=1)
         found = [Question(str(n), row.messages, row.answer, row.data_source, row.extra) for n, row in rows]
-    questions: dict[tuple, Question] = {}
+    questions: dict[tuple[Any, ...], Question] = {}
     for question in found:
         key = (*((m["role"], m["content"]) for m in question.messages), question.answer)
         questions.setdefault(key, question)

@@ -1,4 +1,4 @@
-"""Public question sets into this project's layout (data/rows.py): what tools/prepare_data.py does.
+"""Public question sets into this project's layout (data/rows.py): what `megatron-nft prepare` does.
 
 A source row is either of the set's own columns (problem, answer, …) or already in the verl layout. Its problem gets the
 boxed-answer instruction; DAPO's "Answer:" instruction is taken off first. Rows without a usable answer are dropped and
@@ -68,7 +68,7 @@ SETS: dict[str, SourceSet] = {
 
 
 @dataclass(slots=True)
-class Summary:
+class PreparationSummary:
     """What became of the rows."""
 
     read: int = 0
@@ -87,12 +87,12 @@ def prepare(
     instruction: str = BOXED_INSTRUCTION,
     copies: int = 1,
     limit: int | None = None,
-) -> tuple[list[dict[str, Any]], Summary]:
+) -> tuple[list[dict[str, Any]], PreparationSummary]:
     """(rows in our layout, what happened). Each question once, then `copies` times; DataError if none is usable.
 
     `limit` is the number of different questions after which reading stops. `where` names the source in errors.
     """
-    source, summary = SETS[name], Summary()
+    source, summary = SETS[name], PreparationSummary()
     out: list[dict[str, Any]] = []
     answers: dict[str, str] = {}
     for number, raw in rows:
@@ -160,7 +160,9 @@ def _row(
     }
 
 
-def open_source(source: str | None, name: str, split: str, subset: str | None) -> tuple[Iterator, str]:
+def open_source(
+    source: str | None, name: str, split: str, subset: str | None
+) -> tuple[Iterator[tuple[int, dict[str, Any]]], str]:
     """(rows, what to call them): a local file, `owner/name/file` or `owner/name` on the hub, or the set's own place."""
     if source is None:
         hub = SETS[name].hub

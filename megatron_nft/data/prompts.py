@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_nft.data.rows import DataError, Row, read_rows
+from megatron_nft.data.rows import DataError, QuestionRow, read_rows
 from megatron_nft.types import Prompt
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class PromptStream:
         rows = [row for path in self.paths for row in read_rows(path)]
         if not rows:
             raise DataError("no question files given: set data.train")
-        conversations = [_with_system(row, system_prompt) for row in rows]
+        conversations = [_conversation(row, system_prompt) for row in rows]
         self._prompts: list[Prompt] = []
         for index, (row, messages, ids) in enumerate(zip(rows, conversations, render(tokenizer, conversations))):
             if len(ids) == 0:
@@ -117,36 +117,36 @@ class PromptStream:
                 f"{max_prompt_tokens}; raise it"
             )
         self.cursor = 0
-        order = _order if shuffle else _file_order
-        self._order = lambda epoch: order(seed, epoch, self.num_prompts)
+        self._shuffle, self._seed = shuffle, seed
 
     def draw(self, n: int) -> list[tuple[int, Prompt]]:
-        """The next `n` questions, each with its draw."""
+        """Return the next `n` questions, each with its draw, and move the cursor past them."""
         draws = range(self.cursor, self.cursor + n)
         self.cursor += n
         return [(d, self.prompt(d)) for d in draws]
 
     def prompt(self, draw: int) -> Prompt:
-        """The question of `draw`, whatever the cursor."""
+        """Return the question of `draw`, whatever the cursor."""
         epoch, position = divmod(draw, self.num_prompts)
-        return self._prompts[self._order(epoch)[position]]
+        return self._prompts[_order(self._seed, epoch, self.num_prompts)[position] if self._shuffle else position]
 
 
-def _with_system(row: Row, system_prompt: str | None) -> tuple[dict[str, str], ...]:
-    if system_prompt is None:
-        return row.messages
-    if row.messages[0]["role"] == "system":
+def with_system_prompt(messages: tuple[dict[str, str], ...], system_prompt: str | None) -> tuple[dict[str, str], ...]:
+    """Put `system_prompt` in front of a conversation, unless it is None or the conversation has one of its own."""
+    if system_prompt is None or messages[0]["role"] == "system":
+        return messages
+    return ({"role": "system", "content": system_prompt}, *messages)
+
+
+def _conversation(row: QuestionRow, system_prompt: str | None) -> tuple[dict[str, str], ...]:
+    if system_prompt is not None and row.messages[0]["role"] == "system":
         raise DataError(
             f"{row.where}, column 'prompt': has a system message of its own while model.system_prompt is set; "
             "leave one of them out"
         )
-    return ({"role": "system", "content": system_prompt}, *row.messages)
+    return with_system_prompt(row.messages, system_prompt)
 
 
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def _file_order(seed: int, epoch: int, n: int) -> range:
-    return range(n)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -108,15 +109,6 @@ def read_rollout_file(path: Path, columns: Sequence[str] | None = None) -> pa.Ta
         raise RolloutFileError(f"{path}: cannot be read as parquet ({e}); remove it or restore it") from None
 
 
-def read_rollouts(
-    run_dir: Path, *, steps: Sequence[int] | None = None, columns: Sequence[str] | None = None
-) -> Iterator[tuple[int, pa.Table]]:
-    """(step, table) file by file, so that a run larger than memory can be read. `steps` None: all."""
-    for step, path in list_rollout_files(run_dir):
-        if steps is None or step in steps:
-            yield step, read_rollout_file(path, columns)
-
-
 def prompt_text(prompt: Prompt) -> str:
     """The question as people read it: the only message's content, or every message under its role."""
     if len(prompt.messages) == 1:
@@ -124,7 +116,7 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in prompt.messages)
 
 
-def _row(group: RolloutGroup, rollout: Rollout, fate: str, step: int) -> dict:
+def _row(group: RolloutGroup, rollout: Rollout, fate: str, step: int) -> dict[str, Any]:
     prompt = group.prompt
     return {
         "step": step,

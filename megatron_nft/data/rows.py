@@ -30,7 +30,7 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class QuestionRow:
     """A question as it stands in a file."""
 
     data_source: str
@@ -40,7 +40,7 @@ class Row:
     where: str  # "train.jsonl, row 3", for errors found later
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[QuestionRow]:
     """All questions of a .parquet or .jsonl file. DataError for anything that is not as the module says."""
     rows = []
     for number, values in read_raw(path):
@@ -88,14 +88,14 @@ def _check_columns(names: Iterable[str], where: str) -> None:
         )
 
 
-def _row(values: dict[str, Any], where: str) -> Row:
+def _row(values: dict[str, Any], where: str) -> QuestionRow:
     extra = values.get("extra_info") or {}
     if not isinstance(extra, dict):
         raise DataError(f"{where}, column 'extra_info': {_kind(extra)}, not a mapping")
     source = values.get("data_source") or ""
     if not isinstance(source, str):
         raise DataError(f"{where}, column 'data_source': {_kind(source)}, not text")
-    return Row(source, _messages(values["prompt"], where), _answer(values, where), extra, where)
+    return QuestionRow(source, _messages(values["prompt"], where), _answer(values, where), extra, where)
 
 
 def _messages(prompt: Any, where: str) -> tuple[dict[str, str], ...]:

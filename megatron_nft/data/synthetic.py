@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -88,7 +88,8 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
     core.add_special_tokens([PAD, BOS, EOS])
     core.add_tokens([AddedToken(BOXED, normalized=False)])
-    return PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast  # its constructor has no types
+    tokenizer: PreTrainedTokenizerBase = fast(
         tokenizer_object=core,
         pad_token=PAD,
         bos_token=BOS,
@@ -96,6 +97,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
         unk_token=PAD,  # never produced; left out, Qwen2's default would become one more token
         clean_up_tokenization_spaces=False,
     )
+    return tokenizer
 
 
 def write_model(

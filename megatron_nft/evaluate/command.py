@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_nft.engines.open import ENGINES, engine_kind
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,9 +29,9 @@ DEFAULT_GRADERS = "maths,dapo_boxed"
 OVERRIDABLE = ("rollout.server.", "rollout.embedded_batch_tokens", "verify.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _OneRank:
-    """An evaluation is one process: what `open_engine` wants to know of the ranks."""
+    """What `open_engine` asks of the ranks, for an evaluation, which is one process."""
 
     device: torch.device
     rank: int = 0
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"names, or paths of .jsonl/.parquet question files (default: {DEFAULT_BENCHMARKS})",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of benchmark files (default: the hub)")
-    parser.add_argument("--engine", choices=("embedded", "sglang", "vllm"), default="sglang")
+    parser.add_argument("--engine", choices=tuple(ENGINES), default="sglang")
     parser.add_argument(
         "--protocol",
         choices=("auto", "nft-7b", "nft-32b"),
@@ -216,16 +218,10 @@ def _protocol(
     tokenizer: Any,
     identity: ModelIdentity,
 ) -> dict[str, Any]:
-    from megatron_nft.engines.open import find_python
     from megatron_nft.evaluate.protocol import build_protocol, describe_benchmark, digest
-    from megatron_nft.evaluate.versions import installed_engine_version, package_versions, served_engine_version
+    from megatron_nft.evaluate.versions import package_versions
 
     server = config.rollout.server
-    if server.urls and args.engine != "embedded":
-        engine_version = served_engine_version(args.engine, server.urls[0], args.model)
-    else:
-        python = None if args.engine == "embedded" else find_python(args.engine, server.python)
-        engine_version = installed_engine_version(args.engine, python)
     return build_protocol(
         preset=preset.name,
         benchmarks={t.name: describe_benchmark(t.questions, t.samples) for t in tasks},
@@ -242,7 +238,7 @@ def _protocol(
         model=identity,
         engine={
             "name": args.engine,
-            "version": engine_version,
+            "version": engine_kind(args.engine).version(args.model, server),
             "precision": config.policy.precision,
             "quantization": server.quantization,
         },

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nft.data.benchmarks import BENCHMARKS, BenchmarkError, Question, find_file, read_benchmark, read_prepared
-from megatron_nft.data.prompts import render
+from megatron_nft.data.prompts import render, with_system_prompt
 from megatron_nft.evaluate.protocol import Sampling
 from megatron_nft.types import Prompt
 
@@ -54,18 +54,12 @@ def _load(name: str, data: Path | None, samples: int | None, limit: int | None) 
 
 def make_prompts(task: Task, tokenizer: Any, system_prompt: str | None) -> list[Prompt]:
     """One prompt per question; `Prompt.index` is the question's place in the task."""
-    conversations = [_with_system(q, system_prompt) for q in task.questions]
+    conversations = [with_system_prompt(question.messages, system_prompt) for question in task.questions]
     ids = render(tokenizer, conversations)
     return [
         Prompt(index, q.data_source, messages, q.answer, token_ids, q.extra)
         for index, (q, messages, token_ids) in enumerate(zip(task.questions, conversations, ids))
     ]
-
-
-def _with_system(question: Question, system_prompt: str | None) -> tuple[dict[str, str], ...]:
-    if system_prompt is None or question.messages[0]["role"] == "system":
-        return question.messages
-    return ({"role": "system", "content": system_prompt}, *question.messages)
 
 
 def by_answer_room(prompts: Sequence[Prompt], sampling: Sampling, max_positions: int) -> dict[int, list[Prompt]]:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_nft.policy.parallel import ParallelLayout
+from megatron_nft.weights.names import Geometry, Kind, ParameterRow, Place
 from megatron_nft.weights.placement import Held, held_parameters
-from megatron_nft.weights.names import Geometry, Kind, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,8 @@ class Entry:
     sources: tuple[int, ...]  # ranks of the gathering group that hold shard 0, 1, ...
     parameter: torch.nn.Parameter | None  # the shard, where this rank has one
 
-    @property
-    def shard_bytes(self) -> int:
-        return math.prod(self.shard_shape) * self.dtype.itemsize
-
     def hf_bytes(self, geometry: Geometry) -> int:
+        """Bytes of the full HF tensors that the parameter holds, as exported."""
         return sum(math.prod(s) for s in self.place.hf_shapes(geometry)) * self.dtype.itemsize
 
 
@@ -107,7 +104,7 @@ def _dense_entry(held: Held, tp_size: int, dtype: torch.dtype | None) -> Entry:
 def _expert_entries(held: list[Held], layout: ParallelLayout, dtype: torch.dtype | None) -> list[Entry]:
     """Own experts and those of the other expert-parallel ranks, in the order of a forward pass."""
     etp_size = parallel_state.get_expert_tensor_parallel_world_size()
-    by_matrix: dict[tuple, list[Held]] = {}
+    by_matrix: dict[tuple[int | None, ParameterRow], list[Held]] = {}
     for h in held:
         by_matrix.setdefault((h.place.layer, h.place.row), []).append(h)
     entries = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_nft.weights.offline.file_array import BLOCK_BYTES, FileArray
+from megatron_nft.weights.file_array import BLOCK_BYTES, FileArray
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -36,7 +36,7 @@ class HFFolder:
     ValueError where the folder has no safetensors, a file is damaged, or the index and the files disagree.
     """
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
@@ -87,29 +87,22 @@ class HFFolder:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def names_by_file(self) -> dict[Path, list[str]]:
-        grouped: dict[Path, list[str]] = {}
-        for name, file in self._files.items():
-            grouped.setdefault(file, []).append(name)
-        return grouped
-
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         """One tensor, or the part of it at `index`. The file is mapped only while this runs."""
         with safe_open(self._files[name], framework="pt") as tensors:
-            if index is None:
-                return tensors.get_tensor(name)
-            return tensors.get_slice(name)[index]
+            value: torch.Tensor = tensors.get_tensor(name) if index is None else tensors.get_slice(name)[index]
+            return value
 
     def array(self, name: str) -> FileArray:
         """Where a tensor lies, to be read part by part."""
         return FileArray(self._files[name], self._offsets[name], self.dtypes[name], self.shapes[name])
 
-    def equal(self, a: str, b: str) -> bool:
+    def equal(self, name: str, other: str) -> bool:
         """Whether two tensors have the same shape and values, compared block by block."""
-        if self.shapes[a] != self.shapes[b]:
+        if self.shapes[name] != self.shapes[other]:
             return False
-        count = math.prod(self.shapes[a])
-        arrays = [self.array(name).view(count) for name in (a, b)]
+        count = math.prod(self.shapes[name])
+        arrays = [self.array(n).view(count) for n in (name, other)]
         step = BLOCK_BYTES // 8
         for start in range(0, count, step):
             part = slice(start, min(start + step, count))

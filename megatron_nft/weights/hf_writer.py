@@ -7,13 +7,14 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_nft.files import flush_to_disk
 from megatron_nft.weights.buckets import Bucket, TensorMeta
+from megatron_nft.weights.file_array import names_file
 from megatron_nft.weights.hf_folder import DTYPES, INDEX_NAME
-from megatron_nft.weights.offline.file_array import names_file
 
 CARRIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 """Files of the source folder that are copied; weights, their index and code are not."""
@@ -34,6 +35,7 @@ def split_into_files(buckets: Sequence[list[TensorMeta]], max_file_bytes: int) -
 
 
 def file_names(count: int) -> list[str]:
+    """Return the names of `count` safetensors files, as Hugging Face's own are named."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -45,7 +47,8 @@ def write_file(path: Path, metas: Sequence[TensorMeta], buckets: Iterator[Bucket
     The header is written first; the data are the buffers of the next buckets as they are, since a bucket's tensors
     stand in it without gaps. RuntimeError where the stream does not bring exactly `metas`.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for meta in metas:
         end = offset + meta.end - meta.start
         header[meta.name] = {
@@ -72,7 +75,7 @@ def write_file(path: Path, metas: Sequence[TensorMeta], buckets: Iterator[Bucket
 
 
 def open_partial(out: Path, replace: bool) -> Path:
-    """Make the folder that is filled. FileExistsError where `out` is there and may not be replaced."""
+    """Make the folder that is filled in place of `out`. FileExistsError where that exists and may not be."""
     if out.exists() and not replace:
         raise FileExistsError(f"{out} exists already; choose another folder or remove it")
     partial = partial_of(out)
@@ -83,6 +86,7 @@ def open_partial(out: Path, replace: bool) -> Path:
 
 
 def partial_of(out: Path) -> Path:
+    """Return the folder that is filled in place of `out`."""
     return out.with_name(out.name + ".partial")
 
 
@@ -106,7 +110,7 @@ def finish_folder(
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Give a finished folder its name. Something is under that name before, during or after, never half of it."""
+    """Flush a finished folder to disk and give it its name, replacing what has that name; never half of it is there."""
     for path in (*partial.iterdir(), partial):
         flush_to_disk(path)
     old = out.with_name(out.name + ".old")

@@ -18,19 +18,51 @@ from megatron_nft.policy.families.parameters import ParameterRow as ParameterRow
 
 
 class Geometry(Protocol):
-    """The figures of a model that the table needs; `policy.family.ModelSpec` has them."""
+    """The sizes of a model that the table needs; `policy.family.ModelSpec` has them."""
 
-    family: str
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int  # key/value heads
-    kv_channels: int  # size of one head
-    ffn_hidden_size: int
-    vocab_size: int
-    tied: bool  # the output layer is the embedding
-    num_experts: int  # 0 for a dense model
-    moe_ffn_hidden_size: int
+    @property
+    def family(self) -> str:
+        """Name of the model family, a key of `FAMILIES`."""
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers of the whole model."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+
+    @property
+    def num_query_groups(self) -> int:
+        """Key/value heads."""
+
+    @property
+    def kv_channels(self) -> int:
+        """Size of one head."""
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        """Inner width of the dense MLP."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the HF embedding, without a layout's padding."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer; 0 for a dense model."""
+
+    @property
+    def moe_ffn_hidden_size(self) -> int:
+        """Inner width of one expert."""
 
 
 def rows(family: str, tied: bool) -> tuple[ParameterRow, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -23,8 +24,8 @@ class Held:
 
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
     """The GPTModel inside DistributedDataParallel and Float16Module."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
+    while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):
+        chunk = inner
     return chunk
 
 
@@ -42,8 +43,8 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=experts\.local_experts\.)\d+|(?<=weight)\d+$")
 
 
-def _named_globally(model: torch.nn.Module, layout: ParallelLayout) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Names with layer and expert counted over the whole model instead of over this rank."""
+def _named_globally(model: Any, layout: ParallelLayout) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Names with layer and expert counted over the whole model instead of over this rank. `model`: a GPTModel."""
     experts_before = (model.config.num_moe_experts or 0) // layout.ep_size * layout.ep_rank
     for name, parameter in model.named_parameters():
         layer = _LAYER.match(name)

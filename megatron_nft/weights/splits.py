@@ -53,7 +53,7 @@ def unmerge(kind: Kind, parameter: torch.Tensor, geometry: Geometry) -> list[tor
         heads_per_group = geometry.num_attention_heads // geometry.num_query_groups
         d = geometry.kv_channels
         grouped = parameter.view(-1, (heads_per_group + 2) * d, *parameter.shape[1:])
-        return list(grouped.split([heads_per_group * d, d, d], dim=1))
+        return list(torch.split(grouped, [heads_per_group * d, d, d], dim=1))
     return [parameter]
 
 

@@ -16,12 +16,12 @@ from megatron_nft.policy import cpu
 from megatron_nft.policy.checkpoint import load_sharded, save_sharded
 from megatron_nft.policy.family import read_family
 from megatron_nft.policy.model import build_chunks
-from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
-from megatron_nft.weights.offline.diff import compare, compare_optimizers
 from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.import_hf import load_hf
+from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
+from megatron_nft.weights.offline.diff import compare, compare_optimizers
 from megatron_nft.weights.offline.megatron_reader import MegatronCheckpoint, MegatronWeights
-from megatron_nft.weights.offline.megatron_writer import Grid
+from megatron_nft.weights.offline.megatron_writer import TargetLayout
 from megatron_nft.weights.offline.reshard import reshard
 
 VOCAB = 263  # TP 2 pads it
@@ -52,7 +52,7 @@ def check_megatron_loads_converted_checkpoints(ranks: Ranks) -> None:
     for family, tied in FAMILIES:
         source = model(ranks, family, tied)
         converted = ranks.scratch / f"converted-{family}"
-        on_first(ranks, lambda source=source, out=converted: hf_to_megatron(source, out, Grid(2, 2, 1)))
+        on_first(ranks, lambda source=source, out=converted: hf_to_megatron(source, out, TargetLayout(2, 2, 1)))
         spec = read_family(source)
         for policy in (TP2, VPP2, EP2) if spec.num_experts else (TP2, VPP2):
             config = make_config(source, **policy)
@@ -101,7 +101,7 @@ def check_expert_parallel_checkpoint_to_hf_and_reshard(ranks: Ranks) -> None:
     assert all(row.same for row in compare(HFFolder(source), HFFolder(ranks.scratch / "hf-experts")))
     step(made)
     save_sharded(made, run / "megatron")
-    on_first(ranks, lambda: reshard(run, ranks.scratch / "experts-pp2", Grid(1, 2, 1)))
+    on_first(ranks, lambda: reshard(run, ranks.scratch / "experts-pp2", TargetLayout(1, 2, 1)))
     sides = [MegatronCheckpoint(folder) for folder in (run, ranks.scratch / "experts-pp2")]
     assert all(row.same for row in compare_optimizers(*sides))
     before, after = (MegatronWeights(side, made.spec) for side in sides)
@@ -123,7 +123,7 @@ def check_resharded_training_goes_on_to_the_same_weights(ranks: Ranks) -> None:
     on_first(ranks, lambda: (run / "manifest.json").write_text(json.dumps(manifest)))
     step(made)
     expected = first_logprobs(made)
-    for policy, grid in ((PP2, Grid(1, 2, 1)), (VPP2, Grid(1, 2, 2)), (TP2, Grid(2, 1, 1))):
+    for policy, grid in ((PP2, TargetLayout(1, 2, 1)), (VPP2, TargetLayout(1, 2, 2)), (TP2, TargetLayout(2, 1, 1))):
         out = ranks.scratch / f"resharded-{grid.tp}-{grid.pp}-{grid.vpp}"
         on_first(ranks, lambda out=out, grid=grid: reshard(run, out, grid))
         told = json.loads((out / "manifest.json").read_text())

@@ -15,7 +15,6 @@ from megatron_nft.data.benchmarks import (
     answer_of_solution,
     answer_text,
     find_file,
-    get_benchmark,
     read_benchmark,
     read_prepared,
 )
@@ -120,11 +119,6 @@ def test_without_a_network_the_hub_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(BenchmarkError, match=r"amc23: ChenDRAG/VeRL_math_validation/amc2023.*with --data"):
         find_file(BENCHMARKS["amc23"], None)
-
-
-def test_an_unknown_benchmark_is_answered_with_the_list():
-    with pytest.raises(BenchmarkError, match="unknown benchmark 'aime23'; known are aime24, aime25, amc23"):
-        get_benchmark("aime23")
 
 
 def test_files_are_looked_for_in_the_folder_and_its_eval(tmp_path):

@@ -168,7 +168,7 @@ def test_rows_of_another_kind(name, row, message):
             "owner/name/f.parquet cannot be had from the hub",
         ),
         (["math_train", "o.parquet"], "cannot be had from the hub"),
-        (["math_train", "o.parquet", "--copies", "0"], "0 is not at least 1"),
+        (["math_train", "o.parquet", "--copies", "0"], "0 must be a whole number of at least 1"),
     ],
 )
 def test_the_tool_says_what_is_wrong(arguments, message, tmp_path):
@@ -203,14 +203,14 @@ def test_output_is_whole_or_not_at_all(tmp_path, monkeypatch):
     module.write_rows([verl("p", "1")], path)
     before = path.read_bytes()
 
-    def full(table, where):
-        Path(where).write_bytes(b"PAR1")
+    def full(table, file):
+        file.write(b"PAR1")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq, "write_table", full)
     with pytest.raises(OSError, match="No space"):
         module.write_rows([verl("p", "2")], path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_written_jsonl_is_utf8(tmp_path):

@@ -13,7 +13,6 @@ from megatron_nft.data.rollout_file import (
     list_rollout_files,
     prompt_text,
     read_rollout_file,
-    read_rollouts,
     rollout_path,
     write_rollouts,
 )
@@ -51,8 +50,8 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     path = rollout_path(tmp_path, 12, 1)
     assert path == tmp_path / "rollouts" / "step_000012" / "rank_00001.parquet"
     assert write_rollouts(path, [make_group(4), make_group(9, trainer=False)], ["trained", "surplus"], step=12) == 6
-    [(step, table)] = list(read_rollouts(tmp_path))
-    assert step == 12
+    assert list_rollout_files(tmp_path) == [(12, path)]
+    table = read_rollout_file(path)
     assert table.schema.names == SCHEMA.names
     rows = table.to_pylist()
     assert [(r["draw"], r["sample_index"]) for r in rows] == [(4, 0), (4, 1), (4, 2), (9, 0), (9, 1), (9, 2)]
@@ -105,7 +104,7 @@ def test_files_are_listed_by_step_then_rank(tmp_path):
     assert [(s, p.name) for s, p in list_rollout_files(tmp_path)] == [
         (2, "rank_00000.parquet"), (2, "rank_00001.parquet"), (10, "rank_00000.parquet"),
     ]  # fmt: skip
-    assert [s for s, _ in read_rollouts(tmp_path, steps=[10], columns=["text"])] == [10]
+    assert read_rollout_file(rollout_path(tmp_path, 10, 0), columns=["text"]).schema.names == ["text"]
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):

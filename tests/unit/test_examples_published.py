@@ -1,11 +1,9 @@
 """The published runs' scripts: their commands fit the tools, their paths fit the configs."""
 
-import importlib.util
 import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import pytest
 from megatron_nft.cli import build_parser
 from megatron_nft.config import load_config
 from megatron_nft.data.benchmarks import BENCHMARKS
+from megatron_nft.data.download import SOURCES
 from megatron_nft.data.prepare import prepare, write_rows
 from megatron_nft.data.rows import read_raw, read_rows
 
@@ -20,14 +19,6 @@ ROOT = Path(__file__).parents[2]
 RUNS = ("nft_qwen2.5_math_7b", "nft_qwen2.5_32b")
 STAGES = ("1_download", "2_convert", "3_train", "4_evaluate", "5_export")
 PUBLIC = Path(os.environ.get("NFT_DATA_DIR", ROOT / "../shared/data")).resolve()
-
-
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def script(run, stage, *arguments, work, **environment):
@@ -62,13 +53,12 @@ def of_tool(lines, name):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_downloads_are_offered_and_go_where_the_config_looks(run, commands):
-    download = tool("download")
     config = load_config([ROOT / f"configs/{run}.yaml"])
     folders = set()
     for arguments in of_tool(commands[run, "1_download"], "download"):
         assert arguments[-2:] == ["--to", "data"]
         names = [a for a in arguments[:-2] if a not in ("--part", "tokenizer")]
-        folders |= {Path("data") / download.SOURCES[n].folder for n in names}
+        folders |= {Path("data") / SOURCES[n].folder for n in names}
     assert config.model.path in folders
     assert {Path("data/datasets/DAPO-Math-17k"), Path("data/datasets/VeRL_math_validation")} <= folders
     assert Path("data/models/NFT-7B" if "7b" in run else "data/models/NFT-32B") in folders
@@ -77,7 +67,9 @@ def test_downloads_are_offered_and_go_where_the_config_looks(run, commands):
 @pytest.mark.parametrize("run", RUNS)
 def test_conversion_makes_every_file_that_the_config_reads(run, commands):
     config = load_config([ROOT / f"configs/{run}.yaml"])
-    parsed = [tool("prepare_data").parse(a) for a in of_tool(commands[run, "2_convert"], "prepare_data")]
+    parsed = [
+        build_parser("prepare").parse_args(["prepare", *a]) for a in of_tool(commands[run, "2_convert"], "prepare_data")
+    ]
     assert {a.output for a in parsed} == {*config.data.train, *config.eval.data}
     for a in parsed:
         assert Path(a.source).parent == Path("data/datasets/VeRL_math_validation")

@@ -19,7 +19,7 @@ from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
 from megatron_nft.weights.offline.diff import compare, open_weights
 from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.offline.megatron_reader import MegatronCheckpoint, MegatronWeights
-from megatron_nft.weights.offline.megatron_writer import Grid
+from megatron_nft.weights.offline.megatron_writer import TargetLayout
 from megatron_nft.weights.offline.reshard import reshard
 
 CASES = [(family, tied) for family in FAMILIES for tied in (True, False)]
@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
-@pytest.mark.parametrize("grid", [Grid(1, 1, 1), Grid(2, 2, 1), Grid(2, 1, 1), Grid(1, 2, 2)])
+@pytest.mark.parametrize("grid", [TargetLayout(1, 1, 1), TargetLayout(2, 2, 1), TargetLayout(2, 1, 1), TargetLayout(1, 2, 2)])
 def test_round_trip_is_bit_identical(model, tmp_path, family, tied, grid):
     source = model(family, tied)
     hf_to_megatron(source, tmp_path / "megatron", grid)
@@ -52,7 +52,7 @@ def json_or_text(path: Path):
 def test_sharded_folder_has_an_index_that_transformers_reads(model, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    hf_to_megatron(model(), tmp_path / "megatron", Grid(2, 2, 1))
+    hf_to_megatron(model(), tmp_path / "megatron", TargetLayout(2, 2, 1))
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", max_file_bytes=200_000)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
@@ -65,7 +65,7 @@ def test_sharded_folder_has_an_index_that_transformers_reads(model, tmp_path):
 
 
 def test_dtype_of_tensors_and_config_follow_the_choice(model, tmp_path):
-    hf_to_megatron(model(), tmp_path / "megatron", Grid(1, 1, 1), dtype=torch.bfloat16)
+    hf_to_megatron(model(), tmp_path / "megatron", TargetLayout(1, 1, 1), dtype=torch.bfloat16)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
     source, written = HFFolder(model()), HFFolder(tmp_path / "hf")
     assert set(written.dtypes.values()) == {torch.bfloat16}
@@ -78,7 +78,7 @@ def test_dtype_of_tensors_and_config_follow_the_choice(model, tmp_path):
 
 def test_a_checkpoint_with_norms_under_the_local_specs_names_is_read(model, tmp_path):
     """A local spec that does not rename its norms stores `input_layernorm.weight`; both kinds are read."""
-    hf_to_megatron(model(), tmp_path / "megatron", Grid(1, 1, 1))
+    hf_to_megatron(model(), tmp_path / "megatron", TargetLayout(1, 1, 1))
     checkpoint = MegatronCheckpoint(tmp_path / "megatron")
     renames = {
         "decoder.layers.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.input_layernorm.weight",
@@ -98,8 +98,8 @@ def test_a_checkpoint_with_norms_under_the_local_specs_names_is_read(model, tmp_
 def test_resharding_pads_the_vocabulary_as_the_new_layout_does(model, tmp_path, tied, first, then):
     """263 rows are 264 in TP 2; none is lost, and padding is zero."""
     source = model("qwen2", tied)
-    hf_to_megatron(source, tmp_path / "first", Grid(*first))
-    reshard(tmp_path / "first", tmp_path / "then", Grid(*then))
+    hf_to_megatron(source, tmp_path / "first", TargetLayout(*first))
+    reshard(tmp_path / "first", tmp_path / "then", TargetLayout(*then))
     checkpoint = MegatronCheckpoint(tmp_path / "then")
     rows = VOCAB + (then[0] == 2)
     found = checkpoint.read("embedding.word_embeddings.weight")
@@ -110,13 +110,13 @@ def test_resharding_pads_the_vocabulary_as_the_new_layout_does(model, tmp_path, 
 
 def test_pickled_objects_of_a_checkpoint_are_not_read(model, tmp_path):
     """Megatron with Transformer Engine stores FP8 states so: no weights, but a reshard would lose them."""
-    hf_to_megatron(model(), tmp_path / "megatron", Grid(2, 1, 1))
+    hf_to_megatron(model(), tmp_path / "megatron", TargetLayout(2, 1, 1))
     key = "decoder.layers.self_attention.core_attention._extra_state/shard_0_4"
     edit_metadata(tmp_path / "megatron", lambda m: m.state_dict_metadata.update({key: BytesStorageMetadata()}))
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
     assert all(row.same for row in compare(open_weights(model()), open_weights(tmp_path / "hf")))
     with pytest.raises(ValueError, match=r"holds pickled objects, which are not read: decoder\.layers\.self_attention"):
-        reshard(tmp_path / "megatron", tmp_path / "out", Grid(1, 1, 1))
+        reshard(tmp_path / "megatron", tmp_path / "out", TargetLayout(1, 1, 1))
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -125,7 +125,7 @@ import ctypes, re, sys, warnings
 warnings.filterwarnings("ignore")
 from pathlib import Path
 from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
-from megatron_nft.weights.offline.megatron_writer import Grid
+from megatron_nft.weights.offline.megatron_writer import TargetLayout
 from megatron_nft.weights.offline.reshard import reshard
 small, large, cut_small, out = map(Path, sys.argv[1:5])
 
@@ -139,8 +139,8 @@ def extra(work):
     return status("VmHWM") - before
 
 def all_ways(source, to, there, then):
-    yield extra(lambda: hf_to_megatron(source, to / "m", Grid(*there)))
-    yield extra(lambda: reshard(to / "m", to / "r", Grid(*then)))
+    yield extra(lambda: hf_to_megatron(source, to / "m", TargetLayout(*there)))
+    yield extra(lambda: reshard(to / "m", to / "r", TargetLayout(*then)))
     yield extra(lambda: megatron_to_hf(to / "r", to / "hf", max_file_bytes=20_000_000))
 
 for source, layouts in ((large, ((2, 2, 1), (1, 2, 2))), (cut_small, ((1, 1, 1), (2, 1, 1)))):

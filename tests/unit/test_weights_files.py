@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_nft.weights.offline import file_array
-from megatron_nft.weights.offline.file_array import FileArray
-from megatron_nft.weights.offline.reused_memory import Scratch
+from megatron_nft.weights import file_array
+from megatron_nft.weights.file_array import FileArray
+from megatron_nft.weights.offline.reused_memory import ReusedMemory
 from megatron_nft.weights.offline.torch_item import find_item
 
 WHOLE = torch.arange(6 * 5 * 4, dtype=torch.float32).view(6, 5, 4)
@@ -107,7 +107,7 @@ def test_nothing_but_a_tensor_is_accepted(tmp_path, capsys):
 
 
 def test_scratch_tensors_share_memory_and_are_saved_without_the_rest(tmp_path):
-    scratch = Scratch(4000)
+    scratch = ReusedMemory(4000)
     first = scratch.tensor((10, 100), torch.float32)
     first.fill_(1)
     second = scratch.tensor((5,), torch.bfloat16)

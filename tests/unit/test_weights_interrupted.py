@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from model_folders import models
 
-from megatron_nft.weights.offline.convert import SILENT, hf_to_megatron, megatron_to_hf
+from megatron_nft.console import Progress
+from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
 from megatron_nft.weights.offline.diff import open_weights
-from megatron_nft.weights.offline.megatron_writer import Grid
+from megatron_nft.weights.offline.megatron_writer import TargetLayout
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -24,16 +25,13 @@ def model(tmp_path_factory):
     return models(tmp_path_factory)
 
 
-class StopsAfter:
-    """Reports that raise at the n-th tensor."""
+class StopsAfter(Progress):
+    """Progress that raises at the n-th tensor."""
 
     def __init__(self, count: int) -> None:
         self.left = count
 
-    def total(self, nbytes: int) -> None:
-        SILENT.total(nbytes)
-
-    def done(self, name: str, nbytes: int) -> None:
+    def advance(self, amount: int = 1, name: str = "") -> None:
         self.left -= 1
         if not self.left:
             raise OSError("No space left on device")
@@ -42,11 +40,11 @@ class StopsAfter:
 @pytest.mark.parametrize("count", [1, 12])
 def test_a_failed_conversion_leaves_no_folder_that_looks_complete(model, tmp_path, count):
     with pytest.raises(Exception, match="No space left"):
-        hf_to_megatron(model(), tmp_path / "megatron", Grid(2, 2, 1), reports=StopsAfter(count))
+        hf_to_megatron(model(), tmp_path / "megatron", TargetLayout(2, 2, 1), progress=StopsAfter(count))
     assert not (tmp_path / "megatron").exists()
-    hf_to_megatron(model(), tmp_path / "megatron", Grid(2, 2, 1))  # the left-over does not stand in the way
+    hf_to_megatron(model(), tmp_path / "megatron", TargetLayout(2, 2, 1))  # the left-over does not stand in the way
     with pytest.raises(OSError, match="No space left"):
-        megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", reports=StopsAfter(count))
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", progress=StopsAfter(count))
     assert not (tmp_path / "hf").exists()
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
 
@@ -56,7 +54,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_folder(model, tmp_path, name, mon
     """A limit on the size of files fails writes as a full disk does."""
     source = model()
     if name != "convert_hf_to_megatron.py":
-        hf_to_megatron(source, tmp_path / "megatron", Grid(1, 1, 1))
+        hf_to_megatron(source, tmp_path / "megatron", TargetLayout(1, 1, 1))
         source = tmp_path / "megatron"
     monkeypatch.setattr(sys, "argv", [str(TOOLS / name), str(source), str(tmp_path / "out")])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -76,24 +74,24 @@ def test_an_existing_folder_is_not_touched(model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(FileExistsError, match="exists already"):
-        hf_to_megatron(model(), tmp_path / "out", Grid(1, 1, 1))
+        hf_to_megatron(model(), tmp_path / "out", TargetLayout(1, 1, 1))
     assert (tmp_path / "out" / "precious").read_text() == "x"
 
 
 HALTS = """
 import runpy, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs ignore it
-from megatron_nft.weights.offline import command as tool
+from megatron_nft import console
 count = 0
 
-def done(self, name, nbytes):
+def advance(self, amount=1, name=""):
     global count
     count += 1
     if count == 10:
         print("halfway", flush=True)
         time.sleep(600)
 
-tool._Lines.done = done
+console._Lines.advance = advance
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -111,7 +109,7 @@ def test_an_ended_tool_leaves_no_folder_that_looks_complete(model, tmp_path, nam
     """Ended after ten tensors, by a signal."""
     source = model()
     if name == "convert_megatron_to_hf.py":
-        hf_to_megatron(source, tmp_path / "megatron", Grid(1, 1, 1))
+        hf_to_megatron(source, tmp_path / "megatron", TargetLayout(1, 1, 1))
         source = tmp_path / "megatron"
     command = [sys.executable, "-c", HALTS, str(TOOLS / name), str(source), str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_nft.policy.families import FAMILIES
-from megatron_nft.weights.offline.megatron_writer import Grid, boxes
+from megatron_nft.weights.offline.megatron_writer import TargetLayout, boxes
 from megatron_nft.weights.names import Kind, all_places, hf_shapes, place_of, rows
 from megatron_nft.weights.splits import merge, place, region, unmerge
 
@@ -137,16 +137,16 @@ def test_boxes_of_gate_up_belong_to_the_rank_that_has_both_halves():
 def test_virtual_stages_go_round_the_pipeline():
     # 4 layers, 2 stages of 2 chunks: stage 0 has layers 0 and 2, stage 1 has 1 and 3
     places = {place.layer: place for place in all_places(geometry()) if place.layer is not None}
-    assert [Grid(1, 2, 2).stage(places[layer], 4) for layer in range(4)] == [0, 1, 0, 1]
-    assert [Grid(1, 2, 1).stage(places[layer], 4) for layer in range(4)] == [0, 0, 1, 1]
+    assert [TargetLayout(1, 2, 2).stage(places[layer], 4) for layer in range(4)] == [0, 1, 0, 1]
+    assert [TargetLayout(1, 2, 1).stage(places[layer], 4) for layer in range(4)] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        (Grid(3, 1, 1), r"--tp 3 must divide the model's num_attention_heads \(4\)"),
-        (Grid(4, 1, 1), r"--tp 4 must divide the model's num_key_value_heads \(2\)"),
-        (Grid(1, 2, 4), r"--pp 2 x --vpp 4 must divide the model's num_hidden_layers \(4\)"),
+        (TargetLayout(3, 1, 1), r"--tp 3 must divide the model's num_attention_heads \(4\)"),
+        (TargetLayout(4, 1, 1), r"--tp 4 must divide the model's num_key_value_heads \(2\)"),
+        (TargetLayout(1, 2, 4), r"--pp 2 x --vpp 4 must divide the model's num_hidden_layers \(4\)"),
     ],
 )
 def test_a_layout_that_does_not_divide_the_model_says_the_numbers(grid, message):

@@ -12,7 +12,7 @@ from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
 from megatron_nft.weights.offline.diff import compare, open_weights
 from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.offline.megatron_reader import MegatronCheckpoint, MegatronWeights
-from megatron_nft.weights.offline.megatron_writer import Grid
+from megatron_nft.weights.offline.megatron_writer import TargetLayout
 from megatron_nft.weights.offline.reshard import reshard
 
 
@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 def test_a_folder_that_disagrees_with_its_config_is_refused(model, tmp_path, change, message):
     source = broken(model(), tmp_path / "source", change)
     with pytest.raises(ValueError, match=message):
-        hf_to_megatron(source, tmp_path / "out", Grid(1, 1, 1))
+        hf_to_megatron(source, tmp_path / "out", TargetLayout(1, 1, 1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
@@ -41,8 +41,8 @@ def test_a_config_of_another_size_is_refused(model, tmp_path):
     config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 3}
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"does not know: model\.layers\.3\."):
-        hf_to_megatron(source, tmp_path / "out", Grid(1, 1, 1))
-    hf_to_megatron(model(), tmp_path / "megatron", Grid(1, 1, 1))
+        hf_to_megatron(source, tmp_path / "out", TargetLayout(1, 1, 1))
+    hf_to_megatron(model(), tmp_path / "megatron", TargetLayout(1, 1, 1))
     with pytest.raises(ValueError, match="has 4 layers, the config 3"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", hf_files=source)
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4, "intermediate_size": 97}))
@@ -52,7 +52,7 @@ def test_a_config_of_another_size_is_refused(model, tmp_path):
 
 
 def test_missing_and_unknown_parameters_of_a_checkpoint_are_named(model, tmp_path):
-    hf_to_megatron(model(), tmp_path / "megatron", Grid(1, 1, 1))
+    hf_to_megatron(model(), tmp_path / "megatron", TargetLayout(1, 1, 1))
     checkpoint = MegatronCheckpoint(tmp_path / "megatron")
     checkpoint.shapes["decoder.layers.mlp.gate.weight"] = (4, 1)
     with pytest.raises(ValueError, match=r"does not know: decoder\.layers\.mlp\.gate\.weight"):
@@ -63,13 +63,13 @@ def test_missing_and_unknown_parameters_of_a_checkpoint_are_named(model, tmp_pat
 
 
 def test_resharding_refuses_before_it_writes(model, tmp_path):
-    hf_to_megatron(model(), tmp_path / "megatron", Grid(1, 1, 1))
+    hf_to_megatron(model(), tmp_path / "megatron", TargetLayout(1, 1, 1))
     config = tmp_path / "megatron" / "hf" / "config.json"
     true = config.read_text()
 
     def refused(message: str, pp: int = 1) -> None:
         with pytest.raises(ValueError, match=message):
-            reshard(tmp_path / "megatron", tmp_path / "out", Grid(1, pp, 1))
+            reshard(tmp_path / "megatron", tmp_path / "out", TargetLayout(1, pp, 1))
         assert not list(tmp_path.glob("out*"))
 
     config.write_text(json.dumps(json.loads(true) | {"num_hidden_layers": 3}))
@@ -93,7 +93,7 @@ def test_a_tied_folder_without_the_embedding_is_refused(model, tmp_path):
 
     only_head = broken(model("qwen2", True), tmp_path / "head", keep_head)
     with pytest.raises(ValueError, match=r"lacks model\.embed_tokens\.weight"):
-        hf_to_megatron(only_head, tmp_path / "out", Grid(1, 1, 1))
+        hf_to_megatron(only_head, tmp_path / "out", TargetLayout(1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,10 @@ def test_a_tied_folder_without_the_embedding_is_refused(model, tmp_path):
     ],
 )
 def test_a_carried_config_that_disagrees_is_refused(model, tmp_path, figures, message):
-    hf_to_megatron(model("qwen3_moe"), tmp_path / "megatron", Grid(2, 1, 1))  # 263 rows, padded to 264
+    hf_to_megatron(model("qwen3_moe"), tmp_path / "megatron", TargetLayout(2, 1, 1))  # 263 rows, padded to 264
     config = tmp_path / "megatron" / "hf" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | figures))
-    for work in (megatron_to_hf, lambda source, out: reshard(source, out, Grid(1, 1, 1))):
+    for work in (megatron_to_hf, lambda source, out: reshard(source, out, TargetLayout(1, 1, 1))):
         with pytest.raises(ValueError, match=message):
             work(tmp_path / "megatron", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -134,21 +134,21 @@ def test_tensors_that_megatron_joins_must_share_a_dtype(model, tmp_path):
     with pytest.raises(
         ValueError, match=rf"and {VICTIM} torch\.bfloat16, but Megatron keeps both in decoder\.layers\."
     ):
-        hf_to_megatron(mixed, tmp_path / "out", Grid(1, 1, 1))
+        hf_to_megatron(mixed, tmp_path / "out", TargetLayout(1, 1, 1))
     assert not list(tmp_path.glob("out*"))
-    hf_to_megatron(mixed, tmp_path / "out", Grid(1, 1, 1), dtype=torch.float32)
+    hf_to_megatron(mixed, tmp_path / "out", TargetLayout(1, 1, 1), dtype=torch.float32)
     assert all(row.same for row in compare(open_weights(mixed), open_weights(tmp_path / "out")))
 
     def narrow_norm(tensors):
         tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
 
-    hf_to_megatron(broken(model(), tmp_path / "alone", narrow_norm), tmp_path / "kept", Grid(1, 1, 1))
+    hf_to_megatron(broken(model(), tmp_path / "alone", narrow_norm), tmp_path / "kept", TargetLayout(1, 1, 1))
     megatron_to_hf(tmp_path / "kept", tmp_path / "hf")
     assert HFFolder(tmp_path / "hf").dtypes == HFFolder(tmp_path / "alone").dtypes
 
     double = broken(model(), tmp_path / "double", lambda t: t.update({VICTIM: t[VICTIM].double()}))
     with pytest.raises(ValueError, match=rf"{VICTIM} is torch\.float64; .* float32, bfloat16 or float16"):
-        hf_to_megatron(double, tmp_path / "never", Grid(1, 1, 1))
+        hf_to_megatron(double, tmp_path / "never", TargetLayout(1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -162,14 +162,14 @@ def test_tensors_that_megatron_joins_must_share_a_dtype(model, tmp_path):
     ],
 )
 def test_a_damaged_checkpoint_is_refused_before_anything_is_written(model, tmp_path, name, size, message):
-    hf_to_megatron(model(), tmp_path / "megatron", Grid(2, 1, 1))
+    hf_to_megatron(model(), tmp_path / "megatron", TargetLayout(2, 1, 1))
     file = tmp_path / "megatron" / name
     data = file.read_bytes()
     file.unlink()
     if size is not None:
         file.write_bytes(data[:size])
     with pytest.raises(ValueError, match=message):
-        reshard(tmp_path / "megatron", tmp_path / "out", Grid(1, 1, 1))
+        reshard(tmp_path / "megatron", tmp_path / "out", TargetLayout(1, 1, 1))
     assert not list(tmp_path.glob("out*"))
 
 
@@ -198,7 +198,7 @@ def test_a_stored_copy_of_a_tied_output_layer_must_be_equal(model, tmp_path):
         return lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + number})
 
     equal = broken(model("qwen2", True), tmp_path / "equal", copy_plus(0))
-    hf_to_megatron(equal, tmp_path / "out", Grid(1, 1, 1))
+    hf_to_megatron(equal, tmp_path / "out", TargetLayout(1, 1, 1))
     other = broken(model("qwen2", True), tmp_path / "other", copy_plus(1))
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-        hf_to_megatron(other, tmp_path / "never", Grid(1, 1, 1))
+        hf_to_megatron(other, tmp_path / "never", TargetLayout(1, 1, 1))

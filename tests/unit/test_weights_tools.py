@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_nft.weights.offline import command as tool
+from megatron_nft import console
+from megatron_nft.cli import main
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 OPTIONS = {
@@ -80,7 +80,7 @@ def test_help_answers_at_once_from_another_directory(name, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith(f"usage: {name} [-h]")
     assert all(option in shown.stdout for option in OPTIONS[name]), shown.stdout
-    assert f"python tools/{name} " in shown.stdout  # an example
+    assert f"\n    {name} " in shown.stdout  # an example
     loaded = {line.rsplit("|", 1)[1].strip() for line in shown.stderr.splitlines() if "|" in line}
     assert "rich" in loaded and not loaded & {"torch", "numpy", "transformers", "megatron.core"}
 
@@ -156,7 +156,7 @@ def test_refusals_are_one_line_and_an_exit_code(call, model, tmp_path):
         assert code == 2 and f"argument {option}: {value} must be a whole number of at least 1" in err
     for value in ("0.0", "nan", "inf"):
         code, _, err = call("convert_megatron_to_hf.py", model, "never", "--max-file-gb", value)
-        assert code == 2 and f"--max-file-gb {value}: must be a number above 0" in err
+        assert code == 2 and f"argument --max-file-gb: {value} must be a number above 0" in err
 
 
 def test_progress_is_a_bar_on_a_terminal(call, model, monkeypatch):
@@ -169,21 +169,14 @@ def test_progress_is_a_bar_on_a_terminal(call, model, monkeypatch):
     assert code == 0 and f"{size:.1f}/{size:.1f} kB" in plain and "output_layer.weight" in plain, plain
 
 
-def test_progress_is_lines_elsewhere(call, model, monkeypatch, capsys):
-    monkeypatch.setattr(tool, "LINE_EVERY_S", 0.0)
+def test_progress_is_lines_elsewhere(call, model, monkeypatch):
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
     for name, *arguments in (("convert_hf_to_megatron.py", model, "megatron"), ("diff_checkpoints.py", model, model)):
         code, _, err = call(name, *arguments)
         assert code == 0
-        lines = [re.fullmatch(r"\w+ (\S+): (\d\.\d\d) of (\d\.\d\d) GB, \d+ s", line) for line in err.splitlines()]
+        pattern = r"\w+ (\S+): (\d\.\d\d) of (\d\.\d\d) GB, \d+ MB/s, about \d+ s left"
+        lines = [re.fullmatch(pattern, line) for line in err.splitlines()]
         assert len(lines) >= 11 and all(lines), err
-    clock = iter([0.0, 1.0, 9.0, 11.0, 12.0])
-    monkeypatch.setattr(tool.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(tool, "LINE_EVERY_S", 10.0)
-    with tool.reports_on(Console(stderr=True, soft_wrap=True), "moving") as reports:
-        reports.total(4_000_000_000)
-        for name in ("a", "b", "c", "d"):
-            reports.done(name, 10**9)
-    assert capsys.readouterr().err == "moving c: 3.00 of 4.00 GB, 11 s\n"
 
 
 def test_config_is_carried_through_the_tools(call, model, tmp_path):
@@ -191,3 +184,25 @@ def test_config_is_carried_through_the_tools(call, model, tmp_path):
     call("convert_megatron_to_hf.py", "megatron", "hf")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         assert json.loads((tmp_path / "hf" / name).read_text()) == json.loads((model / name).read_text())
+
+
+def test_the_commands_do_what_the_tools_do(call, model, tmp_path, capsys):
+    """`megatron-nft convert | reshard | diff`: the same files as the tools write, and their exit statuses."""
+    assert call("convert_hf_to_megatron.py", model, "by_tool", "--tp", 2)[0] == 0
+    assert main(["convert", "hf-to-megatron", str(model), "by_command", "--tp", "2"]) == 0
+    names = sorted(path.name for path in (tmp_path / "by_tool").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "by_command").iterdir())
+    data = [name for name in names if name.endswith(".distcp")]
+    assert len(data) == 2
+    assert all((tmp_path / "by_tool" / n).read_bytes() == (tmp_path / "by_command" / n).read_bytes() for n in data)
+    assert main(["reshard", "by_command", "resharded", "--pp", "2"]) == 0
+    assert main(["convert", "megatron-to-hf", "resharded", "hf"]) == 0
+    assert main(["diff", "hf", str(model)]) == 0
+    assert "25 tensors, 0 differ" in capsys.readouterr().out
+    assert main(["diff", "hf", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("megatron-nft diff: nowhere is no Megatron checkpoint")
+    assert main(["convert", "hf-to-megatron", str(model), "hf"]) == 1
+    assert capsys.readouterr().err.startswith("megatron-nft convert hf-to-megatron: hf exists already")
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(model), "out"])
+    assert ended.value.code == 2

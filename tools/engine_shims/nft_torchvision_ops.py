@@ -5,18 +5,20 @@ A `.pth` file imports this at start-up; it acts once, at the first import of tor
 
 import importlib.abc
 import sys
+from typing import Any
 
-_library = None  # torch unregisters the operators when the Library object goes
+_library: Any = None  # torch unregisters the operators when the Library object goes
 
 
 class _DeclareOnImport(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name == "torchvision":
             global _library
             sys.meta_path.remove(self)
             import torch
 
-            _library = torch.library.Library("torchvision", "DEF")
+            library: Any = torch.library  # its functions have no types
+            _library = library.Library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
                 _library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 

@@ -1,14 +1,14 @@
-"""Conversions between HF folders and Megatron checkpoints, streamed by one process; the tools are their faces."""
+"""Conversions between Hugging Face folders and Megatron checkpoints, streamed by one process."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megatron_nft.console import SILENT, Progress
 from megatron_nft.policy.family import ModelSpec, read_family
 from megatron_nft.weights.buckets import Bucket, TensorMeta
 from megatron_nft.weights.hf_folder import HFFolder
@@ -23,56 +23,18 @@ from megatron_nft.weights.hf_writer import (
 )
 from megatron_nft.weights.import_hf import check_folder
 from megatron_nft.weights.names import Kind, Place, all_places
-from megatron_nft.weights.offline.command import Reports
 from megatron_nft.weights.offline.megatron_reader import HF_FILES, MegatronCheckpoint, MegatronWeights, megatron_shape
-from megatron_nft.weights.offline.megatron_writer import Grid, Piece, Stored, boxes, write_checkpoint
-from megatron_nft.weights.offline.reused_memory import Scratch
+from megatron_nft.weights.offline.megatron_writer import StoredBox, StoredTensor, TargetLayout, boxes, write_checkpoint
+from megatron_nft.weights.offline.reused_memory import ReusedMemory
+from megatron_nft.weights.offline.summary import ConversionSummary, WrittenTensor
 from megatron_nft.weights.splits import unmerge
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A tensor that a conversion wrote."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What a conversion wrote."""
-
-    tensors: list[Written]
-    num_files: int
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(math.prod(t.shape) for t in self.tensors)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors)
-
-
-class Silent:
-    """Reports to nobody. See `tool.Reports`."""
-
-    def total(self, nbytes: int) -> None:
-        pass
-
-    def done(self, name: str, nbytes: int) -> None:
-        pass
-
-
-SILENT = Silent()
-
-
 def hf_to_megatron(
-    source: Path, out: Path, grid: Grid, dtype: torch.dtype | None = None, reports: Reports = SILENT
-) -> Summary:
+    source: Path, out: Path, grid: TargetLayout, dtype: torch.dtype | None = None, progress: Progress = SILENT
+) -> ConversionSummary:
     """Write the HF folder `source` as a weights-only checkpoint `out`, with config and tokenizer in `out`/hf.
 
     dtype: of the checkpoint; None keeps the folder's. ValueError before anything is written where folder and config
@@ -84,8 +46,8 @@ def hf_to_megatron(
     check_folder(folder, spec)
     dtypes = {} if dtype else _stored_dtypes(folder, spec)
     partial = open_partial(out, replace=False)
-    stored: dict[str, Stored] = {}
-    ranks: list[list[Piece]] = [[] for _ in range(grid.tp * grid.pp)]
+    stored: dict[str, StoredTensor] = {}
+    ranks: list[list[StoredBox]] = [[] for _ in range(grid.tp * grid.pp)]
     for place in all_places(spec):
         if place.row.tied_copy:
             continue
@@ -94,14 +56,14 @@ def hf_to_megatron(
             shape[0] = spec.padded_vocab_size(grid.tp)
         lead = _lead(place, spec)
         for key in place.row.stored_keys:
-            stored[key] = Stored(tuple(n for _, n in lead) + tuple(shape), dtype or dtypes[key])
+            stored[key] = StoredTensor(tuple(n for _, n in lead) + tuple(shape), dtype or dtypes[key])
             for tp_rank, offsets, sizes in boxes(place.row.kind, shape, grid.tp):
                 fill = _filler(folder, spec, place, offsets, sizes)
-                piece = Piece(key, tuple(i for i, _ in lead) + offsets, (1,) * len(lead) + sizes, fill)
+                piece = StoredBox(key, tuple(i for i, _ in lead) + offsets, (1,) * len(lead) + sizes, fill)
                 ranks[grid.stage(place, spec.num_layers) * grid.tp + tp_rank].append(piece)
-    summary = Summary([Written(key, s.shape, s.dtype) for key, s in stored.items()], len(ranks))
-    reports.total(summary.nbytes)
-    write_checkpoint(partial, stored, ranks, {"content_metadata": {}}, reports.done)
+    summary = ConversionSummary([WrittenTensor(key, s.shape, s.dtype) for key, s in stored.items()], len(ranks))
+    progress.expect(summary.nbytes)
+    write_checkpoint(partial, stored, ranks, {"content_metadata": {}}, progress)
     (partial / HF_FILES).mkdir()
     carry_files(source, partial / HF_FILES, next(iter(stored.values())).dtype)
     publish(partial, out)
@@ -167,8 +129,8 @@ def megatron_to_hf(
     hf_files: Path | None = None,
     dtype: torch.dtype | None = None,
     max_file_bytes: int = 5 << 30,
-    reports: Reports = SILENT,
-) -> Summary:
+    progress: Progress = SILENT,
+) -> ConversionSummary:
     """Write a checkpoint's weights as the HF folder `out`.
 
     hf_files: where config and tokenizer come from; None takes those that the checkpoint carries or, for a run's
@@ -183,9 +145,11 @@ def megatron_to_hf(
     files = split_into_files([[meta] for of_place in metas for meta in of_place], max_file_bytes)
     names = file_names(len(files))
     partial = open_partial(out, replace=False)
-    summary = Summary([Written(m.name, m.shape, m.dtype) for of_file in files for m in of_file], len(files))
-    reports.total(summary.nbytes)
-    stream = _buckets(weights, spec, metas, reports)
+    summary = ConversionSummary(
+        [WrittenTensor(m.name, m.shape, m.dtype) for of_file in files for m in of_file], len(files)
+    )
+    progress.expect(summary.nbytes)
+    stream = _buckets(weights, spec, metas, progress)
     for name, of_file in zip(names, files, strict=True):
         write_file(partial / name, of_file, stream)
     file_of = {meta.name: name for name, of_file in zip(names, files, strict=True) for meta in of_file}
@@ -216,11 +180,11 @@ def _metas(place: Place, spec: ModelSpec, dtype: torch.dtype) -> list[TensorMeta
 
 
 def _buckets(
-    weights: MegatronWeights, spec: ModelSpec, metas: list[list[TensorMeta]], reports: Reports
+    weights: MegatronWeights, spec: ModelSpec, metas: list[list[TensorMeta]], progress: Progress
 ) -> Iterator[Bucket]:
     """One bucket per HF tensor, valid until the next."""
-    whole = Scratch(max(sum(meta.end for meta in of_place) for of_place in metas))
-    part_of_qkv = Scratch(
+    whole = ReusedMemory(max(sum(meta.end for meta in of_place) for of_place in metas))
+    part_of_qkv = ReusedMemory(
         max(m.end for p, of in zip(weights.places, metas, strict=True) if p.row.kind is Kind.QKV for m in of)
     )
     for place, of_place in zip(weights.places, metas, strict=True):
@@ -229,5 +193,5 @@ def _buckets(
         for meta, part in zip(of_place, unmerge(place.row.kind, parameter, spec), strict=True):
             if not part.is_contiguous():  # a part of QKV lies there group by group
                 part = part_of_qkv.tensor(part.shape, part.dtype).copy_(part)
-            reports.done(meta.name, part.nbytes)
+            progress.advance(part.nbytes, meta.name)
             yield Bucket([meta], part.reshape(-1).view(torch.uint8))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_nft.policy.checkpoint import read_metadata
+from megatron_nft.policy.checkpoint_metadata import read_metadata
 from megatron_nft.policy.family import ModelSpec, RopeScaling, read_family
 from megatron_nft.weights.hf_folder import name_list
 from megatron_nft.weights.names import Geometry, Kind, Place, all_places, hf_shapes
@@ -69,22 +70,23 @@ class MegatronCheckpoint:
                 raise ValueError(f"{path} is cut off: it has {path.stat().st_size} bytes, .metadata lists {end}")
 
     def spec(self) -> ModelSpec:
-        """The model's figures: from the carried config.json, or from a run's manifest."""
+        """Return the model's sizes, from the carried config.json or from a run's manifest. ValueError without both."""
         if (self.folder / HF_FILES / "config.json").is_file():
             return read_family(self.folder / HF_FILES)
         manifest = self.path / "manifest.json"
         if not manifest.is_file():
             raise ValueError(f"{self.path} says nothing of its model (no {HF_FILES}/config.json, no manifest.json)")
-        figures = json.loads(manifest.read_text(encoding="utf-8"))["model"]
-        if figures["rope_scaling"] is not None:
-            figures["rope_scaling"] = RopeScaling(**figures["rope_scaling"])
-        return ModelSpec(**figures)
+        values = json.loads(manifest.read_text(encoding="utf-8"))["model"]
+        if values["rope_scaling"] is not None:
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        return ModelSpec(**values)
 
-    def common(self) -> dict:
-        """What is not sharded: schedule, hyper-parameters, layout."""
+    def common(self) -> dict[str, Any]:
+        """Return what is not sharded: schedule, hyper-parameters, layout. ValueError where it is damaged."""
         path = self.folder / "common.pt"
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            common: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return common
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
@@ -95,13 +97,13 @@ class MegatronCheckpoint:
         offsets = start + (0,) * len(shape)
         return self.read_region(key, offsets, lengths).view(shape)
 
-    def equal(self, a: str, b: str) -> bool:
+    def equal(self, key: str, other: str) -> bool:
         """Whether two matrices have the same shape and values, compared block by block."""
-        if self.shapes[a] != self.shapes[b]:
+        if self.shapes[key] != self.shapes[other]:
             return False
-        rows, width = self.shapes[a]
+        rows, width = self.shapes[key]
         blocks = [((start, 0), (min(1024, rows - start), width)) for start in range(0, rows, 1024)]
-        return all(torch.equal(self.read_region(a, *block), self.read_region(b, *block)) for block in blocks)
+        return all(torch.equal(self.read_region(key, *block), self.read_region(other, *block)) for block in blocks)
 
     def read_region(self, key: str, offsets: tuple[int, ...], lengths: tuple[int, ...]) -> torch.Tensor:
         """The box at `offsets`. ValueError where a part of it is missing."""

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -26,14 +26,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_nft.console import SILENT, Progress
 from megatron_nft.policy.family import ModelSpec, tensor_parallel_sizes
+from megatron_nft.weights.file_array import names_file
 from megatron_nft.weights.names import Kind, Place
-from megatron_nft.weights.offline.file_array import names_file
-from megatron_nft.weights.offline.reused_memory import Scratch
+from megatron_nft.weights.offline.reused_memory import ReusedMemory
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StoredBox:
     """A box of one stored tensor."""
 
     key: str
@@ -43,7 +44,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor as the checkpoint lists it."""
 
     shape: tuple[int, ...]
@@ -51,7 +52,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class TargetLayout:
     """The layout that decides which rank's file a parameter goes to, and in which pieces."""
 
     tp: int
@@ -94,16 +95,16 @@ def boxes(kind: Kind, shape: Sequence[int], tp: int) -> Iterator[tuple[int, tupl
 
 def write_checkpoint(
     folder: Path,
-    stored: Mapping[str, Stored],
-    pieces_of_ranks: Sequence[Sequence[Piece]],
+    stored: Mapping[str, StoredTensor],
+    pieces_of_ranks: Sequence[Sequence[StoredBox]],
     common: dict[str, Any],
-    progress: Callable[[str, int], None] = lambda key, nbytes: None,
+    progress: Progress = SILENT,
 ) -> None:
-    """Fill `folder` with one file per rank. `progress(key, bytes)` is called for every piece. OSError on a full disk.
+    """Fill `folder` with one file per rank. `progress` is told of every piece. OSError on a full disk.
 
     Held at a time: the largest piece. (torch's own writer holds two or more: it reads the next while one is written.)
     """
-    scratch = Scratch(max(_nbytes(piece, stored) for pieces in pieces_of_ranks for piece in pieces))
+    scratch = ReusedMemory(max(_nbytes(piece, stored) for pieces in pieces_of_ranks for piece in pieces))
     written = [
         _write_rank(folder, f"__{rank}_0.distcp", pieces, stored, scratch, progress)
         for rank, pieces in enumerate(pieces_of_ranks)
@@ -111,7 +112,7 @@ def write_checkpoint(
     chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in stored}
     for piece in (piece for pieces in pieces_of_ranks for piece in pieces):
         chunks[piece.key].append(ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)))
-    tensors = {
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
         key: TensorStorageMetadata(TensorProperties(dtype=s.dtype), torch.Size(s.shape), chunks[key])
         for key, s in stored.items()
     }
@@ -120,17 +121,17 @@ def write_checkpoint(
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-def _nbytes(piece: Piece, stored: Mapping[str, Stored]) -> int:
+def _nbytes(piece: StoredBox, stored: Mapping[str, StoredTensor]) -> int:
     return math.prod(piece.sizes) * stored[piece.key].dtype.itemsize
 
 
 def _write_rank(
     folder: Path,
     name: str,
-    pieces: Sequence[Piece],
-    stored: Mapping[str, Stored],
-    scratch: Scratch,
-    progress: Callable[[str, int], None],
+    pieces: Sequence[StoredBox],
+    stored: Mapping[str, StoredTensor],
+    scratch: ReusedMemory,
+    progress: Progress,
 ) -> list[WriteResult]:
     """One file: every piece as torch.save writes it, one behind the other; flushed to disk."""
     results = []
@@ -143,7 +144,7 @@ def _write_rank(
             index = MetadataIndex(piece.key, torch.Size(piece.offsets))
             length = file.tell() - start
             results.append(WriteResult(index, length, _StorageInfo(name, start, length)))
-            progress(piece.key, value.nbytes)
+            progress.advance(value.nbytes, piece.key)
         file.flush()
         os.fsync(file.fileno())
     return results

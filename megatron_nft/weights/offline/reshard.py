@@ -6,21 +6,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_nft.console import SILENT, Progress
 from megatron_nft.files import sha256_of_file
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.weights.hf_folder import name_list
 from megatron_nft.weights.hf_writer import open_partial, publish
 from megatron_nft.weights.names import Kind, ParameterRow, Place, all_places
-from megatron_nft.weights.offline.command import Reports
-from megatron_nft.weights.offline.convert import SILENT, Summary, Written
 from megatron_nft.weights.offline.megatron_reader import HF_FILES, MegatronCheckpoint, MegatronWeights
-from megatron_nft.weights.offline.megatron_writer import Grid, Piece, Stored, boxes, write_checkpoint
+from megatron_nft.weights.offline.megatron_writer import StoredBox, StoredTensor, TargetLayout, boxes, write_checkpoint
+from megatron_nft.weights.offline.summary import ConversionSummary, WrittenTensor
 
 
-def reshard(source: Path, out: Path, grid: Grid, reports: Reports = SILENT) -> Summary:
+def reshard(source: Path, out: Path, grid: TargetLayout, progress: Progress = SILENT) -> ConversionSummary:
     """Write a training checkpoint, optimizer state included, as ranks of `grid` would have saved it.
 
     `source` may be a run's `step_...` folder (its manifest, surplus groups and all are carried over) or a bare
@@ -35,13 +36,13 @@ def reshard(source: Path, out: Path, grid: Grid, reports: Reports = SILENT) -> S
     if checkpoint.objects:
         raise ValueError(f"{source} holds pickled objects, which are not read: {name_list(checkpoint.objects)}")
     stored, ranks = _plan(checkpoint, spec, grid)
-    common = _relaid(checkpoint.common(), grid)
+    common = _with_layout(checkpoint.common(), grid)
     partial = open_partial(out, replace=False)
     target = partial / "megatron" if checkpoint.folder != checkpoint.path else partial
     target.mkdir(exist_ok=True)
-    summary = Summary([Written(key, s.shape, s.dtype) for key, s in stored.items()], len(ranks))
-    reports.total(summary.nbytes)
-    write_checkpoint(target, stored, ranks, common, reports.done)
+    summary = ConversionSummary([WrittenTensor(key, s.shape, s.dtype) for key, s in stored.items()], len(ranks))
+    progress.expect(summary.nbytes)
+    write_checkpoint(target, stored, ranks, common, progress)
     if target != partial:
         _carry_run_files(checkpoint, partial, grid)
     elif (checkpoint.folder / HF_FILES).is_dir():
@@ -50,12 +51,14 @@ def reshard(source: Path, out: Path, grid: Grid, reports: Reports = SILENT) -> S
     return summary
 
 
-def _plan(checkpoint: MegatronCheckpoint, spec: ModelSpec, grid: Grid) -> tuple[dict[str, Stored], list[list[Piece]]]:
+def _plan(
+    checkpoint: MegatronCheckpoint, spec: ModelSpec, grid: TargetLayout
+) -> tuple[dict[str, StoredTensor], list[list[StoredBox]]]:
     """What is stored, and the pieces of every rank. Optimizer states are cut like their parameter, whose key theirs
     ends with."""
     places = {key: place for place in all_places(spec) for key in place.row.stored_keys}
-    stored: dict[str, Stored] = {}
-    ranks: list[list[Piece]] = [[] for _ in range(grid.tp * grid.pp)]
+    stored: dict[str, StoredTensor] = {}
+    ranks: list[list[StoredBox]] = [[] for _ in range(grid.tp * grid.pp)]
     for key, shape in checkpoint.shapes.items():
         if key.startswith("rng."):
             continue
@@ -65,13 +68,13 @@ def _plan(checkpoint: MegatronCheckpoint, spec: ModelSpec, grid: Grid) -> tuple[
         row = places[parameter].row
         if row.kind is Kind.VOCAB:  # every TP size has its own padding
             shape = (spec.padded_vocab_size(grid.tp), *shape[1:])
-        stored[key] = Stored(shape, checkpoint.dtypes[key])
+        stored[key] = StoredTensor(shape, checkpoint.dtypes[key])
         for lead in _leading_indices(row, shape):
             place = Place(row, lead[0] if lead else None, lead[1] if len(lead) > 1 else None)
             stage = grid.stage(place, spec.num_layers)
             for tp_rank, offsets, sizes in boxes(row.kind, shape[len(lead) :], grid.tp):
                 start = lead + offsets
-                piece = Piece(key, start, (1,) * len(lead) + sizes, _filler(checkpoint, key, start))
+                piece = StoredBox(key, start, (1,) * len(lead) + sizes, _filler(checkpoint, key, start))
                 ranks[stage * grid.tp + tp_rank].append(piece)
     return stored, ranks
 
@@ -96,7 +99,7 @@ def _leading_indices(row: ParameterRow, shape: tuple[int, ...]) -> list[tuple[in
     return [(layer,) for layer in range(shape[0])]
 
 
-def _relaid(common: dict, grid: Grid) -> dict:
+def _with_layout(common: dict[str, Any], grid: TargetLayout) -> dict[str, Any]:
     """common.pt with the new layout. `resharded_from` makes it differ from every rank's own, so that a loader does not
     look for generator states."""
     if "layout" in common:
@@ -106,7 +109,7 @@ def _relaid(common: dict, grid: Grid) -> dict:
     return common
 
 
-def _carry_run_files(checkpoint: MegatronCheckpoint, partial: Path, grid: Grid) -> None:
+def _carry_run_files(checkpoint: MegatronCheckpoint, partial: Path, grid: TargetLayout) -> None:
     """Surplus groups and the manifest, with the new layout and the new files' sizes and SHA-256."""
     for path in checkpoint.path.iterdir():
         if path.is_dir() and path != checkpoint.folder:
@@ -114,10 +117,10 @@ def _carry_run_files(checkpoint: MegatronCheckpoint, partial: Path, grid: Grid) 
     manifest = json.loads((checkpoint.path / "manifest.json").read_text(encoding="utf-8"))
     manifest["layout"] |= {"tp": grid.tp, "pp": grid.pp}
     manifest["files"] = {
-        str(path.relative_to(partial)): _facts(path) for path in sorted(partial.rglob("*")) if path.is_file()
+        str(path.relative_to(partial)): _size_and_digest(path) for path in sorted(partial.rglob("*")) if path.is_file()
     }
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _facts(path: Path) -> dict[str, int | str]:
+def _size_and_digest(path: Path) -> dict[str, int | str]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}

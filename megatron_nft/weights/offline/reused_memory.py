@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 
-class Scratch:
+class ReusedMemory:
     """Tensors one after the other in the same memory. A heap keeps the holes that large tensors of many sizes leave,
     so what a process holds at its peak would depend on their order; here it is `nbytes`."""
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_nft.weights.offline.file_array import FileArray
+from megatron_nft.weights.file_array import FileArray
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -31,8 +31,8 @@ _STORAGES = {
 _LOCAL_HEADER = 30  # bytes; the lengths of name and extra field are its last two pairs
 
 
-class _Figures(NamedTuple):
-    """Of a tensor, as its pickle has them."""
+class _TensorRecord(NamedTuple):
+    """What the pickle of a tensor says about it."""
 
     dtype: torch.dtype
     record: str  # the name of its storage's file in the zip
@@ -51,10 +51,10 @@ def find_item(path: Path, start: int, length: int) -> tuple[FileArray, tuple[int
         try:
             item = zipfile.ZipFile(_Window(file, start, length))
             root = next(name for name in item.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
-            figures = _TensorUnpickler(io.BytesIO(item.read(root + "data.pkl"))).load()
-            if not isinstance(figures, _Figures):
-                raise pickle.UnpicklingError(f"it is a {type(figures).__name__}")
-            dtype, record, offset, shape, strides = figures
+            found = _TensorUnpickler(io.BytesIO(item.read(root + "data.pkl"))).load()
+            if not isinstance(found, _TensorRecord):
+                raise pickle.UnpicklingError(f"it is a {type(found).__name__}")
+            dtype, record, offset, shape, strides = found
             stored = item.getinfo(f"{root}data/{record}")
         except (zipfile.BadZipFile, StopIteration, KeyError) as error:
             raise ValueError(f"{path} is cut off or damaged at {start}: {error}") from None
@@ -105,11 +105,11 @@ class _Window(io.RawIOBase):
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads the figures of one tensor; no other name is looked up."""
+    """Reads the description of one tensor; no other name is looked up."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _figures
+            return _rebuild_tensor
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if module == "torch" and name in _STORAGES:
@@ -121,5 +121,7 @@ class _TensorUnpickler(pickle.Unpickler):
         return dtype, record
 
 
-def _figures(storage: tuple[torch.dtype, str], offset: int, shape: tuple, strides: tuple, *_: Any) -> _Figures:
-    return _Figures(*storage, offset, tuple(shape), tuple(strides))
+def _rebuild_tensor(
+    storage: tuple[torch.dtype, str], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> _TensorRecord:
+    return _TensorRecord(*storage, offset, tuple(shape), tuple(strides))

@@ -3,12 +3,17 @@
 SGLang imports `sgl_kernel` in any case; with the torch_native attention and the pytorch sampler no kernel is called.
 """
 
+from __future__ import annotations
 
-def __getattr__(name):
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+def __getattr__(name: str) -> Callable[..., NoReturn]:
     if name.startswith("__"):
         raise AttributeError(name)
 
-    def missing(*args, **kwargs):
+    def missing(*args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(f"sgl_kernel.{name} needs a GPU build of SGLang")
 
     missing.__name__ = name

@@ -75,7 +75,7 @@ def _read(file: io.RawIOBase, array: FileArray, target: torch.Tensor, index: tup
 
 def _fill(file: io.RawIOBase, path: Path, target: torch.Tensor, offset: int) -> None:
     """The bytes at `offset` into a contiguous tensor."""
-    left = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+    left = target.reshape(-1).view(torch.uint8).numpy().data
     file.seek(offset)
     while left:
         count = file.readinto(left)  # at most 2 GB a call
