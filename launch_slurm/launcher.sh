@@ -5,7 +5,7 @@
 #   nft_main command ARGS... -- "$@"   `python ARGS...` on the first node
 #
 # Outside a job this checks the settings and submits the script (submit.sh); inside a job it runs (job.sh). Every
-# variable (NFT_…) that a user may set is described in docs/slurm.md.
+# variable (NFT_…) that a user may set is described in docs/cluster.md.
 set -uo pipefail
 launch_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 NFT_HOME=$(dirname "$launch_dir")
