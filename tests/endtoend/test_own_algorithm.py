@@ -15,7 +15,6 @@ STRENGTH = 3.0
 FILE = Path(__file__).with_name("own_likelihood.py")
 
 
-@pytest.mark.slow
 def test_two_steps_with_an_algorithm_of_your_own(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "my_loss.py").write_text(FILE.read_text())

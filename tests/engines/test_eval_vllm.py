@@ -18,10 +18,9 @@ from megatron_nft.evaluate.records import read_answers
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm" / ".installed"
 QUESTIONS = 16
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not ENVIRONMENT.is_file(), reason="no .venv-vllm: `bash tools/install_engine.sh vllm` makes it"),
-]
+pytestmark = pytest.mark.skipif(
+    not ENVIRONMENT.is_file(), reason="no .venv-vllm: `bash tools/install_engine.sh vllm` makes it"
+)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from gpu_policies import likelihood_loss, make_policy, make_samples, packed
 
 from megatron_nft.engines.engine import EngineError, Request, SamplingParams
 
-pytestmark = [pytest.mark.needs("engine", "sglang"), pytest.mark.slow]
+pytestmark = pytest.mark.needs("engine", "sglang")
 
 VOCAB = 320
 ROOT = Path(__file__).resolve().parents[2]

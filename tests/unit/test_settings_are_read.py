@@ -16,8 +16,6 @@ from megatron_nft.algorithms import ALGORITHMS, algorithm_class
 from megatron_nft.config import Config
 from megatron_nft.section import Section
 
-pytestmark = pytest.mark.slow  # mypy reads the whole package anew
-
 ROOT = Path(__file__).parents[2]
 SECTION = "megatron_nft.section.Section"
 

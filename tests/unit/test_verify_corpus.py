@@ -58,7 +58,6 @@ def arithmetic(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.slow
 def test_hostile(arithmetic):
     """All hostile pairs, an innocent one after each."""
     innocent = TRICKY[:: len(TRICKY) // len(HOSTILE)]
@@ -89,7 +88,6 @@ def test_arithmetic_that_ignores_signals_costs_one_verdict(arithmetic):
     assert verdicts == ["correct", *["timeout" for _ in hostile], "correct", "wrong"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("grader", ["dapo_boxed", "dapo_minerva", "numeric"])
 def test_hostile_with_the_other_graders(grader):
     """Never `correct` where the default grader is not allowed to say so."""

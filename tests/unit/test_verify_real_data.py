@@ -25,10 +25,7 @@ from megatron_nft.verify.algebra.tree import NotUnderstood
 from megatron_nft.verify.algebra.values import mp, symbols, value
 from megatron_nft.verify.maths import grade
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data in {DATA} (set NFT_DATA_DIR)"),
-]
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data in {DATA} (set NFT_DATA_DIR)")
 EVERY = {"gsm8k": 4}  # every fourth row of the large and simple one
 
 
