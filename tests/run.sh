@@ -1,35 +1,52 @@
 #!/usr/bin/env bash
-# Sets up and runs all tests: unit, distributed (gloo ranks), engines (real SGLang and vLLM servers), slurm (a real one).
-#   bash tests/run.sh [pytest arguments]      for example: bash tests/run.sh tests/unit -k packing
+# Sets up and runs the tests of level 1, which CI runs; with --long those of level 2 too. See docs/testing.md.
+#   bash tests/run.sh [--long] [pytest arguments]      for example: bash tests/run.sh tests/unit -k packing
+# With pytest arguments only pytest runs, without the checks of style and types and without the other environments.
 # PYTHON, NFT_TORCH_INDEX: see tools/setup_env.sh. NFT_DATA_DIR: public benchmark files (default ../shared/data).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+level=()
+if [ "${1:-}" = --long ]; then level=(-m ""); shift; fi
+
 bash tools/setup_env.sh dev
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-.venv/bin/ruff check .
-[ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
-
-# The environments of the engines and of NeMo-Run are made while the unit tests run.
-log=$(mktemp)
-set -m  # a process group of its own, so that nothing of it is left when we are interrupted
-{ bash tools/install_engine.sh sglang && bash tools/install_engine.sh vllm && bash tools/install_nemo.sh; } >"$log" 2>&1 &
-installing=$!
-set +m
-trap 'kill -- "-$installing" 2>/dev/null || true; rm -f "$log"' EXIT
-
-# Servers, ranks and a Slurm that die at a chosen moment depend on what else the machine does: what failed is tried once
-# more, by itself. A test that fails twice fails; one that failed once is in the output.
-run_tests() {
-    local status=0
-    .venv/bin/python -m pytest --durations=20 "$@" || status=$?
-    ((status == 1)) || return "$status"
-    echo "tests/run.sh: the tests that failed are tried once more"
-    .venv/bin/python -m pytest --last-failed "$@"
+results=build/tests
+mkdir -p "$results"
+run_pytest() {  # NAME and pytest's arguments; durations and results go to build/tests/NAME.xml
+    .venv/bin/python -m pytest --durations=20 --junitxml="$results/$1.xml" ${level[@]+"${level[@]}"} "${@:2}"
 }
+if [ $# -gt 0 ]; then run_pytest selected "$@"; exit; fi
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+
+# Beside the tests, which wait a good deal: types are checked, and what only the later tests need is installed.
+in_background() {  # NAME COMMAND …: its output goes to build/tests/NAME.log; its process id to $started
+    set -m  # a process group of its own, so that nothing of it is left when we are interrupted
+    "${@:2}" >"$results/$1.log" 2>&1 &
+    started=$!
+    set +m
+    groups+=("$started")
+}
+end_groups() { for group in "${groups[@]}"; do kill -- "-$group" 2>/dev/null || true; done; }
+install_the_rest() {
+    PYTHONPATH=tests/browser:tests/slurm .venv/bin/python -c \
+        'import chromium, cluster; print("chromium:", *chromium.find_or_install(), "slurm:", cluster.missing_reason())'
+    bash tools/install_engine.sh sglang && bash tools/install_engine.sh vllm && bash tools/install_nemo.sh
+}
+groups=()
+trap end_groups EXIT
+in_background install install_the_rest
+installing=$started
+in_background mypy .venv/bin/mypy
+checking=$started
 
 status=0
-run_tests tests/unit || status=$?
-wait "$installing" || { cat "$log"; exit 1; }
-cat "$log"
-run_tests tests/[!u]*/ || status=$?
+run_pytest unit tests/unit --numprocesses=2 --dist=loadfile || status=$?
+run_pytest ranks tests/distributed tests/endtoend tests/browser || status=$?
+wait "$installing" || { cat "$results/install.log"; exit 1; }
+cat "$results/install.log"
+run_pytest servers tests/engines tests/slurm tests/gpu || status=$?
+wait "$checking" || status=$?
+cat "$results/mypy.log"
 exit "$status"
