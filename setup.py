@@ -41,6 +41,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=2,<3",
+            "pre-commit>=4",
             "types-PyYAML",
             "types-psutil",
             "matplotlib>=3.9",
