@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_nft.config import Config
+    from megatron_nft.evaluate.evaluation import Parts
     from megatron_nft.evaluate.model_folder import ModelIdentity
     from megatron_nft.evaluate.protocol import Preset, Sampling
-    from megatron_nft.evaluate.run import Parts
     from megatron_nft.evaluate.tasks import Task
 
 DEFAULT_BENCHMARKS = "aime24,aime25,amc23,math500,olympiadbench,minerva"
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_nft.evaluate import run as running
+    from megatron_nft.evaluate import evaluation
     from megatron_nft.evaluate.summary import settings_rows, to_text
     from megatron_nft.evaluate.tasks import load_tasks, make_prompts
 
@@ -112,12 +112,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     prompts = {t.name: make_prompts(t, tokenizer, args.system_prompt) for t in tasks}
-    with running.claim_folder(args.out, protocol):
-        answers = running.run_tasks(
+    with evaluation.claim_folder(args.out, protocol):
+        answers = evaluation.run_tasks(
             tasks, prompts, sampling, identity.max_positions, tokenizer, args.out, lambda: _open_parts(args, config)
         )
-        results = running.make_results(tasks, prompts, answers, protocol)
-        running.write_results(args.out, results)
+        results = evaluation.make_results(tasks, prompts, answers, protocol)
+        evaluation.write_results(args.out, results)
     print(f"\n{to_text(results)}\n\nwritten: {args.out / 'results.md'}, results.json, results.html, answers/")
     return 0
 
@@ -250,7 +250,7 @@ def _protocol(
 def _open_parts(args: argparse.Namespace, config: Config) -> Iterator[Parts]:
     """Engine and verifier, both ended whatever happens."""
     from megatron_nft.engines.open import open_engine
-    from megatron_nft.evaluate.run import Parts
+    from megatron_nft.evaluate.evaluation import Parts
     from megatron_nft.verify import VerifierPool
 
     with VerifierPool(config.verify) as verifier:

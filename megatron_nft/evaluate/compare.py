@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_nft.evaluate.figures import macro_average
+from megatron_nft.evaluate.benchmark_metrics import macro_average
+from megatron_nft.evaluate.evaluation import EvaluationError, answer_path, read_json
 from megatron_nft.evaluate.protocol import FORMAT, differences
 from megatron_nft.evaluate.records import AnswerRecord, read_answers
-from megatron_nft.evaluate.run import EvaluationError, answer_path, read_json
 from megatron_nft.evaluate.statistics import Interval, PairedDifference, bootstrap_means, paired_bootstrap
 
 

@@ -18,7 +18,7 @@ from megatron_nft.config import Config
 from megatron_nft.data.prompts import PromptStream
 from megatron_nft.distributed import gather
 from megatron_nft.engines.engine import Engine
-from megatron_nft.evaluate.figures import macro_average
+from megatron_nft.evaluate.benchmark_metrics import macro_average
 from megatron_nft.evaluate.questions import evaluate_questions, merge_counts, summarize_counts
 from megatron_nft.evaluate.statistics import bootstrap_interval
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle

@@ -7,11 +7,11 @@ import pytest
 from megatron_nft import cli
 from megatron_nft.data.benchmarks import Question
 from megatron_nft.evaluate.compare import compare, verdict
+from megatron_nft.evaluate.evaluation import EvaluationError, answer_path, make_results
 from megatron_nft.evaluate.model_folder import ModelIdentity
 from megatron_nft.evaluate.protocol import Sampling, build_protocol, describe_benchmark
 from megatron_nft.evaluate.questions import Answer, QuestionResult
 from megatron_nft.evaluate.records import AnswerFile
-from megatron_nft.evaluate.run import EvaluationError, answer_path, make_results
 from megatron_nft.evaluate.tasks import Task, make_prompts
 from megatron_nft.files import write_atomically
 from megatron_nft.types import Verdict

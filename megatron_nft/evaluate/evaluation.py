@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_nft.console import Progress, show_progress
 from megatron_nft.data.rollout_file import prompt_text
-from megatron_nft.evaluate.figures import benchmark_figures, macro_average, question_scores
+from megatron_nft.evaluate.benchmark_metrics import benchmark_metrics, macro_average, question_scores
 from megatron_nft.evaluate.protocol import FORMAT, Sampling, differences
 from megatron_nft.evaluate.questions import QuestionResult, evaluate_questions
 from megatron_nft.evaluate.records import AnswerFile
@@ -146,7 +146,7 @@ def make_results(
     for task in tasks:
         limit = protocol["sampling"]["max_prompt_tokens"]
         over_long = sum(len(p.token_ids) > limit for p in prompts[task.name])
-        benchmarks[task.name] = {**benchmark_figures(answers[task.name]), "over_long_prompts": over_long}
+        benchmarks[task.name] = {**benchmark_metrics(answers[task.name]), "over_long_prompts": over_long}
     scores = {task.name: question_scores(answers[task.name]) for task in tasks}
     return {
         "format": FORMAT,

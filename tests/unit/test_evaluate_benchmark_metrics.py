@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_nft.evaluate.figures import benchmark_figures, macro_average, question_scores, vote_form
+from megatron_nft.evaluate.benchmark_metrics import benchmark_metrics, macro_average, question_scores, vote_form
 from megatron_nft.evaluate.questions import Answer, QuestionResult
 from megatron_nft.types import Verdict
 
@@ -24,7 +24,7 @@ RESULTS = [
 
 
 def test_figures_by_hand():
-    f = benchmark_figures(RESULTS)
+    f = benchmark_metrics(RESULTS)
     assert (f["questions"], f["samples"]) == (2, 4)
     assert f["accuracy"]["mean"] == pytest.approx(3 / 8)
     assert (f["accuracy"]["low"], f["accuracy"]["high"]) == (0.25, 0.5)  # one question drawn twice: 1 in 4 each
@@ -44,7 +44,7 @@ def test_figures_by_hand():
 
 
 def test_graders_side_by_side():
-    graders = benchmark_figures(RESULTS)["graders"]
+    graders = benchmark_metrics(RESULTS)["graders"]
     assert list(graders) == ["loose", "strict"]
     assert graders["loose"]["accuracy"]["mean"] == pytest.approx(3 / 8)
     assert graders["loose"]["disagrees_share"] == 0.0
@@ -53,10 +53,10 @@ def test_graders_side_by_side():
 
 
 def test_one_answer_per_question_has_only_k_of_one():
-    f = benchmark_figures([question(0, (C, "7", 10, "stop", C)), question(1, (W, "7", 10, "stop", C))])
+    f = benchmark_metrics([question(0, (C, "7", 10, "stop", C)), question(1, (W, "7", 10, "stop", C))])
     assert list(f["pass_at"]) == list(f["majority_at"]) == ["1"]
     with pytest.raises(ValueError, match="no question"):
-        benchmark_figures([])
+        benchmark_metrics([])
 
 
 def test_macro_average_weighs_benchmarks_alike():

@@ -22,7 +22,7 @@ from megatron_nft.evaluate.statistics import (
 from megatron_nft.types import Verdict
 
 
-def benchmark_figures(results: Sequence[QuestionResult]) -> dict[str, Any]:
+def benchmark_metrics(results: Sequence[QuestionResult]) -> dict[str, Any]:
     """Everything that is reported of one benchmark. Intervals are 95 % bootstraps over questions."""
     if not results:
         raise ValueError("no question was answered")
