@@ -53,6 +53,13 @@ class Entry:
     sources: tuple[int, ...]  # ranks of the gathering group that hold shard 0, 1, ...
     parameter: torch.nn.Parameter | None  # the shard, where this rank has one
 
+    @property
+    def shard(self) -> torch.Tensor:
+        """This rank's shard, without its gradient. RuntimeError where the rank has none."""
+        if self.parameter is None:
+            raise RuntimeError(f"this rank holds no shard of {', '.join(self.place.hf_names)}")
+        return self.parameter.detach()
+
     def hf_bytes(self, geometry: Geometry) -> int:
         """Bytes of the full HF tensors that the parameter holds, as exported."""
         return sum(math.prod(s) for s in self.place.hf_shapes(geometry)) * self.dtype.itemsize

@@ -22,6 +22,7 @@ from itertools import zip_longest
 import torch
 import torch.distributed as dist
 
+from megatron_nft.distributed import gather_objects
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket, BucketPlan, TensorMeta, plan_stage
 from megatron_nft.weights.messages import Piece, cut_messages, index_of, pack, unpack
@@ -120,13 +121,14 @@ class Buffers:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def _buffer(self, i: int) -> torch.Tensor:
-        if self._normal[i] is None:
-            self._normal[i] = self._allocate(self.bucket_bytes)
-        return self._normal[i]
+        buffer = self._normal[i]
+        if buffer is None:
+            buffer = self._normal[i] = self._allocate(self.bucket_bytes)
+        return buffer
 
 
 def _gather(plans: list[BucketPlan], geometry: Geometry, buffers: Buffers, everywhere: bool) -> Iterator[Bucket | None]:
-    """Per bucket of this stage: the bucket on the leader; on a sender an empty one if `everywhere`; else None."""
+    """Yield per bucket of this stage: the bucket on the leader; on a sender an empty one if `everywhere`; else None."""
     largest = max((e.hf_bytes(geometry) for plan in plans for e in plan.entries), default=0)
     room_bytes = min(largest, buffers.bucket_bytes)
     for plan in plans:
@@ -139,12 +141,15 @@ def _gather_one(
     if not plan.gathers:
         return None
     rank, size = dist.get_rank(plan.group), dist.get_world_size(plan.group)
-    bucket = buffers.bucket(plan.metas, own=rank == 0) if everywhere or rank == 0 else None
-    room = buffers.room(room_bytes) if size > 1 else None
-    if rank == 0:
-        _receive(plan, bucket, size, room, geometry)
-    else:
-        _send(plan, rank, size, room, geometry)
+    if rank > 0:
+        empty = buffers.bucket(plan.metas, own=False) if everywhere else None
+        _send(plan, rank, size, buffers.room(room_bytes), geometry)
+        return empty
+    bucket = buffers.bucket(plan.metas)
+    tensors = dict(bucket.tensors)
+    _place_own(plan, tensors, geometry)
+    if size > 1:
+        _receive(plan, tensors, size, buffers.room(room_bytes), geometry)
     return bucket
 
 
@@ -157,19 +162,24 @@ def _send(plan: BucketPlan, rank: int, size: int, room: torch.Tensor, geometry: 
             work.wait()
 
 
-def _receive(plan: BucketPlan, bucket: Bucket, size: int, room: torch.Tensor | None, geometry: Geometry) -> None:
-    """Fill the leader's bucket: with its own shards, and with those of all senders side by side, message by message."""
-    tensors = dict(bucket.tensors)
+def _place_own(plan: BucketPlan, tensors: dict[str, torch.Tensor], geometry: Geometry) -> None:
+    """Write the leader's own shards into the full HF tensors of its bucket."""
     for entry in plan.shards_of(0):
-        parts = unmerge(entry.place.row.kind, entry.parameter.detach(), geometry)
+        parts = unmerge(entry.place.row.kind, entry.shard, geometry)
         for name, part in zip(entry.place.hf_names, parts, strict=True):
             target = place(tensors[name], index_of(entry, 0, tuple(tensors[name].shape)), part)
             target.copy_(part[: len(target)])
+
+
+def _receive(
+    plan: BucketPlan, tensors: dict[str, torch.Tensor], size: int, room: torch.Tensor, geometry: Geometry
+) -> None:
+    """Write the shards of all senders into the full HF tensors of the leader's bucket, message by message."""
     senders = range(1, size)
     for messages in zip_longest(*(cut_messages(plan, sender, _share(room, size), geometry) for sender in senders)):
         arriving = {sender: message for sender, message in zip(senders, messages, strict=True) if message}
         sizes = [sum(piece.nbytes for piece in message) for message in arriving.values()]
-        packed = dict(zip(arriving, _part_of(room, sum(sizes)).split(sizes), strict=True))
+        packed = dict(zip(arriving, torch.split(_part_of(room, sum(sizes)), sizes), strict=True))
         for work in _post(dist.irecv, packed, plan.group):
             work.wait()
         for sender, message in arriving.items():
@@ -208,8 +218,7 @@ def _broadcast(
     gathered: Iterator[Bucket | None], plans: list[BucketPlan], buffers: Buffers, layout: ParallelLayout
 ) -> Iterator[Bucket]:
     """Every bucket of every stage on every rank."""
-    stages: list[list] = [None] * layout.pp_size
-    dist.all_gather_object(stages, [plan.metas for plan in plans], group=layout.pp_group)
+    stages: list[list[list[TensorMeta]]] = gather_objects([plan.metas for plan in plans], layout.pp_group)
     ranks_per_stage = layout.world_size // layout.pp_size  # stages are the outermost axis: the first rank leads
     for stage, buckets in enumerate(stages):
         for metas in buckets:

@@ -77,7 +77,7 @@ def index_of(entry: Entry, group_rank: int, shape: tuple[int, ...]) -> tuple[sli
 def pack(message: list[Piece], packed: torch.Tensor, geometry: Geometry) -> None:
     """Copy the message from this rank's parameters into `packed`, in the exported dtype: uint8 [bytes]."""
     for piece, rows in zip(message, unpack(message, packed), strict=True):
-        parts = unmerge(piece.entry.place.row.kind, piece.entry.parameter.detach(), geometry)
+        parts = unmerge(piece.entry.place.row.kind, piece.entry.shard, geometry)
         rows.copy_(parts[piece.part][piece.start : piece.stop])
 
 

@@ -7,7 +7,7 @@ family's record in policy/families; a parameter that no row knows is an error th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -17,7 +17,7 @@ from megatron_nft.policy.families.parameters import Kind as Kind
 from megatron_nft.policy.families.parameters import ParameterRow as ParameterRow
 
 
-class Geometry(Protocol):
+class Geometry(Hashable, Protocol):
     """The sizes of a model that the table needs; `policy.family.ModelSpec` has them."""
 
     @property
