@@ -89,23 +89,29 @@ def test_the_model_loads_in_transformers_and_moved(settings, reference):
     assert any(not trained[name].equal(start[name]) for name in start)
 
 
-def test_killed_three_times_at_different_moments(settings, reference):
-    changed = merge(settings, run_dir=settings["run_dir"] + "-killed")
+SAVED_WHEN_KILLED = {
+    "2 generate": ["step_000001"],  # between steps
+    "3 checkpoint": ["step_000001", "step_000002", "step_000003.partial"],  # while it is written
+    "5 sync": ["step_000003", "step_000004"],  # the optimizer has stepped, the engine has other weights
+}
+"""Step and phase -> the checkpoints that are there at that moment."""
+
+
+@pytest.mark.parametrize(
+    "moments", [["3 checkpoint"], pytest.param(list(SAVED_WHEN_KILLED), marks=pytest.mark.long)], ids=["once", "thrice"]
+)
+def test_killed_at_different_moments(settings, reference, moments):
+    changed = merge(settings, run_dir=f"{settings['run_dir']}-killed-{len(moments)}")
     checkpoints = Path(changed["run_dir"]) / "checkpoints"
-    moments = {
-        "2 generate": ["step_000001"],  # between steps
-        "3 checkpoint": ["step_000001", "step_000002", "step_000003.partial"],  # while it is written
-        "5 sync": ["step_000003", "step_000004"],  # the optimizer has stepped, the engine has other weights
-    }
-    for moment, saved in moments.items():
+    for moment in moments:
         run = Run(changed, halt=moment)
         run.wait_until_halted()
-        assert sorted(p.name for p in checkpoints.iterdir()) == saved
+        assert sorted(p.name for p in checkpoints.iterdir()) == SAVED_WHEN_KILLED[moment]
         run.kill()
         assert run.left_over() == [], "ranks or workers outlived the command"
     run = Run(changed)
     assert run.wait() == 0, run.text
-    assert run.text.count("going on from") == 3, run.text
+    assert run.text.count("going on from") == len(moments), run.text
     assert_same_run(reference, run.run_dir)
 
 

@@ -54,15 +54,21 @@ def test_tensor_parallel_within_nodes_as_a_chain_of_jobs(cluster, task, launch):
     assert manifest["layout"] == {"tp": 2, "pp": 1, "dp": 2}
 
 
+def test_a_run_that_is_warned_goes_on_to_the_same_weights(cluster, task, launch, uninterrupted):
+    """One more start of the job, after the warning signal."""
+    run = task / "warned"
+    job = launch.submit(SCRIPT, f"run_dir={run.name}")
+    warn(cluster, launch, job, run)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", launch.output(job)
+    assert_same_run(uninterrupted, run)
+
+
+@pytest.mark.long
 def test_interrupted_killed_and_moved_it_ends_in_the_same_weights(cluster, task, launch, uninterrupted):
     """Warning signal, then a rank killed, then a node lost: three more starts of one job."""
     run = task / "hard life"
     job = launch.submit(SCRIPT, "--job-name=hard life", f"run_dir={run.name}")
-    wait_for(lambda: 1 in steps(run), "step 1")
-    cluster.run("scancel", "--signal=USR1", "--batch", job)
-
-    wait_for(lambda: "back into the queue" in launch.output(job), "the requeue after the warning")
-    assert re.search(r"warning signal.*\nnft: saved step_00000\d; the job goes back", launch.output(job))
+    warn(cluster, launch, job, run)
     cluster.wait_start(job, 1)
     before = max(steps(run))
     wait_for(lambda: max(steps(run)) > before, "a step of the second start")
@@ -88,11 +94,23 @@ def test_interrupted_killed_and_moved_it_ends_in_the_same_weights(cluster, task,
     assert state == "COMPLETED", launch.output(job)
     assert int(cluster.job(job)["Restarts"]) >= 3  # Slurm itself may take two tries for a start
     assert lost not in re.findall(r"start \d+: trainer on (\S+), rendezvous", launch.output(job))[-1].split(",")
-    assert steps(run) == [0, 1, 2, 3, 4, 5, 6]
-    whole, moved = weights(uninterrupted), weights(run)
-    assert whole.keys() == moved.keys()
-    assert all((whole[name] == moved[name]).all() for name in whole)
+    assert_same_run(uninterrupted, run)
     assert cluster.processes(f"SLURM_JOB_ID={job}", "megatron_nft") == []
+
+
+def warn(cluster, launch, job: str, run: Path) -> None:
+    """The signal that Slurm sends before the time is over; the job saves and goes back into the queue."""
+    wait_for(lambda: 1 in steps(run), "step 1")
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    wait_for(lambda: "back into the queue" in launch.output(job), "the requeue after the warning")
+    assert re.search(r"warning signal.*\nnft: saved step_00000\d; the job goes back", launch.output(job))
+
+
+def assert_same_run(whole: Path, other: Path) -> None:
+    assert steps(other) == [0, 1, 2, 3, 4, 5, 6]
+    expected, found = weights(whole), weights(other)
+    assert expected.keys() == found.keys()
+    assert all((expected[name] == found[name]).all() for name in expected)
 
 
 def test_a_failure_that_is_not_tried_again_is_the_last_line(cluster, launch, uninterrupted):

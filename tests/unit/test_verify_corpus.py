@@ -58,6 +58,7 @@ def arithmetic(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("arithmetic", [pytest.param("python", marks=pytest.mark.long), "gmpy"], indirect=True)
 def test_hostile(arithmetic):
     """All hostile pairs, an innocent one after each."""
     innocent = TRICKY[:: len(TRICKY) // len(HOSTILE)]
