@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_nft"
 
-LAYER = {
-    "types": 0,
-    "processes": 0,
-    "distributed": 0,
-    "files": 0,
-    "console": 0,
-    "config": 0,
-    "algorithms": 1,
-    "losses": 1,
-    "verify": 1,
-    "data": 1,
-    "policy": 2,
-    "weights": 2,
-    "engines": 2,
-    "evaluate": 2,
-    "plan": 2,
-    "report": 2,
-}
-"""Everything else in the package is layer 3: the run, the loop, the command line."""
+LAYERS = (
+    ("types", "section", "files", "processes", "distributed", "console", "metrics"),
+    ("algorithms",),
+    ("config", "losses"),
+    ("verify",),
+    ("data",),
+    ("policy",),
+    ("weights",),
+    ("engines",),
+    ("plan", "report"),
+    ("evaluate",),
+    ("train",),
+    ("cli",),
+    ("__main__",),
+)
+"""From the ground up. A part imports from layers below its own, and from itself."""
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+TOP_MODULES, TOP_PACKAGES = 12, 11
+ALIASES = {"losses"}
 
 
-UNPICKLES = {"distributed.py", "policy/checkpoint.py", "verify/pool.py", "verify/worker.py"}
-"""Between processes that the run started itself; policy/checkpoint.py holds a restricted unpickler for torch's own
+UNPICKLES = {"distributed.py", "policy/checkpoint_metadata.py", "verify/pool.py", "verify/worker.py"}
+"""Between processes that the run started itself; policy/checkpoint_metadata.py holds a restricted unpickler for torch's own
 index of a checkpoint."""
 
 
@@ -62,17 +63,57 @@ def sources() -> list[Path]:
     return files
 
 
-def test_no_layer_imports_a_higher_one():
+def ours(path: Path) -> set[str]:
+    """The part of a dotted name behind `megatron_nft.`, for every import of our own."""
+    names = {name.removeprefix("megatron_nft.") for name in imports(path) if name.startswith("megatron_nft.")}
+    return names - {"__version__"}
+
+
+def test_every_part_has_its_layer():
+    tops = {part_of(path) for path in sources()} - {"__init__"}
+    assert tops == set(LAYER)
+
+
+def test_no_part_imports_from_its_own_layer_or_above():
     wrong = []
     for path in sources():
-        layer = LAYER.get(part_of(path), 3)
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] == "megatron_nft" and len(parts) > 1 and LAYER.get(parts[1], 3) > layer:
-                if parts[1] == "__version__":
-                    continue
+        part = part_of(path)
+        for name in ours(path):
+            other = name.split(".")[0]
+            if other != part and LAYER[other] >= LAYER.get(part, -1) and LAYER[other] > 0:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert wrong == []
+
+
+def modules_of(names: set[str], known: set[str]) -> set[str]:
+    """The modules that dotted names stand for: `files.read_rows` is in `files`."""
+    found = set()
+    for name in names:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        found |= {name} - {""}
+    return found
+
+
+def test_no_import_circle():
+    """File by file, imports inside of functions included."""
+    modules = {}
+    for path in sources():
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    arrows = {name: modules_of(ours(path), set(modules)) - {name} for name, path in modules.items()}
+    assert sum(map(len, arrows.values())) > 300
+    try:
+        tuple(TopologicalSorter(arrows).static_order())
+    except CycleError as error:
+        raise AssertionError(f"import circle: {' <- '.join(error.args[1])}") from None
+
+
+def test_few_things_stand_at_the_top():
+    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__"} - ALIASES
+    packages = {p.parent.name for p in PACKAGE.glob("*/__init__.py")} - ALIASES
+    assert len(modules) <= TOP_MODULES, sorted(modules)
+    assert len(packages) <= TOP_PACKAGES, sorted(packages)
 
 
 def test_only_policy_and_weights_import_megatron_core():
@@ -84,26 +125,25 @@ def test_only_policy_and_weights_import_megatron_core():
     assert wrong == []
 
 
-def test_policy_and_rollout_do_not_know_each_other():
-    pairs = [("policy", "megatron_nft.engines"), ("engines", "megatron_nft.policy"), ("policy", "megatron_nft.weights")]
+def test_what_is_below_the_policy_is_free_of_distributed_and_engines():
+    forbidden = ("torch.distributed", "sglang", "vllm", "megatron.")
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
-        for part, forbidden in pairs
-        for path in (PACKAGE / part).rglob("*.py")
+        for path in sources()
+        if LAYER.get(part_of(path), 0) < LAYER["policy"] and part_of(path) != "distributed"
         for name in imports(path)
         if name.startswith(forbidden)
     ]
     assert wrong == []
 
 
-def test_layer_one_is_free_of_distributed_and_engines():
-    forbidden = ("torch.distributed", "sglang", "vllm", "megatron.")
+def test_the_trained_model_and_the_engines_meet_in_the_weights_alone():
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sources()
-        if LAYER.get(part_of(path)) == 1
+        if part_of(path) == "engines"
         for name in imports(path)
-        if name.startswith(forbidden)
+        if name.startswith("megatron_nft.policy")
     ]
     assert wrong == []
 
