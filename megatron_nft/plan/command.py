@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import replace
 
+from megatron_nft.arguments import positive_float, positive_int
 from megatron_nft.config import ConfigError, load_config
 from megatron_nft.plan.architecture import read_architecture
 from megatron_nft.plan.hardware import CHIPS, GIB
@@ -17,13 +18,6 @@ from megatron_nft.plan.layout import Cluster, LayoutSettings, with_seq_len
 from megatron_nft.plan.plan import make_plan, nearest, search
 from megatron_nft.plan.render import as_dict, as_text, search_table
 from megatron_nft.plan.timing import Workload
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
 
 
 def _share(text: str) -> float:
@@ -37,18 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `plan`."""
     add = parser.add_argument
     add("--config", action="append", required=True, metavar="FILE", help="YAML settings; later files win (repeatable)")
-    add("--nodes", type=_positive, default=1, metavar="N", help="nodes of the job (1)")
-    add("--gpus-per-node", type=_positive, required=True, metavar="G", help="GPUs, or processes with --gpu cpu")
+    add("--nodes", type=positive_int, default=1, metavar="N", help="nodes of the job (1)")
+    add("--gpus-per-node", type=positive_int, required=True, metavar="G", help="GPUs, or processes with --gpu cpu")
     add(
         "--gpu",
         choices=sorted(CHIPS),
         required=True,
         help="chip whose rates and memory are assumed",
     )
-    add("--engine-nodes", type=int, default=0, metavar="N", help="of the nodes, those that hold engines alone (0)")
-    add("--memory-gib", type=float, metavar="GIB", help="memory of one GPU, where it is not the data sheet's")
-    add("--seq-len", type=_positive, metavar="TOKENS", help="longest question with answer, in place of the settings'")
-    add("--mean-response-tokens", type=_positive, metavar="N", help="for the times (a third of the limit)")
+    add("--engine-nodes", type=int, default=0, metavar="N", help="how many of the nodes hold only engines (0)")
+    add("--memory-gib", type=positive_float, metavar="GIB", help="memory of one GPU (that of the data sheet)")
+    add(
+        "--seq-len", type=positive_int, metavar="TOKENS", help="longest question with answer, in place of the settings'"
+    )
+    add("--mean-response-tokens", type=positive_int, metavar="N", help="for the times (a third of the longest)")
     add("--kept-share", type=_share, default=0.5, metavar="X", help="share of questions that are kept (0.5)")
     add("--search", action="store_true", help="list every layout that fits, the shortest step first")
     add("--json", action="store_true", help="print JSON")
@@ -60,14 +56,12 @@ def _cluster(args: argparse.Namespace) -> Cluster:
         raise ValueError(f"--engine-nodes {args.engine_nodes}: must be at least 0 and below --nodes {args.nodes}")
     chip = CHIPS[args.gpu]
     if args.memory_gib is not None:
-        if args.memory_gib <= 0:
-            raise ValueError(f"--memory-gib {args.memory_gib}: must be above 0")
         chip = replace(chip, memory_bytes=int(args.memory_gib * GIB))
     return Cluster(chip, args.nodes, args.gpus_per_node, args.engine_nodes)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan. Exit status as above."""
+    """Print the plan. Returns the exit status (see the top of the file)."""
     try:
         cluster = _cluster(args)
         config = load_config(args.config, args.overrides)
