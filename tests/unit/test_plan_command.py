@@ -37,7 +37,7 @@ LLAMA_8B = QWEN_32B | {
 
 # The counts that safetensors headers of the published checkpoints add up to.
 @pytest.mark.parametrize(
-    ("figures", "published"),
+    ("architecture", "published"),
     [
         (QWEN_32B, 32_763_876_352),
         (QWEN_7B, 7_615_616_512),
@@ -46,9 +46,9 @@ LLAMA_8B = QWEN_32B | {
         (LLAMA_8B, 8_030_261_248),
     ],
 )
-def test_parameter_counts_are_the_published_ones(figures, published):
-    a = read_architecture(ModelConfig(path="nowhere", architecture=figures))
-    assert total_params(a) == published
+def test_parameter_counts_are_the_published_ones(architecture, published):
+    spec = read_architecture(ModelConfig(path="nowhere", architecture=architecture))
+    assert total_params(spec) == published
 
 
 def settings(tmp_path: Path, architecture: dict, **sections) -> Path:
@@ -113,13 +113,16 @@ def test_too_small_a_machine_names_a_layout_that_fits(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("policy.tensor_model_parallel_size=8", "must divide the model's num_attention_heads (28); allowed for this model: 1, 2, 4"),
+        (
+            "policy.tensor_model_parallel_size=8",
+            "the model's num_attention_heads (28); allowed for this model: 1, 2, 4",
+        ),
         ("policy.pipeline_model_parallel_size=8", "must divide the model's num_hidden_layers (28)"),
         ("policy.fp8.recipe=mxfp8", "h100 does not have it"),
         ("rollout.server.mem_fraction_static=0.18", "KV cache holds"),
     ],
 )
-def test_broken_rules_exit_1_and_name_figures(tmp_path, override, words):
+def test_broken_rules_exit_1_and_name_the_numbers(tmp_path, override, words):
     done = plan(settings_7b(tmp_path), *H100_4, override)
     assert done.returncode == 1
     assert words in done.stdout
@@ -127,8 +130,8 @@ def test_broken_rules_exit_1_and_name_figures(tmp_path, override, words):
 
 def test_fp8_alignment_with_tensor_parallel(tmp_path):
     """QKV rows of 36 heads x 64 over TP 4: 576, a multiple of 16 and of 32 but not of 128."""
-    figures = QWEN_7B | {"head_dim": 64}
-    config = settings(tmp_path, figures, policy={"tensor_model_parallel_size": 4, "sequence_parallel": True})
+    architecture = QWEN_7B | {"head_dim": 64}
+    config = settings(tmp_path, architecture, policy={"tensor_model_parallel_size": 4, "sequence_parallel": True})
     for recipe, code in (("tensorwise", 0), ("blockwise", 1)):
         done = plan(config, *H100_4[:-1], "h200", f"policy.fp8.recipe={recipe}", "rollout.embedded_batch_tokens=4096")
         assert done.returncode == code, done.stdout
