@@ -1,4 +1,4 @@
-"""The model under evaluation: is its folder complete, and what exactly is it?"""
+"""The model under evaluation: whether its folder is complete, and a checksum that says which model it is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 
 from megatron_nft.files import sha256_of_file
+from megatron_nft.weights.hf_check import check_model_folder
 from megatron_nft.weights.hf_folder import INDEX_NAME, HFFolder
 
 IDENTITY_FILES = (
@@ -31,7 +32,7 @@ class ModelFolderError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """What is written into every result."""
+    """What an evaluation writes about its model."""
 
     path: str
     checksum: str  # SHA-256 over the names and SHA-256 of weights, config and tokenizer files
@@ -40,7 +41,7 @@ class ModelIdentity:
 
 
 def inspect_model(path: Path) -> tuple[int, int]:
-    """(number of parameters, longest sequence) from the headers. ModelFolderError where the folder is incomplete."""
+    """Return (number of parameters, longest sequence) from the headers. ModelFolderError where files are missing."""
     path = Path(path)
     if not path.is_dir():
         raise ModelFolderError(f"model folder {path} does not exist; --model takes a folder in Hugging Face format")
@@ -53,16 +54,19 @@ def inspect_model(path: Path) -> tuple[int, int]:
     positions = config.get("max_position_embeddings")
     if not isinstance(positions, int) or positions < 2:
         raise ModelFolderError(f"{path / 'config.json'}: max_position_embeddings is {positions!r}, not a length")
-    _check_shards(path)
     try:
         shapes = HFFolder(path).shapes
+        check_model_folder(path)
     except ValueError as e:
-        raise ModelFolderError(f"model folder is incomplete: {e}") from None
+        raise ModelFolderError(f"model folder cannot be used: {e}") from None
     return sum(prod(shape) for shape in shapes.values()), positions
 
 
 def identify_model(path: Path, *, on_bytes: Callable[[int], None] | None = None) -> ModelIdentity:
-    """Reads every byte of the weights once; `on_bytes` is told how many more were read."""
+    """Read every byte of the weights once and return what the model is; `on_bytes` is told how many more were read.
+
+    ModelFolderError where the folder is incomplete.
+    """
     path = Path(path)
     num_parameters, positions = inspect_model(path)
     files = [path / name for name in IDENTITY_FILES if (path / name).is_file()] + sorted(path.glob("*.safetensors"))
@@ -73,22 +77,5 @@ def identify_model(path: Path, *, on_bytes: Callable[[int], None] | None = None)
 
 
 def weight_bytes(path: Path) -> int:
-    """Size of the weight files, for a progress bar."""
+    """Return the bytes of the weight files, for a progress bar."""
     return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-
-
-def _check_shards(path: Path) -> None:
-    """Every file that the index names must be there: a download that stopped half-way is the usual case."""
-    index = path / INDEX_NAME
-    if not index.is_file():
-        return
-    try:
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError) as e:
-        raise ModelFolderError(f"{index} cannot be read: {e}") from None
-    missing = sorted(name for name in listed if not (path / name).is_file())
-    if missing:
-        raise ModelFolderError(
-            f"model folder {path} is incomplete: {len(missing)} of {len(listed)} weight files are missing "
-            f"({', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}); download or export it again"
-        )

@@ -16,6 +16,10 @@ from megatron_nft.config import PolicyConfig
 from megatron_nft.policy.families import FAMILIES
 from megatron_nft.policy.families.record import ExpertKeys
 
+class UnsupportedModelError(ValueError):
+    """A model that may be sound, but that this code does not compute: another family, activation or RoPE scaling."""
+
+
 LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -81,23 +85,27 @@ def read_family(model_path: Path | str) -> ModelSpec:
     try:
         return spec_from_config(config)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
 
 
 def spec_from_config(config: dict[str, Any]) -> ModelSpec:
     """The ModelSpec of a parsed config.json, written by transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
-    ValueError for an unknown family, a missing or wrong size, and a value that the code would not honour.
+    UnsupportedModelError for an unknown family and for a value that the code would not honour, ValueError for a missing
+    or wrong size and for places that contradict each other.
     """
     name = config.get("model_type")
     if name not in FAMILIES:
-        raise ValueError(f"model_type is {name!r}; allowed: {', '.join(sorted(FAMILIES))}")
+        raise UnsupportedModelError(f"model_type is {name!r}; allowed: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
-    family.refuse_unknown_values(config)
+    rope = _rope(config)
+    try:
+        family.refuse_unknown_values(config)
+    except ValueError as error:
+        raise UnsupportedModelError(str(error)) from None
     heads, hidden = _positive(config, "num_attention_heads"), _positive(config, "hidden_size")
     if config.get("head_dim") is None and hidden % heads:
         raise ValueError(f"num_attention_heads ({heads}) must divide hidden_size ({hidden}) where head_dim is absent")
-    theta, scaling = _rope(config)
     return ModelSpec(
         family=family.name,
         num_layers=_positive(config, "num_hidden_layers"),
@@ -109,8 +117,8 @@ def spec_from_config(config: dict[str, Any]) -> ModelSpec:
         vocab_size=_positive(config, "vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling(),
         max_position_embeddings=_positive(config, "max_position_embeddings"),
         add_qkv_bias=family.attention_bias,
         qk_layernorm=family.qk_norm,
@@ -185,26 +193,64 @@ def _positive(config: dict[str, Any], key: str, default: int | None = None) -> i
     return value
 
 
-def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+@dataclass(frozen=True)
+class _Rope:
+    """RoPE as one place of config.json has it."""
+
+    key: str  # rope_parameters | rope_scaling
+    theta: float
+    kind: str
+    values: dict[str, Any]
+
+    def scaling(self) -> RopeScaling | None:
+        """Read the scaling; UnsupportedModelError for a kind that the code does not compute."""
+        if self.kind == "default":
+            return None
+        if self.kind != "llama3":
+            raise UnsupportedModelError(f"{self.key}.rope_type is {self.kind!r}; allowed: 'default', 'llama3'")
+        values = self.values
+        missing = [name for name in LLAMA3_ROPE_KEYS if not isinstance(values.get(name), int | float)]
+        if missing:
+            raise ValueError(f"{self.key} of rope_type llama3 lacks the number(s) {', '.join(missing)}")
+        if not values["high_freq_factor"] > values["low_freq_factor"]:
+            raise ValueError(
+                f"{self.key}.high_freq_factor ({values['high_freq_factor']}) must exceed "
+                f"low_freq_factor ({values['low_freq_factor']})"
+            )
+        return RopeScaling(*(values[name] for name in LLAMA3_ROPE_KEYS))
+
+
+def _rope(config: dict[str, Any]) -> _Rope:
+    """RoPE from `rope_parameters`, from `rope_theta` and `rope_scaling`, or from both where they agree.
+
+    ValueError, naming the places, where they do not: libraries differ in which of them they believe.
+    """
+    found = [_rope_at(config, key) for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+    if not found:
+        return _rope_at(config, "rope_scaling")
+    first, *others = found
+    for other in others:
+        if (first.theta, first.kind, first.values) != (other.theta, other.kind, other.values):
+            raise ValueError(
+                f"rope_parameters is {config['rope_parameters']!r} and rope_scaling is {config['rope_scaling']!r}: "
+                "they contradict each other; keep the one that the model was trained with"
+            )
+    return first
+
+
+def _rope_at(config: dict[str, Any], key: str) -> _Rope:
+    """RoPE as `key` has it, with the theta beside it where it has none of its own."""
     rope = config.get(key) or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{key} is {rope!r}; it must be an object or null")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    beside = config.get("rope_theta")
+    theta = rope.get("rope_theta", 10000.0 if beside is None else beside)
     if not isinstance(theta, int | float) or theta <= 0:
         raise ValueError(f"rope_theta is {theta!r}; it must be a positive number")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise ValueError(f"{key}.rope_type is {kind!r}; allowed: 'default', 'llama3'")
-    missing = [name for name in LLAMA3_ROPE_KEYS if not isinstance(rope.get(name), int | float)]
-    if missing:
-        raise ValueError(f"{key} of rope_type llama3 lacks the number(s) {', '.join(missing)}")
-    if not rope["high_freq_factor"] > rope["low_freq_factor"]:
-        raise ValueError(
-            f"{key}.high_freq_factor ({rope['high_freq_factor']}) must exceed "
-            f"low_freq_factor ({rope['low_freq_factor']})"
-        )
-    return float(theta), RopeScaling(*(rope[name] for name in LLAMA3_ROPE_KEYS))
+    if beside is not None and beside != theta:
+        raise ValueError(f"rope_theta is {beside!r} and {key}.rope_theta is {theta!r}; keep the one that is right")
+    kinds = [rope[name] for name in ("rope_type", "type") if name in rope] or ["default"]
+    if len(set(kinds)) > 1:
+        raise ValueError(f"{key}.rope_type is {kinds[0]!r} and {key}.type is {kinds[1]!r}; keep the one that is right")
+    own = {"rope_theta", "rope_type", "type"} if kinds[0] != "default" else rope.keys()  # default reads theta alone
+    return _Rope(key, float(theta), kinds[0], {name: value for name, value in rope.items() if name not in own})
