@@ -79,7 +79,12 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         )
         samples = send_to_replicas(found, plan, layout)
     with phases("logprobs"):
-        fresh = compute_behaviour_logprobs(policy, samples, config.rollout.temperature, parts.life)
+        entropy_due = config.metrics.entropy_every_steps and step % config.metrics.entropy_every_steps == 0
+        fresh, entropy = compute_behaviour_logprobs(
+            policy, samples, config.rollout.temperature, parts.life, with_entropy=bool(entropy_due)
+        )
+        if layout.is_replica_leader:
+            metrics.add("policy/entropy", entropy)
         measured = fresh or list(samples.values())  # surplus alone: as measured when it was generated
         record.add_gap(metrics, measured if layout.is_replica_leader else [])
     with phases("write"):

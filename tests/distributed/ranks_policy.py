@@ -262,10 +262,10 @@ def check_entropies_of_the_policy(ranks: Ranks) -> None:
         policy = make(ranks, **layout)
         batches = deal(policy, UNEVEN)
         plain = policy.compute_logprobs(batches, TEMPERATURE)
-        pairs = policy.compute_logprobs_and_entropies(batches, TEMPERATURE)
-        assert all(np.array_equal(a, b) for a, (b, _) in zip(plain, pairs, strict=True)), layout
+        logprobs, found = policy.compute_logprobs_and_entropies(batches, TEMPERATURE)
+        assert all(np.array_equal(a, b) for a, b in zip(plain, logprobs, strict=True)), layout
         mine = UNEVEN[policy.layout.dp_rank :: policy.layout.dp_size]
-        for indices, (_, entropies) in zip(mine, pairs, strict=False):  # fillers have no samples
+        for indices, entropies in zip(mine, found, strict=False):  # fillers have no samples
             rows = np.concatenate([expected[i] for i in indices])
             np.testing.assert_allclose(entropies[: len(rows)], rows, rtol=1e-5, err_msg=str(layout))
 
