@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from megatron_nft.config import Config
+from megatron_nft.engines.open import engine_kind
 from megatron_nft.plan.hardware import CHIPS
 from megatron_nft.plan.layout import Cluster, LayoutSettings, longest_sequence
 from megatron_nft.plan.memory import engine_memory, trainer_memory
@@ -64,11 +65,10 @@ def memory_problems(
 
 def _engine(config: Config, spec: ModelSpec, cluster: Cluster, left: int, total: int, resident: dict[str, int]) -> int:
     """Bytes that an engine on this GPU keeps while the trainer works. ValueError where it cannot hold one answer."""
-    server, kind = config.rollout.server, config.rollout.engine
-    if kind == "embedded" or server.urls or server.registry:
+    server = config.rollout.server
+    if not config.rollout.uses_servers or server.urls or server.registry:
         return 0
-    # SGLang takes its share of what is free when it starts, vLLM of the whole device
-    base = left if kind == "sglang" else min(total, int(left / server.mem_fraction_static))
+    base = engine_kind(config.rollout.engine).memory_base(left, total, server.mem_fraction_static)
     engine = engine_memory(spec, config, replace(cluster, chip=replace(cluster.chip, memory_bytes=base)))
     share, longest = int(base * server.mem_fraction_static), longest_sequence(config)
     if engine.weights > share or engine.kv_tokens < longest:

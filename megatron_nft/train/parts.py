@@ -21,6 +21,7 @@ from megatron_nft.config import Config
 from megatron_nft.data.prompts import PromptStream, load_tokenizer
 from megatron_nft.engines.engine import Engine
 from megatron_nft.engines.open import create_engine
+from megatron_nft.engines.sync import open_weight_sync
 from megatron_nft.files import sha256_of_file
 from megatron_nft.metrics import JsonlSink, Sink, TensorBoardSink, WandbSink
 from megatron_nft.policy import checkpoint as policy_checkpoint
@@ -100,7 +101,7 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
         opened.callback(lambda: [_close(sync, life.phases) for sync in syncs])
         engine = create_engine(config, layout)
         close_later(engine)
-        sync = WeightSync.create(config, spec, layout, engine)
+        sync = open_weight_sync(config, spec, layout, engine)
         syncs.append(sync)
         memory = PhaseMemory(layout.device)
         recorder = Recorder(sinks, life.phases, memory, layout)
