@@ -6,18 +6,12 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_nft.config.engines import ENGINES
 from megatron_nft.engines.engine import Engine, OpenOptions, Ranks
 
 if TYPE_CHECKING:
     from megatron_nft.config import Config, RolloutConfig
     from megatron_nft.engines.kind import EngineKind
-
-ENGINES = {
-    "embedded": "megatron_nft.engines.embedded.kind",
-    "sglang": "megatron_nft.engines.sglang.kind",
-    "vllm": "megatron_nft.engines.vllm.kind",
-}
-"""rollout.engine -> the module that has its `KIND`. config/rollout.py allows the same names."""
 
 
 def engine_kind(name: str) -> EngineKind:

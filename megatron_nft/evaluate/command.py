@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_nft.engines.open import ENGINES, engine_kind
+from megatron_nft.config.engines import ENGINES
+from megatron_nft.engines.open import engine_kind
 
 if TYPE_CHECKING:
     import torch
