@@ -1,1 +1,1 @@
-"""Questions, groups of answers, packed micro-batches, and the synthetic task. CPU only."""
+"""Questions, groups of answers, packed micro-batches, rollout files, and the synthetic task. CPU only."""

@@ -1,4 +1,4 @@
-"""Spread answers evenly over data-parallel ranks."""
+"""Balance answers over data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def attention_cost(lengths: Sequence[int] | np.ndarray, hidden_size: int) -> np.ndarray:
-    """Relative forward cost of sequences of `lengths` tokens: 12 h L + L^2, float64 [n].
+    """Return the relative forward cost of sequences of `lengths` tokens: 12 h L + L^2, float64 [n].
 
     A dense layer has about 12 h^2 weights, so 24 h^2 L FLOPs in its matrices, and causal attention takes
     2 h L^2 (scores and values, half of the square). Divided by 2 h:

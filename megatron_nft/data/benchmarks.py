@@ -117,7 +117,10 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def find_file(benchmark: Benchmark, folder: Path | None) -> Path:
-    """The benchmark's file in `folder` (or its `eval` subfolder), or a download from the hub where `folder` is None."""
+    """Return the benchmark's file in `folder` or its `eval` subfolder, or download it from the hub where that is None.
+
+    BenchmarkError where it cannot be found.
+    """
     if folder is None:
         return _download(benchmark)
     folder = Path(folder)
@@ -135,7 +138,7 @@ def find_file(benchmark: Benchmark, folder: Path | None) -> Path:
 
 
 def read_benchmark(benchmark: Benchmark, path: Path) -> list[Question]:
-    """Every question of the file, in its order. BenchmarkError or DataError names the row that cannot be used."""
+    """Read every question of the file, in its order. BenchmarkError or DataError names the row that cannot be used."""
     _, first = next(read_raw(path))
     if "prompt" in first:
         return read_prepared(path)
@@ -143,9 +146,9 @@ def read_benchmark(benchmark: Benchmark, path: Path) -> list[Question]:
 
 
 def read_prepared(path: Path) -> list[Question]:
-    """Questions of a file in verl's layout, with the prompts as they stand and copies of a question read once.
+    """Read the questions of a file in verl's layout, with the prompts as they are; copies of a question are read once.
 
-    Published files carry columns of their own beside prompt and reward_model; they are left aside. A file without
+    Published files carry columns of their own beside prompt and reward_model; they are ignored. A file without
     reward_model is one of our own and is read as strictly as training data.
     """
     _, first = next(read_raw(path))
@@ -162,7 +165,7 @@ def read_prepared(path: Path) -> list[Question]:
 
 
 def convert_row(benchmark: Benchmark, values: dict[str, Any], where: str) -> Question:
-    """A row in the benchmark's own layout as a question; `where` (file and row) goes into errors."""
+    """Convert a row in the benchmark's own layout to a question; `where` (file and row) goes into errors."""
     try:
         problem, answer = benchmark.convert(values)
         message = boxed_message(_text(problem, "problem"))
@@ -175,12 +178,12 @@ def convert_row(benchmark: Benchmark, values: dict[str, Any], where: str) -> Que
 
 
 def boxed_message(problem: str) -> dict[str, str]:
-    """The problem with the boxed-answer instruction, as the user's message."""
+    """Return the problem with the boxed-answer instruction as the user's message."""
     return {"role": "user", "content": f"{problem.strip()}\n{BOXED_INSTRUCTION}"}
 
 
 def answer_text(value: Any) -> str:
-    """The ground truth as text: 27.0 -> '27', ['2', '3'] -> '2, 3'. ValueError for null, booleans and mappings."""
+    """Return the ground truth as text: 27.0 -> '27', ['2', '3'] -> '2, 3'. ValueError for null, booleans, mappings."""
     if isinstance(value, str) and value.strip():
         return value.strip()
     if isinstance(value, (int, float)) and not isinstance(value, bool):

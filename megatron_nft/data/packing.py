@@ -1,10 +1,10 @@
-"""Answers of many lengths into packed (thd) micro-batches.
+"""Packing answers of many lengths into (thd) micro-batches.
 
 Invariants, each asserted by a test:
 - a micro-batch never holds more than `token_cap` tokens, padding included;
-- every sample stands in exactly one micro-batch;
-- padding is shorter than `multiple_of`, with loss_mask 0; its segments are the longest sample, the last one its
-  beginning, so that its activations are ones which the micro-batch has anyway and the scales of FP8 do not see it.
+- every sample is in exactly one micro-batch;
+- padding is shorter than `multiple_of`, with loss_mask 0; its segments repeat the longest sample, the last one only
+  its beginning: these activations are in the micro-batch anyway, so that the scales of FP8 do not change.
 
 T: tokens of a micro-batch, S: its segments, P / R: prompt and response tokens of a sample.
 """
@@ -32,11 +32,11 @@ def plan_micro_batches(
     multiple_of: int = 1,
     num_micro_batches: int | None = None,
 ) -> list[list[int]]:
-    """Which positions of `lengths` (tokens per sample) share a micro-batch.
+    """Return which positions of `lengths` (tokens per sample) share a micro-batch.
 
-    Best-fit decreasing: from the longest on, each sample goes where it leaves the least room. Totals rounded up
-    to `multiple_of` stay within `token_cap`. With `num_micro_batches`, micro-batches are split in two until
-    there are that many; where samples run out, the rest are empty lists, which `filler` stands in for.
+    Best-fit decreasing: from the longest on, each sample goes where it leaves the least free space. Totals rounded up
+    to `multiple_of` stay within `token_cap`. With `num_micro_batches`, micro-batches are split in two until there are
+    that many; where samples run out, the rest are empty lists, for which `pack` returns the filler.
 
         plan_micro_batches([5, 3, 3, 2], 8)                        # [[0, 1], [2, 3]]
         plan_micro_batches([5, 3, 3, 2], 8, num_micro_batches=5)   # [[0], [1], [2], [3], []]
@@ -107,7 +107,7 @@ def pack(
     multiple_of: int = 1,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """`samples[i] for i in indices` as one micro-batch; the filler when `indices` is empty.
+    """Pack `samples[i] for i in indices` into one micro-batch; the filler when `indices` is empty.
 
     Samples whose behaviour log-probs are not computed yet get NaN there, so that a loss over them cannot pass.
     """
@@ -165,7 +165,7 @@ def _parts(padding: int, longest: int) -> list[int]:
 
 
 def filler(multiple_of: int = 1, device: torch.device | str = "cpu") -> PackedBatch:
-    """A micro-batch of `multiple_of` padding tokens that carries no loss."""
+    """Return a micro-batch of `multiple_of` padding tokens that carries no loss."""
     zeros = torch.zeros(multiple_of, dtype=torch.float32, device=device)
     ids = torch.zeros(multiple_of, dtype=torch.int64, device=device)
     return PackedBatch(
@@ -186,14 +186,17 @@ def filler(multiple_of: int = 1, device: torch.device | str = "cpu") -> PackedBa
 
 
 def unpack(values: torch.Tensor | np.ndarray, batch: PackedBatch) -> list[np.ndarray]:
-    """Values [T] (T, in the order of `batch.tokens`) -> per real segment those of its response tokens, float32 [R]."""
+    """Split `values` [T], in the order of `batch.tokens`, into those of every sample's response: float32 [R] each.
+
+    ValueError for values of another shape.
+    """
     values = torch.as_tensor(values)
     if values.shape != batch.tokens.shape:
         raise ValueError(f"values have shape {tuple(values.shape)}, the batch {tuple(batch.tokens.shape)}")
     flat = values.detach().to("cpu", torch.float32).numpy()
     mask = batch.loss_mask.cpu().numpy() > 0
     edges = batch.cu_seqlens[: len(batch.sample_ids) + 1].tolist()  # padding, if any, comes last
-    return [flat[a:b][mask[a:b]].copy() for a, b in itertools.pairwise(edges)]
+    return [flat[start:end][mask[start:end]].copy() for start, end in itertools.pairwise(edges)]
 
 
 def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Public question sets into this project's layout (data/rows.py): what `megatron-nft prepare` does.
+"""Bringing public question sets into this project's layout (data/rows.py): what `megatron-nft prepare` does.
 
 A source row is either of the set's own columns (problem, answer, …) or already in the verl layout. Its problem gets the
 boxed-answer instruction; DAPO's "Answer:" instruction is taken off first. Rows without a usable answer are dropped and
@@ -69,7 +69,7 @@ SETS: dict[str, SourceSet] = {
 
 @dataclass(slots=True)
 class PreparationSummary:
-    """What became of the rows."""
+    """What became of the rows of a source."""
 
     read: int = 0
     duplicates: int = 0
@@ -88,9 +88,10 @@ def prepare(
     copies: int = 1,
     limit: int | None = None,
 ) -> tuple[list[dict[str, Any]], PreparationSummary]:
-    """(rows in our layout, what happened). Each question once, then `copies` times; DataError if none is usable.
+    """Return (rows in our layout, what became of the source's rows). DataError if none is usable.
 
-    `limit` is the number of different questions after which reading stops. `where` names the source in errors.
+    copies: how often each question stands in the result. limit: different questions after which reading stops. where:
+    names the source in errors.
     """
     source, summary = SETS[name], PreparationSummary()
     out: list[dict[str, Any]] = []
@@ -163,7 +164,11 @@ def _row(
 def open_source(
     source: str | None, name: str, split: str, subset: str | None
 ) -> tuple[Iterator[tuple[int, dict[str, Any]]], str]:
-    """(rows, what to call them): a local file, `owner/name/file` or `owner/name` on the hub, or the set's own place."""
+    """Return (rows, their source's name for messages).
+
+    source: a local file, `owner/name/file` or `owner/name` on the hub; None for the place of the set itself. DataError
+    where it cannot be read.
+    """
     if source is None:
         hub = SETS[name].hub
         return read_raw(_download(hub.repo, hub.path)), f"{hub.repo}/{hub.path}"
@@ -195,7 +200,7 @@ def _load_dataset(repo: str, split: str, subset: str | None) -> Iterator[tuple[i
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """All rows as .parquet or .jsonl, whole or not at all. DataError for another ending."""
+    """Write all rows as .parquet or .jsonl, whole or not at all. DataError for another ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         import pyarrow as pa

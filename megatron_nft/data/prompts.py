@@ -1,4 +1,4 @@
-"""The stream of questions, in an order that depends on the seed and the draw alone.
+"""The stream of questions, in an order that depends only on the seed and the draw.
 
 With n questions, draw d is question `permutation(seed, d // n)[d % n]`: an epoch is a permutation of its own, and
 one integer (the next draw) says where the stream stands. Every rank holds the same stream.
@@ -23,7 +23,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 
 def load_tokenizer(model_path: Path | str, chat_template: Path | str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with the Jinja file `chat_template` in place of its own where given.
+    """Load the tokenizer of a model folder, with the Jinja file `chat_template` in place of its own where given.
 
     DataError when the folder holds no tokenizer or one that needs code of its own, which is never run.
     """
@@ -53,7 +53,7 @@ def load_tokenizer(model_path: Path | str, chat_template: Path | str | None = No
 
 
 def render(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]) -> list[np.ndarray]:
-    """Token ids, int32 [P], of each conversation up to where the answer begins.
+    """Return the token ids, int32 [P], of each conversation up to where the answer begins.
 
     With a chat template that is the template with its generation prompt, and nothing else is added. Without one it
     is the contents, joined by line feeds, and what the tokenizer puts before a text (usually BOS).

@@ -2,9 +2,8 @@
 
     run_dir/rollouts/step_000012/rank_00000.parquet
 
-A file is complete or absent: it is written beside its place, synced and renamed. Readers of a run in progress therefore
-see whole files only. A surplus group appears with fate `surplus` in the step that generated it and with its final fate
-in the step that trains it.
+A file is complete or absent (files.py), so readers of a run in progress see whole files only. A surplus group appears
+with fate `surplus` in the step that generated it and with its final fate in the step that trains it.
 """
 
 from __future__ import annotations
@@ -59,12 +58,12 @@ class RolloutFileError(ValueError):
 
 
 def rollout_path(run_dir: Path, step: int, rank: int) -> Path:
-    """Where `rank` writes the rollouts of training step `step`."""
+    """Return the file into which `rank` writes the rollouts of training step `step`."""
     return Path(run_dir) / "rollouts" / f"step_{step:06d}" / f"rank_{rank:05d}.parquet"
 
 
 def write_rollouts(path: Path, groups: Sequence[RolloutGroup], fates: Sequence[str], *, step: int) -> int:
-    """Write every answer of `groups`; `fates[i]` says what became of group i. Returns the number of rows.
+    """Write every answer of `groups`; `fates[i]` says what became of group i. Return the number of rows.
 
     Answers with `ignored` set get the fate `ignored` whatever their group's. Text that is not valid Unicode (lone
     surrogates) is written with replacement characters. ValueError for an unknown fate or a count that does not match.
@@ -84,7 +83,7 @@ def write_rollouts(path: Path, groups: Sequence[RolloutGroup], fates: Sequence[s
 
 
 def list_rollout_files(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, file) of every complete rollout file of a run, by step, then rank. Empty where there are none yet."""
+    """Return (step, file) of every complete rollout file of a run, by step, then rank."""
     found = []
     for folder in (Path(run_dir) / "rollouts").glob("step_*"):
         match = _STEP_FOLDER.search(folder.name)
@@ -94,7 +93,7 @@ def list_rollout_files(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def read_rollout_file(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """One file, or some of its columns. RolloutFileError where it is damaged or of another layout."""
+    """Read one file, or some of its columns. RolloutFileError where it is damaged or of another layout."""
     try:
         file = pq.ParquetFile(path)
         wanted = list(columns) if columns is not None else SCHEMA.names
@@ -110,7 +109,7 @@ def read_rollout_file(path: Path, columns: Sequence[str] | None = None) -> pa.Ta
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The question as people read it: the only message's content, or every message under its role."""
+    """Return the question as people read it: the only message's content, or every message under its role."""
     if len(prompt.messages) == 1:
         return prompt.messages[0]["content"]
     return "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in prompt.messages)

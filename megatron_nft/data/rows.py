@@ -5,7 +5,7 @@ A row, in either format:
     data_source   str, optional                       which set the question is from; graders may look at it
     prompt        [{"role": str, "content": str}]     or a str, which means one user message
     reward_model  {"ground_truth": str, "style": …}   or, in its place, `answer`: str
-    ability       str, optional                       read by nobody here
+    ability       str, optional                       not used here
     extra_info    mapping, optional                   handed to graders
 
 Rows are counted from 1; in JSONL a row is a line.
@@ -31,7 +31,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class QuestionRow:
-    """A question as it stands in a file."""
+    """A question as a file has it."""
 
     data_source: str
     messages: tuple[dict[str, str], ...]
@@ -41,7 +41,7 @@ class QuestionRow:
 
 
 def read_rows(path: Path) -> list[QuestionRow]:
-    """All questions of a .parquet or .jsonl file. DataError for anything that is not as the module says."""
+    """Read all questions of a .parquet or .jsonl file. DataError for anything but the layout above."""
     rows = []
     for number, values in read_raw(path):
         where = f"{path}, row {number}"
@@ -51,7 +51,7 @@ def read_rows(path: Path) -> list[QuestionRow]:
 
 
 def read_raw(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, values by column) of a .parquet or .jsonl file of any columns.
+    """Yield (row number from 1, values by column) of a .parquet or .jsonl file with any columns.
 
     DataError when it cannot be read or holds no row.
     """

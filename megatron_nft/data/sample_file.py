@@ -30,13 +30,13 @@ _ARRAYS = {"input_ids": np.int32, "rollout_logprobs": np.float32, "behaviour_log
 
 
 def write_samples(path: Path, samples: Sequence[TrainingSample]) -> None:
-    """Write `samples` in order; the file appears whole or not at all only if its folder does (see checkpoints.py)."""
+    """Write `samples` in order. The caller publishes the folder when it is whole (train/checkpoints.py)."""
     columns = {name: [getattr(s, name) for s in samples] for name in SCHEMA.names}
     pq.write_table(pa.table(columns, schema=SCHEMA), path)
 
 
 def read_samples(path: Path) -> list[TrainingSample]:
-    """The samples of `write_samples`, bit for bit."""
+    """Read the samples of `write_samples`, bit for bit."""
     names = {f.name for f in fields(TrainingSample)} & set(SCHEMA.names)
     rows = pq.read_table(path, schema=SCHEMA).to_pylist()
     out = []

@@ -38,19 +38,22 @@ class Problem:
 
     @property
     def question(self) -> str:
+        """The prompt."""
         return f"{self.x}+{self.y}-{self.z}="
 
     @property
     def answer(self) -> str:
+        """The reference answer."""
         return str(self.x + self.y - self.z)
 
     @property
     def solution(self) -> str:
+        """The response that the supervised warm-up learns, without the end token."""
         return f"{self.x + self.y}-{self.z}={BOXED}{self.answer}}}"
 
 
 def problems(num: int, seed: int = 0) -> list[Problem]:
-    """`num` different problems, in random order. ValueError above the 90^3 that there are."""
+    """Draw `num` different problems, in random order. ValueError above the 90^3 that there are."""
     if not 0 < num <= 90**3:
         raise ValueError(f"{num} problems: there are 1 to {90**3} different ones")
     codes = random.Random(seed).sample(range(90**3), num)
@@ -58,7 +61,7 @@ def problems(num: int, seed: int = 0) -> list[Problem]:
 
 
 def write_task(folder: Path, num_train: int = 20000, num_held_out: int = 500, seed: int = 0) -> tuple[Path, Path]:
-    """folder/train.jsonl and folder/held_out.jsonl, which share no question; returns their paths."""
+    """Write folder/train.jsonl and folder/held_out.jsonl, which share no question, and return their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = problems(num_train + num_held_out, seed)
@@ -72,7 +75,7 @@ def write_task(folder: Path, num_train: int = 20000, num_held_out: int = 500, se
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
-    r"""A token for each byte and one for `\boxed{`; puts BOS before a text, adds no EOS.
+    r"""Make a tokenizer with a token for each byte and one for `\boxed{`. It puts BOS before a text and adds no EOS.
 
     Byte-level BPE without merges, because transformers rebuilds the tokenizer of any Qwen2 model as that, whatever
     tokenizer.json says (a WordLevel model loses its tokens in silence).
@@ -111,7 +114,7 @@ def write_model(
     ffn: int = 192,
     tied: bool = True,
 ) -> Path:
-    """A Qwen2 model with random weights and the task's tokenizer, as a Hugging Face folder (fp32, safetensors)."""
+    """Write a Qwen2 model with random weights and the task's tokenizer as a Hugging Face folder (fp32, safetensors)."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -140,7 +143,7 @@ def write_model(
 
 
 def sft_samples(tokenizer: PreTrainedTokenizerBase, drawn: list[Problem]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(prompt ids int32 [P], solution ids int32 [R], EOS included) of each; prompts as `PromptStream` renders them."""
+    """Return (prompt ids int32 [P], solution ids int32 [R] with EOS) of each; prompts as `PromptStream` does."""
     prompts = tokenizer([p.question for p in drawn])["input_ids"]
     solutions = tokenizer([p.solution for p in drawn], add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
@@ -153,7 +156,7 @@ def sft_samples(tokenizer: PreTrainedTokenizerBase, drawn: list[Problem]) -> lis
 def sft_batches(
     tokenizer: PreTrainedTokenizerBase, drawn: list[Problem], batch_size: int, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches without end for a supervised warm-up: (token ids int64 [B, L], mask float32 [B, L]), padded on the right.
+    """Yield batches for a supervised warm-up, without end: (token ids int64 [B, L], mask float32 [B, L]), padded right.
 
     The mask is 1 on the solution's tokens and its EOS, which are what the warm-up learns.
     """

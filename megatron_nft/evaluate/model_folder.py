@@ -1,4 +1,4 @@
-"""The model under evaluation: is its folder complete, and what exactly is it?"""
+"""The model under evaluation: whether its folder is complete, and a checksum that says which model it is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ModelFolderError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """What is written into every result."""
+    """What an evaluation writes about its model."""
 
     path: str
     checksum: str  # SHA-256 over the names and SHA-256 of weights, config and tokenizer files
@@ -40,7 +40,7 @@ class ModelIdentity:
 
 
 def inspect_model(path: Path) -> tuple[int, int]:
-    """(number of parameters, longest sequence) from the headers. ModelFolderError where the folder is incomplete."""
+    """Return (number of parameters, longest sequence) from the headers. ModelFolderError where files are missing."""
     path = Path(path)
     if not path.is_dir():
         raise ModelFolderError(f"model folder {path} does not exist; --model takes a folder in Hugging Face format")
@@ -62,7 +62,10 @@ def inspect_model(path: Path) -> tuple[int, int]:
 
 
 def identify_model(path: Path, *, on_bytes: Callable[[int], None] | None = None) -> ModelIdentity:
-    """Reads every byte of the weights once; `on_bytes` is told how many more were read."""
+    """Read every byte of the weights once and return what the model is; `on_bytes` is told how many more were read.
+
+    ModelFolderError where the folder is incomplete.
+    """
     path = Path(path)
     num_parameters, positions = inspect_model(path)
     files = [path / name for name in IDENTITY_FILES if (path / name).is_file()] + sorted(path.glob("*.safetensors"))
@@ -73,12 +76,12 @@ def identify_model(path: Path, *, on_bytes: Callable[[int], None] | None = None)
 
 
 def weight_bytes(path: Path) -> int:
-    """Size of the weight files, for a progress bar."""
+    """Return the bytes of the weight files, for a progress bar."""
     return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
 
 
 def _check_shards(path: Path) -> None:
-    """Every file that the index names must be there: a download that stopped half-way is the usual case."""
+    """Check that every file of the index is there; a download that stopped half-way is the usual case."""
     index = path / INDEX_NAME
     if not index.is_file():
         return

@@ -31,7 +31,7 @@ DTYPES = {
 
 
 class HFFolder:
-    """Names, shapes and dtypes of all tensors of a folder, from the file headers; data on demand.
+    """Names, shapes and dtypes of all tensors of a folder, from the file headers; data are read on demand.
 
     ValueError where the folder has no safetensors, a file is damaged, or the index and the files disagree.
     """
@@ -88,13 +88,13 @@ class HFFolder:
         return name in self._files
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
-        """One tensor, or the part of it at `index`. The file is mapped only while this runs."""
+        """Read one tensor, or the part of it at `index`. The file is mapped only while this runs."""
         with safe_open(self._files[name], framework="pt") as tensors:
             value: torch.Tensor = tensors.get_tensor(name) if index is None else tensors.get_slice(name)[index]
             return value
 
     def array(self, name: str) -> FileArray:
-        """Where a tensor lies, to be read part by part."""
+        """Return a tensor's place in its file, to be read part by part."""
         return FileArray(self._files[name], self._offsets[name], self.dtypes[name], self.shapes[name])
 
     def equal(self, name: str, other: str) -> bool:
@@ -115,7 +115,7 @@ class HFFolder:
 
 
 def name_list(names: Iterable[str], limit: int = 10) -> str:
-    """`a, b, c and 7 more`, for error messages."""
+    """Join names for an error message: `a, b, c and 7 more`."""
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more
