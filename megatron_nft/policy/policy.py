@@ -90,7 +90,7 @@ class Policy:
 
     def round_num_micro_batches(self, count: int) -> int:
         """The next number of micro-batches, at least one, that the pipeline schedule can run."""
-        multiple = self.layout.pp_size if self.layout.vpp_size else 1
+        multiple = self.layout.pp.size if self.layout.vpp_size else 1
         return max(1, -(-count // multiple)) * multiple
 
     @property

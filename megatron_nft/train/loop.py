@@ -72,7 +72,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
             step=step,
             questions_per_step=config.train.questions_per_step,
             questions_per_optimizer_step=config.train.questions_per_optimizer_step,
-            num_replicas=layout.dp_size,
+            num_replicas=layout.dp.size,
             max_staleness=config.rollout.max_staleness,
             hidden_size=parts.spec.hidden_size,
             seed=config.seed,
@@ -91,7 +91,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         write_step(config.run_dir, step, found, plan, fresh, layout)
     with phases("train"):
         total, skipped = config.train.num_epochs * len(plan.optimizer_steps), 0
-        updates = optimizer_steps(plan, samples, config.train.num_epochs, layout.dp_rank, seed=(config.seed, step))
+        updates = optimizer_steps(plan, samples, config.train.num_epochs, layout.dp.rank, seed=(config.seed, step))
         for number, (mine, tokens) in enumerate(updates, start=1):
             divisor = config.algorithm.loss_divisor
             denominator = float(tokens) if divisor == "tokens" else divisor

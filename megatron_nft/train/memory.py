@@ -13,25 +13,26 @@ from megatron_nft.plan.hardware import CHIPS
 from megatron_nft.plan.layout import Cluster, LayoutSettings, longest_sequence
 from megatron_nft.plan.memory import engine_memory, trainer_memory
 from megatron_nft.policy.family import ModelSpec
-from megatron_nft.policy.parallel import ParallelLayout
 
 RESIDENT = ("weights", "gradients", "optimizer")
 TRAINING = ("activations", "packed attention", "logits chunk")
 GIB = 1 << 30
 
 
-def check_memory(config: Config, spec: ModelSpec, layout: ParallelLayout) -> list[str]:
+def check_memory(config: Config, spec: ModelSpec, device: torch.device, *, stage: int, world_size: int) -> list[str]:
     """ValueError where trainer and engine cannot fit on this rank's GPU; warnings where an estimate says they may not.
+
+    stage: the rank's place in the pipeline.
 
     Weights, gradients, optimizer, and the engine's weights with room for one longest answer are counted; activations
     are estimated (plan/activations.py). Nothing is asked of a rank without a GPU.
     """
-    if layout.device.type != "cuda":
+    if device.type != "cuda":
         return []
-    free, total = torch.cuda.mem_get_info(layout.device)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
+    free, total = torch.cuda.mem_get_info(device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return memory_problems(
-        config, spec, free=free, total=total, stage=layout.pp_rank, world_size=layout.world_size, local_world_size=local
+        config, spec, free=free, total=total, stage=stage, world_size=world_size, local_world_size=local
     )
 
 

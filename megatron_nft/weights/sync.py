@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,7 +77,7 @@ class WeightSync:
         self._buffers = Buffers(config.sync.bucket_bytes, layout.device, transport.allocate, self._used)
 
     @torch.no_grad()
-    def sync(self, chunks: list[torch.nn.Module], version: int, probe: Probe | None = None) -> Receipt:
+    def sync(self, chunks: Sequence[torch.nn.Module], version: int, probe: Probe | None = None) -> Receipt:
         """Bring the engines to the weights of `chunks`, as `version`. Collective.
 
         `probe`: a text with the trainer's log-probs under these weights (on every rank), which the engines must agree
@@ -92,7 +92,7 @@ class WeightSync:
         self._aborted = False
         return receipt
 
-    def _sync(self, chunks: list[torch.nn.Module], version: int, probe: Probe | None) -> Receipt:
+    def _sync(self, chunks: Sequence[torch.nn.Module], version: int, probe: Probe | None) -> Receipt:
         progress, transport = _Progress(), self._transport
         self._agree(progress)  # a paused engine would never answer a rank that still waits for it before this sync
         progress.attempt("pause", transport.pause)
@@ -113,7 +113,7 @@ class WeightSync:
         self._agree(progress)
         return self._receipt(progress, version, reference, checked, difference)
 
-    def _send_all(self, chunks: list[torch.nn.Module], version: int, progress: _Progress) -> set[str]:
+    def _send_all(self, chunks: Sequence[torch.nn.Module], version: int, progress: _Progress) -> set[str]:
         """Stream to the engines, again without those that were lost in the middle of it. Names sent here."""
         while True:
             progress.nbytes = 0
@@ -133,7 +133,7 @@ class WeightSync:
         if not self._aborted:
             self._transport.close()
 
-    def _stream(self, chunks: list[torch.nn.Module], progress: _Progress) -> None:
+    def _stream(self, chunks: Sequence[torch.nn.Module], progress: _Progress) -> None:
         """Export, and send a bucket while the next one is gathered. After an error the export goes on without sending:
         it is a collective."""
         stream = export_buckets(
@@ -145,14 +145,13 @@ class WeightSync:
             everywhere=self._transport.everywhere,
         )
         on_gpu = self._layout.device.type == "cuda"
-        done = object()
         while True:
             start, self._waited = time.perf_counter(), 0.0
-            bucket = next(stream, done)
+            bucket = next(stream, None)
             spent = time.perf_counter() - start - self._waited
             progress.seconds["gather"] = progress.seconds.get("gather", 0.0) + spent
             progress.seconds["wait"] = progress.seconds.get("wait", 0.0) + self._waited
-            if bucket is done:
+            if bucket is None:
                 break
             if on_gpu:
                 torch.cuda.current_stream().synchronize()  # readers do not know of our stream
@@ -199,13 +198,13 @@ class WeightSync:
 
     def _whole_reference(self, progress: _Progress) -> dict[str, str]:
         """Checksums of all stages. Small: one short string per tensor."""
-        leads = self._layout.tp_rank == 0 and self._layout.dp_rank == 0
+        leads = self._layout.tp.rank == 0 and self._layout.dp.rank == 0
         own = progress.reference.result() if leads and progress.reference is not None else {}
         parts = gather_objects(own, self._layout.world_gloo)
         return {name: value for part in parts for name, value in part.items()}
 
     def _probe(self, probe: Probe) -> float | None:
-        precision = self._config.policy.precision
+        precision: str = self._config.policy.precision
         if self._config.rollout.uses_servers and self._config.rollout.server.quantization == "fp8":
             precision = "fp8"
         tolerance = self._config.sync.probe_tolerance or PROBE_TOLERANCE[precision]
@@ -230,7 +229,7 @@ class WeightSync:
         self, progress: _Progress, version: int, reference: dict[str, str], checked: int, difference: float | None
     ) -> Receipt:
         facts = (progress.seconds, progress.nbytes, checked, difference, self._transport.engines())
-        leads = self._layout.tp_rank == 0 and self._layout.dp_rank == 0
+        leads = self._layout.tp.rank == 0 and self._layout.dp.rank == 0
         ranks = gather_objects((*facts, leads), self._layout.world_gloo)
         phases = {name for seconds, *_ in ranks for name in seconds}
         differences = [d for _, _, _, d, *_ in ranks if d is not None]

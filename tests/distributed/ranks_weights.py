@@ -135,8 +135,8 @@ def megatron_logits(chunks, tokens: torch.Tensor) -> torch.Tensor | None:
         )
         if chunk.post_process:
             shard = hidden[:, 0] @ chunk.output_weight.T  # [L, V / tp]
-            shards = [torch.empty_like(shard) for _ in range(World.layout.tp_size)]
-            dist.all_gather(shards, shard, group=World.layout.tp_group)
+            shards = [torch.empty_like(shard) for _ in range(World.layout.tp.size)]
+            dist.all_gather(shards, shard, group=World.layout.tp.group)
             outputs.append(torch.cat(shards, dim=1))
         return hidden, lambda output, **_: output.sum()
 
@@ -145,7 +145,7 @@ def megatron_logits(chunks, tokens: torch.Tensor) -> torch.Tensor | None:
             forward_step_func=forward,
             data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
             model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=World.layout.pp_size,
+            num_microbatches=World.layout.pp.size,
             seq_length=len(ids),
             micro_batch_size=1,
             forward_only=True,
@@ -178,7 +178,7 @@ def check_export_gives_back_what_was_imported(ranks: Ranks) -> None:
                 else:
                     together = [name for of_rank in gathered for name in of_rank]
                     assert len(together) == len(set(together)) and set(together) == expected
-                    assert bool(names) == (World.layout.tp_rank == 0 and World.layout.dp_rank == 0)
+                    assert bool(names) == (World.layout.tp.rank == 0 and World.layout.dp.rank == 0)
 
 
 def check_export_casts(ranks: Ranks) -> None:

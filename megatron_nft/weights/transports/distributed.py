@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import count
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -53,8 +52,8 @@ class DistributedTransport(ServerTransport):
         self._group_name = ""
         self._members: list[str] = []  # URLs
         self._has_turn = False
-        ranks_per_stage = self._layout.world_size // self._layout.pp_size
-        self._leader_ranks = [stage * ranks_per_stage for stage in range(self._layout.pp_size)]
+        ranks_per_stage = self._layout.world_size // self._layout.pp.size
+        self._leader_ranks = [stage * ranks_per_stage for stage in range(self._layout.pp.size)]
 
     def begin(self, version: int) -> None:
         """Opens the sessions and, at the first sync or after a loss, the groups. No rank leaves before the others."""
@@ -88,12 +87,10 @@ class DistributedTransport(ServerTransport):
     def _gather_engines(self) -> BroadcastGroup:
         """A group with the engines that are left. EngineLost where one of them does not answer."""
         servers = [server for server in self._servers if server.url not in self.lost]
-        where = urlsplit(servers[0].url)
         name = f"megatron-nft-{os.getpid()}-{next(_numbers)}"
         world_size = 1 + len(servers) * self._facts.tp_size
         timeout_s = self._config.sync.timeout_s
-        address = address_towards(where.hostname, where.port)
-        rendezvous = Rendezvous.open(address, name, world_size, self._layout.device, timeout_s)
+        rendezvous = Rendezvous.open(address_towards(servers[0].url), name, world_size, self._layout.device, timeout_s)
         answers = [
             self._threads.submit(server.join, rendezvous, 1 + i * self._facts.tp_size)
             for i, server in enumerate(servers)
@@ -111,8 +108,10 @@ class DistributedTransport(ServerTransport):
             for server in self._servers
             if server.url in self._members
         ]
-        self._group.broadcast(bucket.flat)
-        if not self._arrived([future for _, future in answers]):
+        group = self._group
+        assert group is not None, "only leaders send, and `begin` has opened their group"
+        group.broadcast(bucket.flat)
+        if not _arrived(group, [future for _, future in answers]):
             self._leave()  # engines that wait for the rest of the broadcast get an error and answer
         refusals = []
         for server, future in answers:
@@ -126,34 +125,19 @@ class DistributedTransport(ServerTransport):
         if refusals and not self.must_resend:
             raise WeightSyncError("; ".join(refusals))
 
-    def _arrived(self, answers: list[Future]) -> bool:
-        """Until the broadcast and all answers are there; False as soon as one of them failed.
-
-        An engine that refuses answers at once and does not take part in the broadcast, which then never ends.
-        """
-        while not (self._group.is_sent() and all(answer.done() for answer in answers)):
-            if any(answer.done() and answer.exception() for answer in answers):
-                return False
-            time.sleep(POLL_S)
-        try:
-            self._group.wait()
-        except RuntimeError:  # a member left
-            return False
-        return not any(answer.exception() for answer in answers)
-
     def _take_turn(self) -> None:
         """Wait until the leader of the stage before has sent everything."""
-        if not self._has_turn and self._layout.pp_rank > 0:
+        if not self._has_turn and self._layout.pp.rank > 0:
             turn = torch.zeros(1)
-            dist.recv(turn, src=self._leader_ranks[self._layout.pp_rank - 1], group=self._layout.world_gloo)
+            dist.recv(turn, src=self._leader_ranks[self._layout.pp.rank - 1], group=self._layout.world_gloo)
         self._has_turn = True
 
     def end_stream(self) -> None:
         if not self._leads:
             return
         self._take_turn()
-        if self._layout.pp_rank + 1 < self._layout.pp_size:
-            dist.send(torch.zeros(1), dst=self._leader_ranks[self._layout.pp_rank + 1], group=self._layout.world_gloo)
+        if self._layout.pp.rank + 1 < self._layout.pp.size:
+            dist.send(torch.zeros(1), dst=self._leader_ranks[self._layout.pp.rank + 1], group=self._layout.world_gloo)
         self._has_turn = False
 
     def _leave(self, wait_s: float = 0.0) -> None:
@@ -170,7 +154,23 @@ class DistributedTransport(ServerTransport):
         super().close()
 
 
-def _open_group(rendezvous: Rendezvous, timeout_s: float, answers: list[Future]) -> BroadcastGroup:
+def _arrived(group: BroadcastGroup, answers: list[Future[None]]) -> bool:
+    """Until the broadcast and all answers are there; False as soon as one of them failed.
+
+    An engine that refuses answers at once and does not take part in the broadcast, which then never ends.
+    """
+    while not (group.is_sent() and all(answer.done() for answer in answers)):
+        if any(answer.done() and answer.exception() for answer in answers):
+            return False
+        time.sleep(POLL_S)
+    try:
+        group.wait()
+    except RuntimeError:  # a member left
+        return False
+    return not any(answer.exception() for answer in answers)
+
+
+def _open_group(rendezvous: Rendezvous, timeout_s: float, answers: list[Future[None]]) -> BroadcastGroup:
     """The group, once all have joined. Raises what a server answered that cannot join, without waiting for the rest."""
     opened: list[BroadcastGroup] = []
     joining = threading.Thread(target=lambda: opened.append(BroadcastGroup(rendezvous, timeout_s)), daemon=True)

@@ -49,7 +49,7 @@ class ServerTransport(Transport):
         self._servers, self._engine = servers, engine
         self._config, self._spec, self._layout, self._ledger = config, spec, layout, ledger
         self._controls = layout.rank == 0
-        self._leads = layout.tp_rank == 0 and layout.dp_rank == 0
+        self._leads = layout.tp.rank == 0 and layout.dp.rank == 0
         # two per server: one that hangs in a broadcast can still be told to leave the group
         self._threads = ThreadPoolExecutor(2 * len(servers), thread_name_prefix="weight-sync")
         self._facts = self._gather_facts()
