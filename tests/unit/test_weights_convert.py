@@ -31,7 +31,9 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
-@pytest.mark.parametrize("grid", [TargetLayout(1, 1, 1), TargetLayout(2, 2, 1), TargetLayout(2, 1, 1), TargetLayout(1, 2, 2)])
+@pytest.mark.parametrize(
+    "grid", [TargetLayout(1, 1, 1), TargetLayout(2, 2, 1), TargetLayout(2, 1, 1), TargetLayout(1, 2, 2)]
+)
 def test_round_trip_is_bit_identical(model, tmp_path, family, tied, grid):
     source = model(family, tied)
     hf_to_megatron(source, tmp_path / "megatron", grid)
