@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_model
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
 from megatron_nft.weights.offline.diff import compare, open_weights
-from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.offline.megatron_reader import MegatronCheckpoint, MegatronWeights
 from megatron_nft.weights.offline.megatron_writer import TargetLayout
 from megatron_nft.weights.offline.reshard import reshard
