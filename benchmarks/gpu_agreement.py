@@ -19,10 +19,10 @@ from megatron_nft.config import PolicyConfig
 from megatron_nft.data.packing import pack, plan_micro_batches, unpack
 from megatron_nft.data.synthetic import MAX_RESPONSE_TOKENS, make_tokenizer, problems
 from megatron_nft.engines.engine import Request, SamplingParams
+from megatron_nft.engines.sync import open_weight_sync
 from megatron_nft.policy import parallel
 from megatron_nft.policy.capability import read_gpu_stack
 from megatron_nft.types import TrainingSample
-from megatron_nft.weights.sync import WeightSync
 
 QUESTIONS, ANSWERS = 256, 8
 TRITON = ["--attention-backend=triton", *LEAST_COMPILATION[1:]]
@@ -61,7 +61,7 @@ def differences(policy, engine) -> tuple[np.ndarray, float]:
 def measure(policy, layout, model, server: dict) -> dict:
     config = config_for(model, server={"max_running_requests": 256, **server}, sync={"verify_checksums": False})
     with running(config, layout) as engine:
-        sync = WeightSync.create(config, policy.spec, layout, engine)
+        sync = open_weight_sync(config, policy.spec, layout, engine)
         checked_sync(policy, sync, version=1)
         differences(policy, engine)  # fills caches
         gap, rate = differences(policy, engine)

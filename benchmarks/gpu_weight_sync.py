@@ -8,15 +8,15 @@ from gpu_common import Results, ceilings, spec_7b, verdict
 from gpu_policies import fill_random
 from gpu_servers import config_for, dummy, folder_7b, running
 
+from megatron_nft.engines.sync import open_weight_sync
 from megatron_nft.policy import parallel
 from megatron_nft.policy.model import build_chunks
-from megatron_nft.weights.sync import WeightSync
 
 SYNCS = 6
 
 
 def measure(config, spec, layout, engine, chunks, copy: float) -> dict:
-    sync = WeightSync.create(config, spec, layout, engine)
+    sync = open_weight_sync(config, spec, layout, engine)
     receipts = [sync.sync(chunks, version) for version in range(1, SYNCS + 1)][1:]  # the first one maps the buffer
     sync.close()
     seconds = statistics.median(sum(r.seconds.values()) for r in receipts)

@@ -115,10 +115,10 @@ def measure(config, spec, layout, chunks, version: int):
     import torch.distributed as dist
 
     from megatron_nft.engines.open import create_engine
-    from megatron_nft.weights.sync import WeightSync
+    from megatron_nft.engines.sync import open_weight_sync
 
     engine = create_engine(config, layout)
-    sync = WeightSync.create(config, spec, layout, engine)
+    sync = open_weight_sync(config, spec, layout, engine)
     receipts, walls = [], []
     for i in range(SYNCS + 1):
         dist.barrier(group=layout.world_gloo)
@@ -154,8 +154,9 @@ def measure_all(args: argparse.Namespace, scratch: Path) -> tuple[list[dict], in
     import torch
 
     from megatron_nft.config import RolloutConfig
+    from megatron_nft.engines.open import engine_kind
+    from megatron_nft.engines.start import start_servers
     from megatron_nft.train.launch import start_local
-    from megatron_nft.engines.open import start_servers
 
     on_gpu = torch.cuda.is_available()
     precision = "bf16" if on_gpu else "fp32"
@@ -172,6 +173,7 @@ def measure_all(args: argparse.Namespace, scratch: Path) -> tuple[list[dict], in
     group = None
     if args.engine != "none":
         group = start_servers(
+            engine_kind(args.engine),
             scratch / "model",
             RolloutConfig(engine=args.engine, server={"start_timeout_s": args.start_timeout}),
             precision=precision,

@@ -24,7 +24,7 @@ def check(config: Config, world_size: int, engines: bool) -> None:
         for path in paths:
             if not path.is_file():
                 raise ValueError(f"{key}: {path} is not a file")
-    if engines and config.rollout.engine == "embedded":
+    if engines and not config.rollout.uses_servers:
         raise ValueError("NFT_ENGINE_NODES needs rollout.engine=sglang or vllm, not embedded")
     if engines and config.rollout.server.urls:
         raise ValueError("NFT_ENGINE_NODES and rollout.server.urls exclude each other")

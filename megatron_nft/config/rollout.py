@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from megatron_nft.config.engines import known_engine
 from megatron_nft.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
@@ -88,9 +89,9 @@ class ServerConfig(Section):
 class RolloutConfig(Section):
     """Generation of answers."""
 
-    engine: Literal["embedded", "sglang", "vllm"] = "embedded"
-    """What generates the answers: transformers in the trainer's own processes (embedded; for small models), or SGLang
-    or vLLM servers."""
+    engine: Annotated[str, AfterValidator(known_engine)] = "embedded"
+    """What generates the answers: embedded (transformers in the trainer's own processes, for small models), sglang or
+    vllm (servers)."""
     answers_per_question: Annotated[int, Field(ge=2)] = 16
     """Answers sampled for each question: the size of a group."""
     questions_per_batch: PositiveInt = 1536

@@ -79,6 +79,6 @@ class Config(Section):
                 f"rollout.max_response_tokens ({self.rollout.max_response_tokens}) = {longest}{padded}"
             )
         self.algorithm.check_response_limit(self.rollout.max_response_tokens)
-        if self.rollout.engine == "embedded" and self.sync.transport not in ("auto", "tensor"):
+        if not self.rollout.uses_servers and self.sync.transport not in ("auto", "tensor"):
             raise ValueError(f"sync.transport={self.sync.transport} needs rollout.engine sglang or vllm, not embedded")
         return self

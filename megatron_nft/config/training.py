@@ -97,3 +97,8 @@ class MetricsConfig(Section):
     """Write TensorBoard event files to run_dir/tensorboard."""
     wandb_project: str | None = None
     """Project on Weights & Biases to log to as well (extra `wandb`); null does not log there."""
+    entropy_every_steps: NonNegativeInt = 1
+    """Training steps from one `policy/entropy` to the next; 0 turns it off. It is the mean entropy, in nats, of the
+    policy's distribution over the tokens of the answers that the step generated and kept, before the first update and
+    at `rollout.temperature`. It is computed with the behaviour log-probs, changes no weight, and costs about a tenth of
+    the output layer's time in that pass for a vocabulary of 152k (on a CPU), and nothing measurable for a small one."""

@@ -123,6 +123,8 @@ def _report(summary: PreparationSummary, output: Path) -> None:
     for reason, count in summary.dropped.most_common():
         say(f"  dropped {count} (first: row {summary.first_dropped[reason]}): {reason}")
     if summary.conflicts:
-        say(f"  {summary.conflicts} questions have copies with different answers; {summary.conflict_rows} rows left out")
+        say(
+            f"  {summary.conflicts} questions have copies with different answers; {summary.conflict_rows} rows left out"
+        )
     digest = sha256_of_file(output)
     say(f"{summary.written} rows written to {output} ({output.stat().st_size} bytes, sha256 {digest})")

@@ -12,19 +12,22 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
+from megatron_nft.engines.targets import RequestRouter, Target, Targets
 
 if TYPE_CHECKING:
-    from megatron_nft.config import ServerConfig
+    from megatron_nft.config import Config, ServerConfig
     from megatron_nft.engines.server import ServerGroup
-    from megatron_nft.engines.sglang.router import Router
     from megatron_nft.engines.sleep import SleepingServers
+    from megatron_nft.policy.family import ModelSpec
+    from megatron_nft.policy.parallel import ParallelLayout
+    from megatron_nft.weights.client import WeightClient
+    from megatron_nft.weights.transport import Ledger, Transport
 
 BACKOFF_S = 0.5  # before the second try, doubled for each further one
 PROBE_TIMEOUT_S = 30.0  # for the question which weights a server has; a busy one is slow to answer
@@ -48,15 +51,6 @@ class BadAnswer(Exception):
     """A server's answer that lacks what was asked for."""
 
 
-@dataclass(slots=True, eq=False)
-class _Target:
-    """A server, or the router in front of all of them, as this client sees it."""
-
-    url: str
-    in_flight: int = 0  # answers asked for and not there yet
-    down: bool = False  # failed us; asked for its health and version before it gets another request
-
-
 class HttpEngine(ABC):
     """An engine behind one or several servers that hold the same weights. See `engine.Engine`.
 
@@ -73,7 +67,7 @@ class HttpEngine(ABC):
         group: ServerGroup | None = None,
         sleeping: SleepingServers | None = None,
         all_urls: Sequence[str] = (),
-        router: Router | None = None,
+        router: RequestRouter | None = None,
     ) -> None:
         """allow_version_change: an answer may begin under `weight_version` and end under a newer one.
 
@@ -88,8 +82,7 @@ class HttpEngine(ABC):
         self.memory_released = False
         self._sleeping = sleeping
         self._config, self._allow_version_change = config, allow_version_change
-        self._router, self._admitting = router, asyncio.Lock()
-        self._targets = [_Target(url.rstrip("/")) for url in ([router.url] if router else urls)]
+        self._router = router
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)
         self._thread.start()
@@ -101,6 +94,7 @@ class HttpEngine(ABC):
                 max_connections=None, max_keepalive_connections=config.max_in_flight, keepalive_expiry=KEEP_ALIVE_S
             ),
         )
+        self._targets = Targets(urls, router, self._client, self._has_wanted_weights)
 
     # ---- what an engine kind fills in
 
@@ -119,6 +113,10 @@ class HttpEngine(ABC):
     @abstractmethod
     def _prompt_logprobs(self, token_ids: list[int], answer: Any) -> list[float]:
         """Log-probs of all tokens of the prompt but the first."""
+
+    @abstractmethod
+    def _weight_client(self, url: str, timeout_s: float) -> WeightClient:
+        """The client that brings weights to the server at `url`."""
 
     @abstractmethod
     async def _version(self, client: httpx.AsyncClient, url: str) -> int:
@@ -143,7 +141,7 @@ class HttpEngine(ABC):
 
     def prompt_logprobs(self, token_ids: np.ndarray, url: str | None = None) -> np.ndarray:
         """int32 [L] -> float32 [L - 1], by the server at `url` or the first. See `engine.Engine.prompt_logprobs`."""
-        target = _Target((url or self.urls[0]).rstrip("/"))
+        target = Target((url or self.urls[0]).rstrip("/"))
         token_ids = [int(t) for t in token_ids]
         path, body = self._prompt_call(token_ids)
         try:
@@ -168,6 +166,14 @@ class HttpEngine(ABC):
         if len(set(found)) > 1:
             raise EngineError(f"the servers {', '.join(self.urls)} have different weight versions: {found}")
         self.weight_version = found[0]
+
+    def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
+        """See `engine.Engine.open_transport`. Weights go to the servers of every rank."""
+        from megatron_nft.engines.sync import server_transport  # imports torch, which an evaluation does without
+
+        clients = [self._weight_client(url, config.sync.timeout_s) for url in self.all_urls]
+        kind = server_transport(config.sync.transport, self.all_urls)
+        return kind(clients, self, config, spec, layout, ledger)
 
     def release_memory(self) -> None:
         """See `engine.Engine.release_memory`. The rank that started the servers tells them; others only note it."""
@@ -206,9 +212,7 @@ class HttpEngine(ABC):
 
     async def _ask_all(self, requests: Sequence[Request], sampling: SamplingParams, answers: queue.SimpleQueue) -> None:
         """Puts (number, completions or an exception) for every request; at most max_in_flight under way."""
-        if self._router is not None:
-            self._targets[0].down = True  # it may have servers that came back without the weights
-        await self._look_at_those_down()
+        await self._targets.refresh()
         numbers = iter(range(len(requests)))
 
         async def work() -> None:
@@ -231,7 +235,7 @@ class HttpEngine(ABC):
             if attempt:
                 await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
                 asked_version = self.weight_version
-            target = await self._pick()
+            target = await self._targets.pick()
             if target is None:
                 problems.append("no server is up with the weights that are wanted")
                 continue
@@ -250,7 +254,7 @@ class HttpEngine(ABC):
                 except WeightVersionError as e:
                     # A server that died and came back has no current weights; another may have them.
                     target.down = True
-                    if attempt == self._config.max_retries or (self._router is None and self._all_down()):
+                    if attempt == self._config.max_retries or self._targets.exhausted:
                         raise
                     problems.append(str(e))
                     continue
@@ -259,49 +263,13 @@ class HttpEngine(ABC):
                 target.in_flight -= request.num_samples
         raise EngineError(self._describe(problems))
 
-    async def _pick(self) -> _Target | None:
-        """The server with the least under way; where none is up, those that are down are looked at again."""
-        if self._all_down():
-            await self._look_at_those_down()
-        up = [t for t in self._targets if not t.down]
-        return min(up, key=lambda t: t.in_flight, default=None)
-
-    def _all_down(self) -> bool:
-        return all(t.down for t in self._targets)
-
-    async def _look_at_those_down(self) -> None:
-        """Servers that answer again and have the wanted weights get requests again."""
-
-        async def look(target: _Target) -> None:
-            target.down = not await self._has_wanted_weights(target.url)
-
-        if self._router is not None:
-            await self._refresh_router()
-        else:
-            await asyncio.gather(*(look(t) for t in self._targets if t.down))
-
     async def _has_wanted_weights(self, url: str) -> bool:
         try:
             return await self._version(self._client, url) == self.weight_version
         except (httpx.HTTPError, KeyError, ValueError):
             return False
 
-    async def _refresh_router(self) -> None:
-        """The router gets the servers that have the wanted weights. Requests that failed together do it once."""
-        (target,) = self._targets
-        async with self._admitting:
-            if not target.down:
-                return
-            urls = [url.rstrip("/") for url in self.urls]
-            ready = await asyncio.gather(*(self._has_wanted_weights(url) for url in urls))
-            found = [url for url, has in zip(urls, ready) if has]
-            try:
-                await self._router.admit(self._client, found)
-            except (httpx.HTTPError, EngineError, KeyError, ValueError):
-                return  # the next try looks again
-            target.down = not found
-
-    async def _post(self, target: _Target, path: str, body: dict[str, Any]) -> Any:
+    async def _post(self, target: Target, path: str, body: dict[str, Any]) -> Any:
         """The JSON answer. BadAnswer where another try may help, EngineError where the request itself is refused."""
         response = await self._client.post(target.url + path, json=body)
         if response.status_code >= 500 or response.status_code in RETRIED_STATUS:
@@ -315,7 +283,7 @@ class HttpEngine(ABC):
         except ValueError:
             raise BadAnswer(f"an answer that is not JSON: {response.text[:200]!r}") from None
 
-    def _parse(self, target: _Target, answer: Any, request: Request, sampling: SamplingParams) -> list[Completion]:
+    def _parse(self, target: Target, answer: Any, request: Request, sampling: SamplingParams) -> list[Completion]:
         try:
             completions = self._completions(answer, request, sampling)
         except (KeyError, TypeError, ValueError, IndexError) as e:
@@ -329,7 +297,7 @@ class HttpEngine(ABC):
                 raise BadAnswer("an answer came with log-probs that are not finite")
         return completions
 
-    def _check_versions(self, target: _Target, completions: list[Completion], asked: int) -> None:
+    def _check_versions(self, target: Target, completions: list[Completion], asked: int) -> None:
         for c in completions:
             first = c.weight_version_spans[0][0] if c.weight_version_spans else c.weight_version
             same = first == c.weight_version == asked

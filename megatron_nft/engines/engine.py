@@ -14,9 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+
+    from megatron_nft.config import Config
+    from megatron_nft.policy.family import ModelSpec
+    from megatron_nft.policy.parallel import ParallelLayout
+    from megatron_nft.weights.transport import Ledger, Transport
+
+NO_WEIGHTS = -1
+"""Weight version of an engine that waits for its first sync."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""policy.precision -> dtype of an engine whose own is not set."""
 
 
 class EngineError(RuntimeError):
@@ -72,11 +86,40 @@ class Completion:
     weight_version_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) where an update fell inside
 
 
+class Ranks(Protocol):
+    """The part of `policy.parallel.ParallelLayout` that engines use."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def world_gloo(self) -> dist.ProcessGroup | None:
+        """Group of all ranks, host memory. None where this process is the only one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """How an engine is opened, whatever its kind."""
+
+    precision: str  # fp32 | bf16, of an engine whose dtype is not set
+    log_dir: Path  # where servers that are started write
+    layout: Ranks | None  # None: this process is the only rank
+    load_weights: bool  # False: no answers are given until a weight sync has brought a version
+    allow_version_change: bool  # an answer may begin under one version and end under a newer one
+
+
 class Engine(Protocol):
     """An engine that holds some version of the policy's weights."""
 
     weight_version: int
-    """Version that answers must come from; set by the weight sync. -1 before the first weights."""
+    """Version that answers must come from; set by the weight sync. NO_WEIGHTS before the first one."""
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
         """Yields (number of the request, number of the sample, answer), in the order in which answers finish.
@@ -87,6 +130,10 @@ class Engine(Protocol):
 
     def prompt_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         """Log-probs of token_ids[1:] given what stands before each, temperature 1: int32 [L] -> float32 [L - 1]."""
+        ...
+
+    def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
+        """This rank's end of the way that weights take into the engine. Collective. See `weights.transport`."""
         ...
 
     memory_released: bool

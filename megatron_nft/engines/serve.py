@@ -2,7 +2,7 @@
 
     python -m megatron_nft.engines.serve --registry FOLDER --config FILE … [key=value …]
 
-Starts `rollout.server.num_servers` servers, announces them in FOLDER (registry.py), starts dead ones again, and ends
+Starts `rollout.server.num_servers` servers, announces them in FOLDER (discovery.py), starts dead ones again, and ends
 them all when FOLDER/stop appears or on SIGTERM. They listen on NFT_ADDRESS where that is set, else on
 `rollout.server.host`. Exit status: 0 told to stop, 1 servers that do not come up or died too often.
 """
@@ -18,9 +18,11 @@ from pathlib import Path
 
 from megatron_nft.config import Config, ConfigError, load_config
 from megatron_nft.engines.discovery import register
-from megatron_nft.engines.engine import EngineError
-from megatron_nft.engines.open import NO_WEIGHTS, start_servers
+from megatron_nft.engines.engine import NO_WEIGHTS, EngineError
+from megatron_nft.engines.kind import HttpEngineKind
+from megatron_nft.engines.open import engine_kind
 from megatron_nft.engines.server import ServerGroup
+from megatron_nft.engines.start import start_servers
 
 POLL_S = 1.0
 
@@ -29,8 +31,12 @@ def start(config: Config, host: str, node: str) -> ServerGroup:
     """The servers of this node, all healthy, without weights until the trainer's first sync."""
     import torch
 
+    kind = engine_kind(config.rollout.engine)
+    if not isinstance(kind, HttpEngineKind):
+        raise EngineError(f"rollout.engine={config.rollout.engine} has no servers; engine nodes need sglang or vllm")
     server = config.rollout.server.model_copy(update={"host": host})
     return start_servers(
+        kind,
         config.model.path,
         config.rollout.model_copy(update={"server": server}),
         precision=config.policy.precision,
@@ -62,7 +68,7 @@ def serve(config: Config, registry: Path, node: str, stop: threading.Event) -> i
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--registry", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--config", action="append", required=True, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

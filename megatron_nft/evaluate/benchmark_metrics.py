@@ -1,4 +1,4 @@
-"""From graded answers to the figures of a benchmark. Q questions, N answers each."""
+"""From graded answers to the metrics of a benchmark. Q questions, N answers each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_nft.types import Verdict
 
 
 def benchmark_metrics(results: Sequence[QuestionResult]) -> dict[str, Any]:
-    """Everything that is reported of one benchmark. Intervals are 95 % bootstraps over questions."""
+    """Return what is reported of one benchmark; intervals are 95 % bootstraps over questions. ValueError for none."""
     if not results:
         raise ValueError("no question was answered")
     samples = len(results[0].answers)
@@ -50,20 +50,20 @@ def benchmark_metrics(results: Sequence[QuestionResult]) -> dict[str, Any]:
 
 
 def question_scores(results: Sequence[QuestionResult], grader: str | None = None) -> np.ndarray:
-    """float64 [Q]: share of correct answers per question, by the deciding verdict or by one grader's."""
+    """Return float64 [Q]: share of correct answers per question, by the deciding verdict or by one grader's."""
     verdicts = [[a.verdict if grader is None else a.grader_verdicts.get(grader) for a in q.answers] for q in results]
     return np.array([np.mean([v is Verdict.CORRECT for v in of_question]) for of_question in verdicts])
 
 
 def macro_average(scores: Mapping[str, np.ndarray]) -> Interval:
-    """Mean of the benchmarks' accuracies; each benchmark is resampled by itself."""
+    """Return the mean of the benchmarks' accuracies with its 95 % interval; each benchmark is resampled by itself."""
     means = np.mean([bootstrap_means(s, seed=i) for i, s in enumerate(scores.values())], axis=0)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(np.mean([s.mean() for s in scores.values()])), float(low), float(high))
 
 
 def vote_form(extracted: str | None) -> str | None:
-    """What counts as the same vote: the extracted answer without layout. None does not vote."""
+    """Return the extracted answer without its layout: equal forms count as the same vote, and None does not vote."""
     if extracted is None:
         return None
     text = re.sub(r"\\[dt]frac", r"\\frac", extracted)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_nft.engines.open import ENGINES, engine_kind
+from megatron_nft.config.engines import ENGINES
+from megatron_nft.engines.open import engine_kind
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status of the command; see cli.py."""
+    """Evaluate; return 0 done, 1 where an engine or the verifier failed, 2 for bad settings, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _run(args)
@@ -157,7 +158,7 @@ def _data_folder(given: Path | None) -> Path | None:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    """The settings that the engine and the verifier read, checked as those of training are."""
+    """Return the settings that the engine and the verifier read, checked as those of training are."""
     from megatron_nft.config import load_config
 
     base = {
@@ -185,7 +186,7 @@ def _device() -> torch.device:
 
 
 def _sampling(args: argparse.Namespace, num_parameters: int) -> tuple[Preset, Sampling]:
-    """The protocol's sampling, overlaid by what was asked for."""
+    """Return the protocol's sampling, overlaid by what was asked for."""
     from megatron_nft.evaluate.protocol import PRESETS, Sampling, preset_for
 
     preset = preset_for(num_parameters) if args.protocol == "auto" else PRESETS[args.protocol]
@@ -248,7 +249,7 @@ def _protocol(
 
 @contextmanager
 def _open_parts(args: argparse.Namespace, config: Config) -> Iterator[Parts]:
-    """Engine and verifier, both ended whatever happens."""
+    """Open engine and verifier; both are closed whatever happens."""
     from megatron_nft.engines.open import open_engine
     from megatron_nft.evaluate.evaluation import Parts
     from megatron_nft.verify import VerifierPool

@@ -18,13 +18,13 @@ from megatron_nft.evaluate.statistics import Interval, PairedDifference, bootstr
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A question that the two models answer differently often."""
+    """A question of which the two models answer different shares correctly."""
 
     id: str
     prompt: str
     answer: str
-    a: float  # share correct
-    b: float
+    a: float  # share of A's answers that are correct
+    b: float  # of B's
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,15 @@ class Comparison:
     """One benchmark, A against B."""
 
     name: str
-    questions: int
-    a: float
+    questions: int  # that both were asked
+    a: float  # mean accuracy of A over these
     b: float
     paired: PairedDifference
     changes: list[Change]  # the largest first
 
 
 def open_evaluation(folder: Path) -> dict[str, Any]:
-    """results.json of an evaluation folder. EvaluationError where there is none, or one of another version."""
+    """Read results.json of an evaluation folder. EvaluationError where there is none, or one of another version."""
     folder = Path(folder)
     path = folder / "results.json"
     if not path.exists():
@@ -60,7 +60,7 @@ def open_evaluation(folder: Path) -> dict[str, Any]:
 def compare(
     folder_a: Path, folder_b: Path, *, allow_different: bool = False
 ) -> tuple[list[Comparison], Any, list[str]]:
-    """(one comparison per shared benchmark, paired difference of the averages, protocol differences).
+    """Return (one comparison per shared benchmark, paired difference of the averages, protocol differences).
 
     EvaluationError where the protocols differ and `allow_different` is not set, or no benchmark is shared.
     """
@@ -98,7 +98,7 @@ def _compare_benchmark(name: str, folder_a: Path, folder_b: Path) -> tuple[Compa
 
 
 def _by_question(path: Path) -> dict[tuple[str, str], AnswerRecord]:
-    """Records by prompt and answer, which say what a question is better than its place in a file."""
+    """Records by prompt and answer: they identify a question more surely than its place in a file."""
     return {(record.prompt, record.answer): record for _, record in read_answers(path)}
 
 
@@ -118,7 +118,7 @@ def _average(scores: Sequence[np.ndarray]) -> dict[str, Any] | None:
 
 
 def verdict(paired: PairedDifference) -> str:
-    """The answer in words: better, worse, or not to be told apart at 95 %."""
+    """Say in words whether B is better: better, worse, or no difference at 95 %."""
     if paired.difference.low > 0:
         return "B is better"
     if paired.difference.high < 0:
@@ -127,7 +127,7 @@ def verdict(paired: PairedDifference) -> str:
 
 
 def to_json(comparisons: Sequence[Comparison], average: Mapping[str, Any] | None, differ: list[str]) -> dict[str, Any]:
-    """Everything that was found, for a file."""
+    """Return everything that was found, for the file of `--out`."""
     return {
         "format": FORMAT,
         "protocol_differences": differ,

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status of the command; see cli.py. 0 whichever is better."""
+    """Compare and print; return 0 whichever is better, 2 where the two cannot be compared."""
     from megatron_nft.evaluate.compare import compare, to_json
     from megatron_nft.files import write_atomically
 
@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _row(name: str, questions: str, a: float, b: float, paired: PairedDifference) -> list[str]:
+def _row(name: str, questions: str, mean_a: float, mean_b: float, paired: PairedDifference) -> list[str]:
     from megatron_nft.evaluate.compare import verdict
 
     d = paired.difference
     interval = f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-    return [name, questions, f"{100 * a:.1f}", f"{100 * b:.1f}", interval, verdict(paired)]
+    return [name, questions, f"{100 * mean_a:.1f}", f"{100 * mean_b:.1f}", interval, verdict(paired)]
 
 
 def _table(comparisons: list[Comparison], average: dict[str, Any] | None) -> str:

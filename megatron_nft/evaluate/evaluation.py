@@ -1,4 +1,4 @@
-"""One evaluation from its settings to its result files. What is in the folder already is not asked again.
+"""One evaluation, from its settings to its result files. Answers that are in the folder already are not asked again.
 
 out/protocol.json             what is asked, how, of what
 out/answers/<benchmark>.jsonl every answer
@@ -18,6 +18,7 @@ from typing import Any
 from megatron_nft.console import Progress, show_progress
 from megatron_nft.data.rollout_file import prompt_text
 from megatron_nft.evaluate.benchmark_metrics import benchmark_metrics, macro_average, question_scores
+from megatron_nft.evaluate.page import evaluation_page
 from megatron_nft.evaluate.protocol import FORMAT, Sampling, differences
 from megatron_nft.evaluate.questions import QuestionResult, evaluate_questions
 from megatron_nft.evaluate.records import AnswerFile
@@ -33,20 +34,20 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What asks and grades; made only if something is left to ask."""
+    """The engine that is asked and the verifier that grades; opened only if something is left to ask."""
 
-    engine: Any  # rollout.engine.Engine
+    engine: Any  # engines.engine.Engine
     verifier: Any  # verify.VerifierPool
 
 
 def answer_path(out: Path, task_name: str) -> Path:
-    """Where the answers to a benchmark are kept."""
+    """Return the file that keeps the answers to a benchmark."""
     return Path(out) / "answers" / f"{task_name}.jsonl"
 
 
 @contextmanager
 def claim_folder(out: Path, protocol: Mapping[str, Any]) -> Iterator[None]:
-    """`out` for this run alone, with its protocol written. EvaluationError where it belongs to another evaluation."""
+    """Hold `out` for this run alone, with its protocol written. EvaluationError where another evaluation has it."""
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def run_tasks(
     out: Path,
     open_parts: Callable[[], AbstractContextManager[Parts]],
 ) -> dict[str, list[QuestionResult]]:
-    """All answers by benchmark; what is left to ask is asked and kept as it comes."""
+    """Return all answers by benchmark. What is missing is asked, and each question is written as it finishes."""
     for task in tasks:  # before the engine starts
         by_answer_room(prompts[task.name], sampling, max_positions)
     files = {t.name: AnswerFile(answer_path(out, t.name), len(t.questions), t.samples) for t in tasks}
@@ -111,7 +112,7 @@ def _ask(
     parts: Parts,
     progress: Progress,
 ) -> None:
-    """Asks what the file lacks."""
+    """Ask the questions that the file lacks."""
     missing = [p for p in prompts if p.index not in file.done]
 
     def keep(result: QuestionResult) -> None:
@@ -141,7 +142,7 @@ def make_results(
     answers: Mapping[str, Sequence[QuestionResult]],
     protocol: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What results.json holds."""
+    """Return the content of results.json."""
     benchmarks = {}
     for task in tasks:
         limit = protocol["sampling"]["max_prompt_tokens"]
@@ -157,16 +158,14 @@ def make_results(
 
 
 def write_results(out: Path, results: Mapping[str, Any]) -> None:
-    """results.json, results.md and results.html."""
-    from megatron_nft.report.evaluation import evaluation_page
-
+    """Write results.json, results.md and results.html."""
     write_atomically(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_atomically(out / "results.md", to_markdown(results))
     evaluation_page(out, results, out / "results.html")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """EvaluationError where the file is absent or no JSON object."""
+    """Read a JSON object. EvaluationError where the file is absent or holds anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:

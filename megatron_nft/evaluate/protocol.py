@@ -1,4 +1,4 @@
-"""What was asked, how, of which model, with which software: written into every result and hashed.
+"""The protocol of an evaluation: what was asked, how, of which model, with which software. It is written and hashed.
 
 Two results can be compared when their protocols are equal; the model is the one thing that may differ.
 """
@@ -43,7 +43,7 @@ PRESETS = {
 
 
 def preset_for(num_parameters: int) -> Preset:
-    """The paper's protocol for a model of this size."""
+    """Return the paper's protocol for a model of this size."""
     return PRESETS["nft-32b" if num_parameters >= LARGE_MODEL else "nft-7b"]
 
 
@@ -59,7 +59,7 @@ class Sampling:
 
 
 def describe_benchmark(questions: Sequence[Question], samples: int) -> dict[str, Any]:
-    """A benchmark's part of the protocol."""
+    """Return a benchmark's part of the protocol: how many questions and answers, and a digest of what is asked."""
     asked = [[list(map(dict, q.messages)), q.answer] for q in questions]
     return {"questions": len(questions), "samples": samples, "prompts_sha256": digest(asked)}
 
@@ -75,7 +75,7 @@ def build_protocol(
     engine: Mapping[str, Any],
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The whole protocol with its two hashes.
+    """Return the whole protocol with its two hashes.
 
     `protocol_hash` covers everything but the model; `run_hash` covers the model too, and a folder is resumed only
     under the same one. The model's path is for people and in neither.
@@ -101,9 +101,11 @@ def build_protocol(
     }
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any], *, with_model: bool = False) -> list[str]:
-    """`key: a's value, b's value` for every setting that differs, in the benchmarks that both have."""
-    left, right = _flatten(_comparable(a, b, with_model)), _flatten(_comparable(b, a, with_model))
+def differences(first: Mapping[str, Any], second: Mapping[str, Any], *, with_model: bool = False) -> list[str]:
+    """List the settings that differ, `key: value against value`, of the benchmarks that both protocols have."""
+    left, right = (
+        _flatten(_comparable(protocol, other, with_model)) for protocol, other in ((first, second), (second, first))
+    )
     return [
         f"{key}: {left.get(key, 'absent')} against {right.get(key, 'absent')}"
         for key in sorted({*left, *right})
@@ -112,7 +114,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], *, with_model: bool 
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
+    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""All answers of an evaluation on disk: answers/<benchmark>.jsonl, one line per question, written as questions finish.
+"""The answers of an evaluation on disk: answers/<benchmark>.jsonl, one line per question, written as it finishes.
 
 A line that a killed run left unfinished is cut off when the evaluation goes on; the question is asked again.
 """
@@ -44,7 +44,7 @@ class AnswerFile:
         self._file.close()
 
     def append(self, result: QuestionResult, *, id: str, prompt: str, answer: str) -> None:
-        """Keep a question for good."""
+        """Write a question with its answers to the file; they are not asked again."""
         line = {
             "index": result.index,
             "id": id,
@@ -59,7 +59,7 @@ class AnswerFile:
         self.done[result.index] = result
 
     def results(self) -> list[QuestionResult]:
-        """What is there, in the order of the benchmark."""
+        """Return the questions that are there, in the order of the benchmark."""
         return [self.done[index] for index in sorted(self.done)]
 
     def _drop_unfinished_line(self) -> None:
@@ -84,7 +84,7 @@ class AnswerRecord:
 
 
 def read_answers(path: Path) -> Iterator[tuple[int, AnswerRecord]]:
-    """(line number, record). RecordError for a line that is not one; nothing where the file does not exist."""
+    """Yield (line number, record). RecordError for a line that is no record; nothing where the file does not exist."""
     if not Path(path).exists():
         return
     with Path(path).open("rb") as f:
@@ -96,19 +96,19 @@ def read_answers(path: Path) -> Iterator[tuple[int, AnswerRecord]]:
 
 
 def grader_names(results: Sequence[QuestionResult]) -> list[str]:
-    """Every grader that was asked, the deciding one first."""
+    """Return the name of every grader that was asked, the deciding one first."""
     return list(dict.fromkeys(name for q in results for a in q.answers for name in a.grader_verdicts))
 
 
-def _answer_to_json(a: Answer) -> dict[str, Any]:
+def _answer_to_json(answer: Answer) -> dict[str, Any]:
     return {
-        "text": a.text,
-        "num_tokens": a.num_tokens,
-        "finish_reason": a.finish_reason,
-        "verdict": str(a.verdict),
-        "extracted": a.extracted,
-        "grader_verdicts": {name: str(verdict) for name, verdict in a.grader_verdicts.items()},
-        "verify_s": a.verify_s,
+        "text": answer.text,
+        "num_tokens": answer.num_tokens,
+        "finish_reason": answer.finish_reason,
+        "verdict": str(answer.verdict),
+        "extracted": answer.extracted,
+        "grader_verdicts": {name: str(verdict) for name, verdict in answer.grader_verdicts.items()},
+        "verify_s": answer.verify_s,
     }
 
 

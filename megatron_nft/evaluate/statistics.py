@@ -1,4 +1,4 @@
-"""Figures with their spread. Q questions, N answers each.
+"""Statistics of evaluations, with their spread. Q questions, N answers each.
 
 Questions are the unit of resampling everywhere: answers to one question are not independent of each other.
 """
@@ -25,7 +25,7 @@ class Interval:
 
 
 def bootstrap_means(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """float64 [resamples]: means of `values` (float [Q]) drawn Q at a time with replacement."""
+    """Return float64 [resamples]: means of `values` (float [Q]), Q drawn with replacement. ValueError for Q = 0."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"bootstrap needs a vector of at least one question, not shape {values.shape}")
@@ -57,10 +57,14 @@ class PairedDifference:
 
 
 def paired_bootstrap(
-    a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    scores_a: np.ndarray, scores_b: np.ndarray, *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> PairedDifference:
-    """`a`, `b` float [Q]: per-question scores of two models on the same questions in the same order."""
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    """Mean of B - A with its percentile bootstrap interval.
+
+    scores_a, scores_b: float [Q], per-question scores of two models on the same questions in the same order. ValueError
+    where their shapes differ.
+    """
+    a, b = np.asarray(scores_a, dtype=np.float64), np.asarray(scores_b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"paired bootstrap needs the same questions: {a.shape} against {b.shape}")
     means = bootstrap_means(b - a, resamples=resamples, seed=seed)
@@ -70,7 +74,7 @@ def paired_bootstrap(
 
 
 def pass_at_k(num_answers: int, num_correct: int, k: int) -> float:
-    """Chance that k of the answers, drawn without replacement, hold a correct one: 1 - C(n - c, k) / C(n, k).
+    """Return the chance that k of the answers, drawn without replacement, hold a correct one: 1 - C(n-c, k) / C(n, k).
 
     The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), in exact integers.
     """
@@ -84,7 +88,7 @@ def pass_at_k(num_answers: int, num_correct: int, k: int) -> float:
 def majority_at_k(
     votes: Sequence[str | None], correct: Sequence[bool], k: int, *, draws: int = 200, seed: int = 0
 ) -> float:
-    """Chance that the most frequent of k answers is correct; ties are broken by a fair draw among the tied.
+    """Return the chance that the most frequent of k answers is correct; ties are broken by a fair draw among the tied.
 
     `votes` [N] holds each answer's normal form, None where nothing could be read: those do not vote, and k answers
     without a vote are wrong. All correct answers count as one vote whatever their form. With k = N the value is exact,
@@ -116,6 +120,6 @@ def _majority_correct(ballots: np.ndarray) -> float:
 
 
 def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, ... up to `limit`, which is always the last: powers_of_two(6) = [1, 2, 4, 6]."""
+    """Return 1, 2, 4, ... up to `limit`, which is always the last: powers_of_two(6) = [1, 2, 4, 6]."""
     ks = [1 << i for i in range(limit.bit_length()) if 1 << i <= limit]
     return ks if ks[-1] == limit else [*ks, limit]

@@ -1,4 +1,4 @@
-"""results.json as tables for people: Markdown, and rows that the HTML page shows too."""
+"""Tables of an evaluation's results for people: Markdown, and the rows that the HTML page shows too."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 
 def percent(share: float) -> str:
+    """Format a share as percent with one decimal: 0.517 -> `51.7`."""
     return f"{100 * share:.1f}"
 
 
-def interval(figure: Mapping[str, float]) -> str:
-    """`51.7 [48.2, 55.1]`, in percent."""
-    return f"{percent(figure['mean'])} [{percent(figure['low'])}, {percent(figure['high'])}]"
+def interval(estimate: Mapping[str, float]) -> str:
+    """Format a mean with its interval, in percent: `51.7 [48.2, 55.1]`."""
+    return f"{percent(estimate['mean'])} [{percent(estimate['low'])}, {percent(estimate['high'])}]"
 
 
 def accuracy_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per benchmark, the average last."""
+    """Return a header and one row per benchmark, the average last."""
     header = [
         "benchmark",
         "questions",
@@ -47,15 +48,15 @@ def accuracy_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str
     return header, rows
 
 
-def k_table(results: Mapping[str, Any], figure: str, label: str) -> tuple[list[str], list[list[str]]] | None:
-    """pass@k or maj@k over k; None where every benchmark has one answer per question."""
-    ks = sorted({int(k) for b in results["benchmarks"].values() for k in b[figure]})
+def k_table(results: Mapping[str, Any], metric: str, label: str) -> tuple[list[str], list[list[str]]] | None:
+    """Return `metric` (`pass_at` or `majority_at`) over k; None where every benchmark has one answer per question."""
+    ks = sorted({int(k) for b in results["benchmarks"].values() for k in b[metric]})
     if ks == [1]:
         return None
     rows = [
-        [name] + [interval(b[figure][str(k)]) if str(k) in b[figure] else "" for k in ks]
+        [name] + [interval(b[metric][str(k)]) if str(k) in b[metric] else "" for k in ks]
         for name, b in results["benchmarks"].items()
-        if len(b[figure]) > 1
+        if len(b[metric]) > 1
     ]
     return ["benchmark", *(f"{label}@{k} %" for k in ks)], rows
 
@@ -82,6 +83,7 @@ def verdict_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 
 
 def length_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Per benchmark: lengths of the answers in tokens, and prompts over the protocol's limit."""
     header = ["benchmark", "mean tokens", "median", "95 %", "longest", "truncated %", "long prompts"]
     rows = [
         [
@@ -96,7 +98,7 @@ def length_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def tables(results: Mapping[str, Any]) -> list[tuple[str, tuple[list[str], list[list[str]]]]]:
-    """(title, table) in the order in which they are shown."""
+    """Return (title, table) in the order in which they are shown."""
     found = [
         ("Accuracy", accuracy_table(results)),
         ("pass@k (unbiased estimator)", k_table(results, "pass_at", "pass")),
@@ -108,7 +110,7 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, tuple[list[str], list[
 
 
 def settings_rows(protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every setting of the protocol, flat."""
+    """Return every setting of the protocol as (dotted key, value)."""
     rows: list[tuple[str, str]] = []
 
     def walk(value: Any, key: str) -> None:
@@ -123,7 +125,7 @@ def settings_rows(protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """The whole result as Markdown."""
+    """Return the whole result as Markdown."""
     parts = [f"# Evaluation of {results['protocol']['model']['path']}", ""]
     for title, (header, rows) in tables(results):
         parts += [f"## {title}", "", *_markdown_table(header, rows), ""]
@@ -139,7 +141,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
 
 
 def to_text(results: Mapping[str, Any]) -> str:
-    """The accuracy table for a terminal."""
+    """Return the accuracy table for a terminal."""
     header, rows = accuracy_table(results)
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [header, *rows])

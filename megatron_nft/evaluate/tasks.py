@@ -25,7 +25,7 @@ class Task:
 
 
 def load_tasks(names: Sequence[str], data: Path | None, *, samples: int | None, limit: int | None) -> list[Task]:
-    """Benchmarks and question files (.jsonl or .parquet in verl's layout) in the order of `names`.
+    """Load benchmarks and question files (.jsonl or .parquet in verl's layout) in the order of `names`.
 
     `samples` None takes the paper's number, 1 for files; `limit` keeps the first questions of each. Everything is
     looked for before anything is asked: BenchmarkError lists all that is unknown.
@@ -53,7 +53,7 @@ def _load(name: str, data: Path | None, samples: int | None, limit: int | None) 
 
 
 def make_prompts(task: Task, tokenizer: Any, system_prompt: str | None) -> list[Prompt]:
-    """One prompt per question; `Prompt.index` is the question's place in the task."""
+    """Return one prompt per question; `Prompt.index` is the question's place in the task."""
     conversations = [with_system_prompt(question.messages, system_prompt) for question in task.questions]
     ids = render(tokenizer, conversations)
     return [
@@ -63,7 +63,7 @@ def make_prompts(task: Task, tokenizer: Any, system_prompt: str | None) -> list[
 
 
 def by_answer_room(prompts: Sequence[Prompt], sampling: Sampling, max_positions: int) -> dict[int, list[Prompt]]:
-    """Prompts by the number of tokens that their answers may have.
+    """Group prompts by the number of tokens that their answers may have.
 
     A prompt over `max_prompt_tokens` is asked whole; its answer gets what is left of max_prompt_tokens +
     max_response_tokens. ValueError where nothing is left, or where the model's positions do not suffice.

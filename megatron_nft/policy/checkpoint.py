@@ -168,7 +168,7 @@ def _settings(policy: Policy) -> dict[str, Any]:
 
 def _layout(policy: Policy) -> dict[str, int]:
     at = policy.layout
-    sizes = {"world": at.world_size, "tp": at.tp_size, "pp": at.pp_size, "dp": at.dp_size, "ep": at.ep_size}
+    sizes = {"world": at.world_size, "tp": at.tp.size, "pp": at.pp.size, "dp": at.dp.size, "ep": at.ep_size}
     return sizes | {"vpp": at.vpp_size or 1}
 
 

@@ -16,6 +16,7 @@ from megatron_nft.config import PolicyConfig
 from megatron_nft.policy.families import FAMILIES
 from megatron_nft.policy.families.record import ExpertKeys
 
+
 class UnsupportedModelError(ValueError):
     """A model that may be sound, but that this code does not compute: another family, activation or RoPE scaling."""
 

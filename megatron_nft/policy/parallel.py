@@ -29,45 +29,48 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # longer than the slowest roll
 
 
 @dataclass(frozen=True)
+class Axis:
+    """This rank's place among those that differ from it in one kind of parallelism alone."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
 class ParallelLayout:
     """This rank's place in the layout. Groups are torch process groups; on a GPU the default ones are NCCL."""
 
     rank: int
     world_size: int
-    tp_rank: int
-    tp_size: int
-    pp_rank: int
-    pp_size: int
-    dp_rank: int
-    dp_size: int
+    tp: Axis
+    pp: Axis
+    dp: Axis
     ep_rank: int
     ep_size: int
     vpp_size: int | None  # model chunks per pipeline rank; None without the interleaved schedule
     device: torch.device
-    tp_group: dist.ProcessGroup
-    pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
     world_gloo: dist.ProcessGroup  # every rank, host memory
     replica_gloo: dist.ProcessGroup  # the TP x PP ranks of this replica, host memory
     replica_ranks: tuple[tuple[int, ...], ...]  # [dp_size] global ranks of each replica, ascending: leader first
 
     @property
     def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
+        return self.pp.rank == self.pp.size - 1
 
     @property
     def is_replica_leader(self) -> bool:
-        return self.tp_rank == 0 and self.pp_rank == 0
+        return self.tp.rank == 0 and self.pp.rank == 0
 
     def round_num_micro_batches(self, count: int) -> int:
         """The next number of micro-batches, at least one, that the pipeline schedule can run."""
-        multiple = self.pp_size if self.vpp_size else 1
+        multiple = self.pp.size if self.vpp_size else 1
         return max(1, -(-count // multiple)) * multiple
 
     @property
     def last_stage_rank(self) -> int:
         """Global rank of this rank's peer (same TP and DP rank) on the last pipeline stage."""
-        return dist.get_global_rank(self.pp_group, self.pp_size - 1)
+        return dist.get_global_rank(self.pp.group, self.pp.size - 1)
 
 
 def initialize(policy: PolicyConfig, seed: int) -> ParallelLayout:
@@ -183,19 +186,13 @@ def _layout(policy: PolicyConfig, device: torch.device) -> ParallelLayout:
     return ParallelLayout(
         rank=dist.get_rank(),
         world_size=world,
-        tp_rank=ps.get_tensor_model_parallel_rank(),
-        tp_size=tp,
-        pp_rank=ps.get_pipeline_model_parallel_rank(),
-        pp_size=pp,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
+        tp=Axis(ps.get_tensor_model_parallel_rank(), tp, ps.get_tensor_model_parallel_group()),
+        pp=Axis(ps.get_pipeline_model_parallel_rank(), pp, ps.get_pipeline_model_parallel_group()),
+        dp=Axis(dp_rank, dp_size, ps.get_data_parallel_group()),
         ep_rank=ps.get_expert_model_parallel_rank(),
         ep_size=policy.expert_model_parallel_size,
         vpp_size=policy.virtual_pipeline_model_parallel_size,
         device=device,
-        tp_group=ps.get_tensor_model_parallel_group(),
-        pp_group=ps.get_pipeline_model_parallel_group(),
-        dp_group=ps.get_data_parallel_group(),
         world_gloo=world_gloo,
         replica_gloo=groups[dp_rank],
         replica_ranks=replicas,

@@ -90,7 +90,7 @@ class Policy:
 
     def round_num_micro_batches(self, count: int) -> int:
         """The next number of micro-batches, at least one, that the pipeline schedule can run."""
-        multiple = self.layout.pp_size if self.layout.vpp_size else 1
+        multiple = self.layout.pp.size if self.layout.vpp_size else 1
         return max(1, -(-count // multiple)) * multiple
 
     @property
@@ -122,12 +122,12 @@ class Policy:
 
     def compute_logprobs_and_entropies(
         self, micro_batches: list[PackedBatch], temperature: float = 1.0
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """As `compute_logprobs`, bit for bit, and the entropies of the distributions that the labels are drawn from:
-        (log-probs, entropies in nats), both float32 [T], per micro-batch."""
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Log-probs as `compute_logprobs` gives them, and the entropies in nats of the distributions from which the
+        labels are drawn; both float32 [T] per micro-batch."""
         quantized = self.config.policy.fp8.logprobs
         found = self._forward(micro_batches, temperature, quantized=quantized, with_entropy=True)
-        return [(rows[0], rows[1]) for rows in found]
+        return [rows[0] for rows in found], [rows[1] for rows in found]
 
     def train_step(
         self, micro_batches: list[PackedBatch], objective: Objective, denominator: float, temperature: float = 1.0

@@ -85,10 +85,10 @@ def check_micro_batches(micro_batches: list[PackedBatch], layout: ParallelLayout
     """ValueError for micro-batches that the schedule or the layers cannot run."""
     if not micro_batches:
         raise ValueError("no micro-batches; give every replica the same number, at least one (fillers carry no loss)")
-    if layout.vpp_size and len(micro_batches) % layout.pp_size:
+    if layout.vpp_size and len(micro_batches) % layout.pp.size:
         raise ValueError(
             f"{len(micro_batches)} micro-batches: virtual pipeline parallelism needs a multiple of "
-            f"pipeline_model_parallel_size ({layout.pp_size}); add filler micro-batches"
+            f"pipeline_model_parallel_size ({layout.pp.size}); add filler micro-batches"
         )
     for i, batch in enumerate(micro_batches):
         tokens = batch.tokens.numel()
@@ -153,12 +153,12 @@ def forward_logprobs(
         return torch.stack([logprobs] if entropy is None else [logprobs, entropy])
 
     found = _run(chunks, micro_batches, logprobs_of, inputs, forward_only=True)
-    if layout.pp_size == 1:
+    if layout.pp.size == 1:
         return found
     lengths = [batch.tokens.numel() for batch in micro_batches]
     shape = (2 if with_entropy else 1, sum(lengths))
     flat = torch.cat(found, dim=1) if layout.is_last_stage else torch.empty(shape, device=layout.device)
-    dist.broadcast(flat, layout.last_stage_rank, group=layout.pp_group)
+    dist.broadcast(flat, layout.last_stage_rank, group=layout.pp.group)
     return list(torch.split(flat, lengths, dim=1))
 
 
@@ -234,10 +234,10 @@ def _scalars(
 
 def _totals(outcomes: list[Outcome], layout: ParallelLayout) -> Totals:
     """Reduce over micro-batches and replicas on the last stage, then tell the other stages."""
-    if layout.pp_size == 1:
+    if layout.pp.size == 1:
         return _reduced(outcomes, layout)
     told: list[Any] = [_reduced(outcomes, layout) if layout.is_last_stage else None]
-    source = layout.replica_ranks[layout.dp_rank][-layout.tp_size]  # TP rank 0 of the last stage
+    source = layout.replica_ranks[layout.dp.rank][-layout.tp.size]  # TP rank 0 of the last stage
     dist.broadcast_object_list(told, source, group=layout.replica_gloo)
     totals: Totals = told[0]
     return totals
@@ -253,13 +253,13 @@ def _reduced(outcomes: list[Outcome], layout: ParallelLayout) -> Totals:
             )
     rows = [[o.loss_sum, o.num_tokens, *(part for name in means for part in o.means[name])] for o in outcomes]
     summed = torch.stack([torch.stack(row) for row in rows]).sum(0)
-    dist.all_reduce(summed, group=layout.dp_group)
+    dist.all_reduce(summed, group=layout.dp.group)
     loss_sum, num_tokens, *parts = summed.tolist()
     metrics: dict[str, Mean | Max] = {}
     for name, total, count in zip(means, parts[::2], parts[1::2], strict=True):
         metrics[name] = Mean(total, count)
     if maxima:
         largest = torch.stack([torch.stack([o.maxima[name] for name in maxima]) for o in outcomes]).amax(0)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=layout.dp_group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=layout.dp.group)
         metrics |= {name: Max(value) for name, value in zip(maxima, largest.tolist(), strict=True)}
     return Totals(loss_sum, int(num_tokens), metrics)

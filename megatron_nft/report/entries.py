@@ -1,4 +1,4 @@
-"""Questions with their answers, read from the rollout files of a run or the answer files of an evaluation."""
+"""Questions with their answers as the page shows them, and those of the rollout files of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megatron_nft.data.rollout_file import read_rollout_file
-from megatron_nft.evaluate.records import read_answers
 
 Array: TypeAlias = NDArray[Any]
 TOKEN_COLUMNS = ("response_ids", "rollout_logprobs", "trainer_logprobs")
@@ -69,24 +68,6 @@ def rollout_entries(path: Path) -> Iterator[QuestionEntry]:
     tokens = zip(*(_arrays(table.column(name)) for name in TOKEN_COLUMNS))
     for _, answers in groupby(zip(rows, tokens), key=lambda pair: pair[0]["draw"]):
         yield _question(list(answers))
-
-
-def answer_entries(path: Path, source: str) -> Iterator[QuestionEntry]:
-    """The questions of one answer file of an evaluation; `source` names the benchmark."""
-    for _, record in read_answers(path):
-        answers = [
-            AnswerEntry(
-                text=answer.text,
-                num_tokens=answer.num_tokens,
-                finish_reason=answer.finish_reason,
-                verdict=str(answer.verdict),
-                extracted=answer.extracted,
-                grader_verdicts={name: str(verdict) for name, verdict in answer.grader_verdicts.items()},
-                verify_s=answer.verify_s,
-            )
-            for answer in record.result.answers
-        ]
-        yield QuestionEntry(None, record.result.index, source, record.prompt, record.answer, answers)
 
 
 def _question(rows: list[tuple[dict[str, Any], tuple[Array | None, ...]]]) -> QuestionEntry:

@@ -62,7 +62,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a checkpoint folder. OSError, ValueError or TypeError where there is none that can be read."""
+        """The manifest of a checkpoint folder. OSError, ValueError or TypeError if it cannot be read."""
         values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         values.pop("optimizer_steps", None)  # written by versions up to 0.1.0 and read by none
         return cls(**values)

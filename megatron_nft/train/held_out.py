@@ -95,10 +95,11 @@ def evaluate_held_out(
                 on_answer=on_answer,
             )
             counts = result.counts()
-        answers = gather((life.stop.signum, counts), world.world_gloo)
-        if any(part is None for _, part in answers):
+        answers: list[tuple[int, np.ndarray | None]] = gather((life.stop.signum, counts), world.world_gloo)
+        parts = [part for _, part in answers if part is not None]
+        if len(parts) < len(answers):
             raise Interrupted(max(signum for signum, _ in answers))
-    merged = merge_counts([part for _, part in answers])
+    merged = merge_counts(parts)
     return {f"eval/{name}": value for name, value in summarize_held_out(merged, held_out).items()}
 
 

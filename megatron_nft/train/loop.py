@@ -72,21 +72,26 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
             step=step,
             questions_per_step=config.train.questions_per_step,
             questions_per_optimizer_step=config.train.questions_per_optimizer_step,
-            num_replicas=layout.dp_size,
+            num_replicas=layout.dp.size,
             max_staleness=config.rollout.max_staleness,
             hidden_size=parts.spec.hidden_size,
             seed=config.seed,
         )
         samples = send_to_replicas(found, plan, layout)
     with phases("logprobs"):
-        fresh = compute_behaviour_logprobs(policy, samples, config.rollout.temperature, parts.life)
+        entropy_due = config.metrics.entropy_every_steps and step % config.metrics.entropy_every_steps == 0
+        fresh, entropy = compute_behaviour_logprobs(
+            policy, samples, config.rollout.temperature, parts.life, with_entropy=bool(entropy_due)
+        )
+        if layout.is_replica_leader:
+            metrics.add("policy/entropy", entropy)
         measured = fresh or list(samples.values())  # surplus alone: as measured when it was generated
         record.add_gap(metrics, measured if layout.is_replica_leader else [])
     with phases("write"):
         write_step(config.run_dir, step, found, plan, fresh, layout)
     with phases("train"):
         total, skipped = config.train.num_epochs * len(plan.optimizer_steps), 0
-        updates = optimizer_steps(plan, samples, config.train.num_epochs, layout.dp_rank, seed=(config.seed, step))
+        updates = optimizer_steps(plan, samples, config.train.num_epochs, layout.dp.rank, seed=(config.seed, step))
         for number, (mine, tokens) in enumerate(updates, start=1):
             divisor = config.algorithm.loss_divisor
             denominator = float(tokens) if divisor == "tokens" else divisor

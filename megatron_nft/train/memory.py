@@ -8,29 +8,31 @@ from dataclasses import replace
 import torch
 
 from megatron_nft.config import Config
+from megatron_nft.engines.open import engine_kind
 from megatron_nft.plan.hardware import CHIPS
 from megatron_nft.plan.layout import Cluster, LayoutSettings, longest_sequence
 from megatron_nft.plan.memory import engine_memory, trainer_memory
 from megatron_nft.policy.family import ModelSpec
-from megatron_nft.policy.parallel import ParallelLayout
 
 RESIDENT = ("weights", "gradients", "optimizer")
 TRAINING = ("activations", "packed attention", "logits chunk")
 GIB = 1 << 30
 
 
-def check_memory(config: Config, spec: ModelSpec, layout: ParallelLayout) -> list[str]:
+def check_memory(config: Config, spec: ModelSpec, device: torch.device, *, stage: int, world_size: int) -> list[str]:
     """ValueError where trainer and engine cannot fit on this rank's GPU; warnings where an estimate says they may not.
+
+    stage: the rank's place in the pipeline.
 
     Weights, gradients, optimizer, and the engine's weights with room for one longest answer are counted; activations
     are estimated (plan/activations.py). Nothing is asked of a rank without a GPU.
     """
-    if layout.device.type != "cuda":
+    if device.type != "cuda":
         return []
-    free, total = torch.cuda.mem_get_info(layout.device)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
+    free, total = torch.cuda.mem_get_info(device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return memory_problems(
-        config, spec, free=free, total=total, stage=layout.pp_rank, world_size=layout.world_size, local_world_size=local
+        config, spec, free=free, total=total, stage=stage, world_size=world_size, local_world_size=local
     )
 
 
@@ -64,11 +66,10 @@ def memory_problems(
 
 def _engine(config: Config, spec: ModelSpec, cluster: Cluster, left: int, total: int, resident: dict[str, int]) -> int:
     """Bytes that an engine on this GPU keeps while the trainer works. ValueError where it cannot hold one answer."""
-    server, kind = config.rollout.server, config.rollout.engine
-    if kind == "embedded" or server.urls or server.registry:
+    server = config.rollout.server
+    if not config.rollout.uses_servers or server.urls or server.registry:
         return 0
-    # SGLang takes its share of what is free when it starts, vLLM of the whole device
-    base = left if kind == "sglang" else min(total, int(left / server.mem_fraction_static))
+    base = engine_kind(config.rollout.engine).memory_base(left, total, server.mem_fraction_static)
     engine = engine_memory(spec, config, replace(cluster, chip=replace(cluster.chip, memory_bytes=base)))
     share, longest = int(base * server.mem_fraction_static), longest_sequence(config)
     if engine.weights > share or engine.kv_tokens < longest:

@@ -21,6 +21,7 @@ from megatron_nft.config import Config
 from megatron_nft.data.prompts import PromptStream, load_tokenizer
 from megatron_nft.engines.engine import Engine
 from megatron_nft.engines.open import create_engine
+from megatron_nft.engines.sync import open_weight_sync
 from megatron_nft.files import sha256_of_file
 from megatron_nft.metrics import JsonlSink, Sink, TensorBoardSink, WandbSink
 from megatron_nft.policy import checkpoint as policy_checkpoint
@@ -78,7 +79,8 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
         f"{questions.stream.num_prompts} training questions ({questions.stream.num_dropped} over "
         f"{config.data.max_prompt_tokens} tokens were dropped), {len(questions.held_out.prompts)} held out"
     )
-    for note in [spec.padding_note(layout.tp_size), *check_memory(config, spec, layout)]:
+    memory_notes = check_memory(config, spec, layout.device, stage=layout.pp.rank, world_size=layout.world_size)
+    for note in [spec.padding_note(layout.tp.size), *memory_notes]:
         if note:
             say(note)
     policy = Policy.create(config, spec, layout)
@@ -96,12 +98,12 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
         verifier = VerifierPool(config.verify)
         close_later(verifier)
         # Closed after the engine: servers of our own are gone then, others are told to leave the update group.
-        syncs: list[WeightSync] = []
-        opened.callback(lambda: [_close(sync, life.phases) for sync in syncs])
+        syncs = ExitStack()
+        close_later(syncs)
         engine = create_engine(config, layout)
         close_later(engine)
-        sync = WeightSync.create(config, spec, layout, engine)
-        syncs.append(sync)
+        sync = open_weight_sync(config, spec, layout, engine)
+        syncs.callback(sync.close)
         memory = PhaseMemory(layout.device)
         recorder = Recorder(sinks, life.phases, memory, layout)
         recorder.restore(state)
@@ -156,7 +158,7 @@ def _identity(config: Config, spec: ModelSpec, layout: ParallelLayout) -> dict[s
         "seed": config.seed,
         "model": asdict(spec),
         "data": _digest(config.data.train),
-        "layout": {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size},
+        "layout": {"tp": layout.tp.size, "pp": layout.pp.size, "dp": layout.dp.size},
     }
 
 
@@ -194,7 +196,7 @@ def restore(
     policy_checkpoint.load_sharded(policy, folder / "megatron")
     surplus = read_surplus(folder)
     draws = sorted({s.draw for s in surplus})
-    mine = {d for i, d in enumerate(draws) if i % layout.dp_size == layout.dp_rank}
+    mine = {d for i, d in enumerate(draws) if i % layout.dp.size == layout.dp.rank}
     say(f"going on from {folder} (step {manifest.step}, {len(draws)} surplus groups)")
     return RunState(
         step=manifest.step,

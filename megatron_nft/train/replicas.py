@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from megatron_nft.data.packing import filler, pack, plan_micro_batches, unpack
 from megatron_nft.distributed import largest, route
+from megatron_nft.metrics import Mean
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.policy.policy import Policy
 from megatron_nft.train.collect import Collected
@@ -67,14 +70,27 @@ def micro_batch_progress(policy: Policy, life: Lifecycle, description: str, tota
 
 
 def compute_behaviour_logprobs(
-    policy: Policy, samples: dict[SampleKey, TrainingSample], temperature: float, life: Lifecycle
-) -> list[TrainingSample]:
-    """Log-probs of this step's kept answers, surplus included, by the weights that generated them. Returns those."""
+    policy: Policy,
+    samples: dict[SampleKey, TrainingSample],
+    temperature: float,
+    life: Lifecycle,
+    *,
+    with_entropy: bool = False,
+) -> tuple[list[TrainingSample], Mean]:
+    """Log-probs of this step's kept answers, surplus included, by the weights that generated them.
+
+    Returns those answers and, `with_entropy`, the entropy in nats of the policy's distribution, over this replica's
+    response tokens; otherwise a mean of nothing.
+    """
     fresh = [s for s in samples.values() if s.behaviour_logprobs is None]
     batches = pack_for_policy(fresh, policy)
     with micro_batch_progress(policy, life, "log-probs", len(batches)):
-        found = policy.compute_logprobs(batches, temperature)
+        if with_entropy:
+            found, entropies = policy.compute_logprobs_and_entropies(batches, temperature)
+        else:
+            found, entropies = policy.compute_logprobs(batches, temperature), []
     for batch, logprobs in zip(batches, found, strict=True):
         for position, values in zip(batch.sample_ids, unpack(logprobs, batch), strict=True):
             fresh[position].behaviour_logprobs = values
-    return fresh
+    rows = [row for batch, values in zip(batches, entropies) for row in unpack(values, batch)]
+    return fresh, Mean(sum(float(row.sum(dtype=np.float64)) for row in rows), sum(row.size for row in rows))

@@ -92,7 +92,9 @@ def plan_step(
 def optimizer_steps(
     plan: StepPlan, samples: Mapping[SampleKey, TrainingSample], num_epochs: int, replica: int, *, seed: tuple[int, int]
 ) -> Iterator[tuple[list[TrainingSample], int]]:
-    """The optimizer steps of a training step, epoch by epoch: (this replica's samples, response tokens of all replicas).
+    """The optimizer steps of a training step, epoch by epoch.
+
+    Yields (this replica's samples, the response tokens of all replicas).
 
     seed: (the run's, the step). The first epoch goes in the plan's order, each further one in an order of its own.
     """

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from torch.distributed import barrier
 from transformers import PreTrainedTokenizerBase
 
 from megatron_nft.data.packing import filler, pack
 from megatron_nft.data.prompts import PromptStream
-from torch.distributed import barrier
 from megatron_nft.engines.engine import Engine
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.policy.policy import Policy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +36,12 @@ class Bucket:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return self.flat.numel()
 
     @property
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """[(HF name, view of `flat`)]"""
+        """(HF name, view of `flat`) of each tensor."""
         return [(m.name, self.flat[m.start : m.end].view(m.dtype).view(m.shape)) for m in self.metas]
 
 
@@ -76,14 +78,16 @@ class BucketPlan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the bucket."""
         return self.metas[-1].end
 
     def shards_of(self, group_rank: int) -> list[Entry]:
+        """Return the parameters of which a rank of `group` holds a shard, in the order of the bucket."""
         return [e for e in self.entries if group_rank in e.sources]
 
 
 def plan_stage(
-    chunks: list[torch.nn.Module],
+    chunks: Sequence[torch.nn.Module],
     geometry: Geometry,
     layout: ParallelLayout,
     bucket_bytes: int,
@@ -93,9 +97,9 @@ def plan_stage(
     if bucket_bytes <= 0:
         raise ValueError(f"bucket_bytes={bucket_bytes}: must be positive")
     held = [h for h in held_parameters(chunks, geometry, layout) if not h.place.row.tied_copy]
-    dense = [_dense_entry(h, layout.tp_size, dtype) for h in held if not h.place.row.expert]
+    dense = [_dense_entry(h, layout.tp.size, dtype) for h in held if not h.place.row.expert]
     experts = _expert_entries([h for h in held if h.place.row.expert], layout, dtype)
-    plans = _group(dense, geometry, bucket_bytes, layout.tp_group, layout.dp_rank == 0)
+    plans = _group(dense, geometry, bucket_bytes, layout.tp.group, layout.dp.rank == 0)
     if experts:
         group = parallel_state.get_expert_tensor_and_model_parallel_group()
         gathers = parallel_state.get_expert_data_parallel_rank() == 0

@@ -1,4 +1,4 @@
-"""The weights as a stream of buckets of HF-named tensors, gathered from tensor, expert and pipeline ranks.
+"""A stream of the weights in buckets of HF-named tensors, gathered from tensor, expert and pipeline ranks.
 
 Each pipeline stage has a *leader* (tensor rank 0 of data-parallel replica 0). For one bucket the other ranks of the
 stage send their shards to the leader in messages (`messages.py`), and it writes them into their place in a flat buffer
@@ -16,7 +16,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
 import torch
@@ -34,7 +34,7 @@ Allocate = Callable[[int], torch.Tensor]
 
 
 def export_buckets(
-    chunks: list[torch.nn.Module],
+    chunks: Sequence[torch.nn.Module],
     spec: Geometry,
     layout: ParallelLayout,
     buffers: Buffers,
@@ -86,7 +86,7 @@ class Buffers:
         self._room: torch.Tensor | None = None
 
     def bucket(self, metas: list[TensorMeta], own: bool = True) -> Bucket:
-        """An uninitialized bucket for these tensors."""
+        """Return an uninitialized bucket for these tensors."""
         nbytes = metas[-1].end
         large = nbytes > self.bucket_bytes
         self.settle(0 if large or self._large else len(self._normal) - 1)
@@ -98,7 +98,7 @@ class Buffers:
         return Bucket(metas, self._buffer(self._turn)[:nbytes], own)
 
     def room(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes] for messages that belong to the bucket that was given out last; nbytes <= bucket_bytes."""
+        """Return uint8 [nbytes] for messages of the bucket that was given out last; nbytes <= bucket_bytes."""
         if self._large:  # nobody uses the normal buffers
             return self._buffer(0)[:nbytes]
         if self._room is None:
@@ -218,11 +218,11 @@ def _broadcast(
     gathered: Iterator[Bucket | None], plans: list[BucketPlan], buffers: Buffers, layout: ParallelLayout
 ) -> Iterator[Bucket]:
     """Every bucket of every stage on every rank."""
-    stages: list[list[list[TensorMeta]]] = gather_objects([plan.metas for plan in plans], layout.pp_group)
-    ranks_per_stage = layout.world_size // layout.pp_size  # stages are the outermost axis: the first rank leads
+    stages: list[list[list[TensorMeta]]] = gather_objects([plan.metas for plan in plans], layout.pp.group)
+    ranks_per_stage = layout.world_size // layout.pp.size  # stages are the outermost axis: the first rank leads
     for stage, buckets in enumerate(stages):
         for metas in buckets:
-            bucket = next(gathered) if stage == layout.pp_rank else None
+            bucket = next(gathered) if stage == layout.pp.rank else None
             if bucket is None:
                 bucket = buffers.bucket(metas, own=False)
             if layout.world_size > 1:

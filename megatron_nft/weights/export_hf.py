@@ -5,6 +5,7 @@ Every pipeline stage's leader streams its own tensors into its own files; a buck
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ class ExportError(RuntimeError):
 
 
 def save_hf(
-    chunks: list[torch.nn.Module],
+    chunks: Sequence[torch.nn.Module],
     spec: ModelSpec,
     layout: ParallelLayout,
     source_model_path: Path | str,
@@ -52,7 +53,7 @@ def save_hf(
     out, source = Path(out_dir), Path(source_model_path)
     is_first = layout.rank == 0
     run_everywhere(lambda: open_partial(out, replace) if is_first else None, layout.world_gloo, ExportError)
-    leads = layout.tp_rank == 0 and layout.dp_rank == 0
+    leads = layout.tp.rank == 0 and layout.dp.rank == 0
     metas_of_buckets = [plan.metas for plan in plan_stage(chunks, spec, layout, bucket_bytes, dtype)] if leads else []
     files = split_into_files(metas_of_buckets, max_file_bytes)
     counts = gather_objects(len(files), layout.world_gloo)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 BLOCK_BYTES = 256 << 10
-"""What is read at a time where the bytes cannot go straight to their place: another dtype, or columns of rows."""
+"""Bytes read at a time where they cannot go straight to their place: for another dtype, or for columns of rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class FileArray:
     shape: tuple[int, ...]
 
     def view(self, *shape: int) -> FileArray:
-        """The same elements in another shape."""
+        """Return the same elements in another shape. ValueError where their number differs."""
         if math.prod(shape) != math.prod(self.shape):
             raise ValueError(f"{list(self.shape)} cannot be seen as {list(shape)}")
         return replace(self, shape=shape)
@@ -33,7 +33,7 @@ class FileArray:
     def read_into(self, target: torch.Tensor, index: tuple[slice, ...]) -> None:
         """Fill `target`, of any dtype and strides on the CPU, with the part at `index` (start and stop of every axis).
 
-        Beside `target` at most BLOCK_BYTES, or one row, are held. ValueError where the file ends too early.
+        At most BLOCK_BYTES, or one row, are held beside `target`. ValueError where the file ends too early.
         """
         with names_file(self.path), self.path.open("rb", buffering=0) as file:
             if self.shape:
@@ -44,7 +44,7 @@ class FileArray:
 
 @contextlib.contextmanager
 def names_file(path: Path) -> Iterator[None]:
-    """A failed read or write says which file it was: Python's own error of an open file does not."""
+    """Name the file in a failed read or write; Python's own error of an open file does not."""
     try:
         yield
     except OSError as error:

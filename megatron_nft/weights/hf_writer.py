@@ -1,4 +1,4 @@
-"""Writes a model folder in Hugging Face format, bucket by bucket, under its name only when it is whole."""
+"""Writing a model folder in Hugging Face format bucket by bucket; it gets its name only when it is whole."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def split_into_files(buckets: Sequence[list[TensorMeta]], max_file_bytes: int) -> list[list[TensorMeta]]:
-    """Consecutive buckets share a file up to `max_file_bytes`; a larger bucket has its own."""
+    """Return the tensors of each file: buckets in order share one up to `max_file_bytes`, a larger one has its own."""
     files: list[list[TensorMeta]] = []
-    room = 0
+    free_bytes = 0
     for metas in buckets:
-        if not files or metas[-1].end > room:
+        if not files or metas[-1].end > free_bytes:
             files.append([])
-            room = max_file_bytes
+            free_bytes = max_file_bytes
         files[-1] += metas
-        room -= metas[-1].end
+        free_bytes -= metas[-1].end
     return files
 
 
@@ -42,7 +42,7 @@ def file_names(count: int) -> list[str]:
 
 
 def write_file(path: Path, metas: Sequence[TensorMeta], buckets: Iterator[Bucket]) -> None:
-    """One safetensors file (8 bytes of header length, JSON header, data), flushed to disk.
+    """Write one safetensors file (8 bytes of header length, JSON header, data), flushed to disk.
 
     The header is written first; the data are the buffers of the next buckets as they are, since a bucket's tensors
     stand in it without gaps. RuntimeError where the stream does not bring exactly `metas`.

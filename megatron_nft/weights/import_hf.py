@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,13 +10,13 @@ import torch
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.hf_check import check_folder
 from megatron_nft.weights.hf_folder import HFFolder
-from megatron_nft.weights.placement import Held, held_parameters, split_of
 from megatron_nft.weights.names import Geometry, Kind
+from megatron_nft.weights.placement import Held, held_parameters, split_of
 from megatron_nft.weights.splits import merge, region
 
 
 @torch.no_grad()
-def load_hf(chunks: list[torch.nn.Module], model_path: Path | str, spec: Geometry, layout: ParallelLayout) -> None:
+def load_hf(chunks: Sequence[torch.nn.Module], model_path: Path | str, spec: Geometry, layout: ParallelLayout) -> None:
     """Fill every parameter of `chunks` from the safetensors of `model_path`.
 
     Raises ValueError, before anything is written, where the folder lacks a tensor that the config promises, holds one

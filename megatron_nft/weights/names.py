@@ -66,7 +66,7 @@ class Geometry(Hashable, Protocol):
 
 
 def rows(family: str, tied: bool) -> tuple[ParameterRow, ...]:
-    """All rows of a family in the order of a forward pass. ValueError for a family that the table does not know."""
+    """Return all rows of a family in the order of a forward pass. ValueError for an unknown family."""
     if family not in FAMILIES:
         raise ValueError(f"model family {family!r} is not in the name table; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[family].rows(tied)
@@ -82,15 +82,17 @@ class Place:
 
     @property
     def hf_names(self) -> list[str]:
+        """Names of the HF tensors that the parameter holds."""
         return [name.format(layer=self.layer, expert=self.expert) for name, _ in self.row.hf]
 
     def hf_shapes(self, geometry: Geometry) -> list[tuple[int, ...]]:
+        """Return the full shapes of the HF tensors, in the order of `hf_names`."""
         sizes = axis_sizes(geometry)
         return [tuple(sizes[axis] for axis in axes) for _, axes in self.row.hf]
 
 
 def axis_sizes(geometry: Geometry) -> dict[str, int]:
-    """Letter of an axis -> its length."""
+    """Return the length of each axis by its letter."""
     return {
         "h": geometry.hidden_size,
         "q": geometry.num_attention_heads * geometry.kv_channels,
@@ -113,7 +115,7 @@ def _by_megatron_pattern(family: str, tied: bool) -> dict[str, ParameterRow]:
 
 
 def place_of(megatron_name: str, geometry: Geometry) -> Place:
-    """Row and indices of a Megatron parameter name. ValueError for a name that no row of the family knows."""
+    """Return row and indices of a Megatron parameter name. ValueError for a name that no row of the family knows."""
     row = _by_megatron_pattern(geometry.family, geometry.tied).get(_INDEX.sub("#", megatron_name))
     if row is None:
         raise ValueError(
@@ -125,7 +127,7 @@ def place_of(megatron_name: str, geometry: Geometry) -> Place:
 
 
 def all_places(geometry: Geometry) -> Iterator[Place]:
-    """Every parameter of the model, tied copies included, in the order of a forward pass."""
+    """Yield every parameter of the model, tied copies included, in the order of a forward pass."""
     table = rows(geometry.family, geometry.tied)
     per_layer = [row for row in table if "{layer}" in row.megatron[0]]
     first, *last = [row for row in table if "{layer}" not in row.megatron[0]]
@@ -139,7 +141,7 @@ def all_places(geometry: Geometry) -> Iterator[Place]:
 
 
 def hf_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """HF name -> full shape, for every tensor that the model's folder must hold and nothing else."""
+    """Return the full shape by HF name of exactly the tensors that the model's folder must hold."""
     return {
         name: shape
         for place in all_places(geometry)

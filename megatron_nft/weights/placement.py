@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,14 @@ class Held:
 
 
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
-    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    """Return the GPTModel inside DistributedDataParallel and Float16Module."""
     while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):
         chunk = inner
     return chunk
 
 
-def held_parameters(chunks: list[torch.nn.Module], geometry: Geometry, layout: ParallelLayout) -> list[Held]:
-    """Every parameter of this rank's model chunks, in the order of a forward pass.
+def held_parameters(chunks: Sequence[torch.nn.Module], geometry: Geometry, layout: ParallelLayout) -> list[Held]:
+    """Return every parameter of this rank's model chunks, in the order of a forward pass.
 
     ValueError for a parameter that the name table does not know.
     """
@@ -57,10 +57,10 @@ def _named_globally(model: Any, layout: ParallelLayout) -> Iterator[tuple[str, t
 
 
 def split_of(place: Place, layout: ParallelLayout) -> tuple[int, int]:
-    """(rank, size) of the group that divides this parameter: tensor parallel, or expert tensor parallel."""
+    """Return (rank, size) in the group that divides this parameter: tensor parallel, or expert tensor parallel."""
     if place.row.expert:
         return (
             parallel_state.get_expert_tensor_parallel_rank(),
             parallel_state.get_expert_tensor_parallel_world_size(),
         )
-    return layout.tp_rank, layout.tp_size
+    return layout.tp.rank, layout.tp.size

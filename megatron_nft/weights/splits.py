@@ -14,7 +14,7 @@ from megatron_nft.weights.names import Geometry, Kind
 
 
 def region(kind: Kind, shape: tuple[int, ...], rank: int, size: int, padded_rows: int = 0) -> tuple[slice, ...]:
-    """Index of the part that `rank` of `size` holds in a full HF tensor of `shape`.
+    """Return the index of the part that `rank` of `size` holds in a full HF tensor of `shape`.
 
     `padded_rows` (VOCAB): rows of one rank's parameter; the last ranks may hold fewer real rows, or none.
     ValueError where the size does not divide the axis.
@@ -33,7 +33,7 @@ def region(kind: Kind, shape: tuple[int, ...], rank: int, size: int, padded_rows
 
 
 def merge(kind: Kind, parts: list[torch.Tensor], geometry: Geometry) -> torch.Tensor:
-    """HF parts of one rank -> its Megatron parameter.
+    """Merge the HF parts of one rank into its Megatron parameter.
 
     QKV: q [G*(heads per group)*d, H], k and v [G*d, H] -> [G*(heads per group + 2)*d, H].
     """
@@ -58,7 +58,7 @@ def unmerge(kind: Kind, parameter: torch.Tensor, geometry: Geometry) -> list[tor
 
 
 def place(target: torch.Tensor, index: tuple[slice, ...], part: torch.Tensor) -> torch.Tensor:
-    """The region of the full HF tensor `target` that an unmerged part, or rows of it, belongs into: a view [n, ...].
+    """Return a view [n, ...] of where an unmerged part, or rows of it, belongs in the full HF tensor `target`.
 
     n may be less than the part has, since the rows that pad the vocabulary have no place.
     """

@@ -8,15 +8,12 @@ engine. An error on one rank does not leave the others in a collective: the expo
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -27,12 +24,8 @@ from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.export import Buffers, export_buckets
-from megatron_nft.weights.names import hf_shapes
 from megatron_nft.weights.receipt import Receipt
 from megatron_nft.weights.transport import Ledger, Reference, Transport, WeightSyncError
-
-if TYPE_CHECKING:
-    from megatron_nft.engines.client import HttpEngine
 
 Probe = tuple[np.ndarray, np.ndarray]
 """(token ids int32 [L], the trainer's log-probs of token_ids[1:] float32 [L - 1])"""
@@ -77,82 +70,70 @@ class WeightSync:
         self._transport, self._ledger = transport, ledger
         self._sending = ThreadPoolExecutor(1, "weight-send", _use_device, (layout.device,))
         self._hashing = ThreadPoolExecutor(1, "weight-checksums")
-        self._under_way: deque[tuple[Future, ...]] = deque()  # of each bucket in use: what uses it
+        self._in_use: deque[tuple[Future[None], ...]] = deque()  # of each bucket: what still reads it
         self._waited = 0.0  # seconds, for them
-        self._broken_off = False  # the last sync ended by neither a receipt nor a WeightSyncError
+        self._aborted = False  # the last sync ended with neither a receipt nor a WeightSyncError
         # Kept over all syncs where they are in host memory: touching fresh pages costs more than the copy.
         self._buffers = Buffers(config.sync.bucket_bytes, layout.device, transport.allocate, self._used)
 
-    @classmethod
-    def create(cls, config: Config, spec: ModelSpec, layout: ParallelLayout, engine) -> WeightSync:
-        """The transport that `sync.transport` and the engine ask for."""
-        ledger = Ledger(hf_shapes(spec))
-        if config.rollout.engine == "embedded":
-            from megatron_nft.engines.embedded.weights import InProcess
-
-            return cls(config, spec, layout, InProcess(engine, ledger, layout.device), ledger)
-        _check_quantized(config, spec)
-        transport = _server_transport(config, engine)(engine, config, spec, layout, ledger)
-        return cls(config, spec, layout, transport, ledger)
-
     @torch.no_grad()
-    def sync(self, chunks: list[torch.nn.Module], version: int, probe: Probe | None = None) -> Receipt:
+    def sync(self, chunks: Sequence[torch.nn.Module], version: int, probe: Probe | None = None) -> Receipt:
         """Bring the engines to the weights of `chunks`, as `version`. Collective.
 
         `probe`: a text with the trainer's log-probs under these weights (on every rank), which the engines must agree
         with to within `sync.probe_tolerance`. WeightSyncError on every rank where anything is not as it should be.
         """
-        self._broken_off = True
+        self._aborted = True
         try:
             receipt = self._sync(chunks, version, probe)
         except WeightSyncError:
-            self._broken_off = False
+            self._aborted = False
             raise
-        self._broken_off = False
+        self._aborted = False
         return receipt
 
-    def _sync(self, chunks: list[torch.nn.Module], version: int, probe: Probe | None) -> Receipt:
+    def _sync(self, chunks: Sequence[torch.nn.Module], version: int, probe: Probe | None) -> Receipt:
         progress, transport = _Progress(), self._transport
-        self._meet(progress)  # a paused engine would never answer a rank that still waits for it before this sync
+        self._agree(progress)  # a paused engine would never answer a rank that still waits for it before this sync
         progress.attempt("pause", transport.pause)
-        self._meet(progress)
+        self._agree(progress)
         sent = self._send_all(chunks, version, progress)
         progress.attempt("finish", lambda: self._finish(sent, version))
-        self._meet(progress)
+        self._agree(progress)
         reference = self._whole_reference(progress)
         checked, difference = 0, None
         if progress.reference is not None:
             with progress.phase("check"):
                 checked = transport.check(reference)
-        self._meet(progress)
+        self._agree(progress)
         progress.attempt("resume", lambda: transport.resume(version))
         if probe is not None and progress.error is None:
             with progress.phase("probe"):
                 difference = self._probe(probe)
-        self._meet(progress)
+        self._agree(progress)
         return self._receipt(progress, version, reference, checked, difference)
 
-    def _send_all(self, chunks: list[torch.nn.Module], version: int, progress: _Progress) -> set[str]:
-        """Stream to the engines, again without those that were lost if that tore the stream. Names sent here."""
+    def _send_all(self, chunks: Sequence[torch.nn.Module], version: int, progress: _Progress) -> set[str]:
+        """Stream to the engines, again without those that were lost in the middle of it. Names sent here."""
         while True:
             progress.nbytes = 0
             progress.reference = self._transport.reference() if self._config.sync.verify_checksums else None
             self._ledger.open()
             progress.attempt("begin", lambda: self._transport.begin(version))
-            self._meet(progress)
+            self._agree(progress)
             self._stream(chunks, progress)
             sent = self._ledger.close()
-            if not self._meet(progress):
+            if not self._agree(progress):
                 return sent
 
     def close(self) -> None:
-        """Give back what the transport opened. A sync that was broken off is not waited for: the process is ending."""
+        """Give back what the transport opened. An aborted sync is not waited for: the process is ending."""
         for threads in (self._sending, self._hashing):
-            threads.shutdown(wait=not self._broken_off, cancel_futures=True)
-        if not self._broken_off:
+            threads.shutdown(wait=not self._aborted, cancel_futures=True)
+        if not self._aborted:
             self._transport.close()
 
-    def _stream(self, chunks: list[torch.nn.Module], progress: _Progress) -> None:
+    def _stream(self, chunks: Sequence[torch.nn.Module], progress: _Progress) -> None:
         """Export, and send a bucket while the next one is gathered. After an error the export goes on without sending:
         it is a collective."""
         stream = export_buckets(
@@ -164,20 +145,19 @@ class WeightSync:
             everywhere=self._transport.everywhere,
         )
         on_gpu = self._layout.device.type == "cuda"
-        done = object()
         while True:
             start, self._waited = time.perf_counter(), 0.0
-            bucket = next(stream, done)
+            bucket = next(stream, None)
             spent = time.perf_counter() - start - self._waited
             progress.seconds["gather"] = progress.seconds.get("gather", 0.0) + spent
             progress.seconds["wait"] = progress.seconds.get("wait", 0.0) + self._waited
-            if bucket is done:
+            if bucket is None:
                 break
             if on_gpu:
                 torch.cuda.current_stream().synchronize()  # readers do not know of our stream
             progress.nbytes += bucket.nbytes if bucket.own else 0
             hashed = self._hash(bucket, progress)
-            self._under_way.append((hashed, self._sending.submit(self._send, bucket, progress)))
+            self._in_use.append((hashed, self._sending.submit(self._send, bucket, progress)))
             del bucket  # one that is larger than a bucket must be gone before the next is made
         if on_gpu:
             self._buffers.release()
@@ -190,7 +170,7 @@ class WeightSync:
     def _used(self) -> None:
         """Wait for what uses the oldest bucket."""
         start = time.perf_counter()
-        for future in self._under_way.popleft():
+        for future in self._in_use.popleft():
             future.result()
         self._waited += time.perf_counter() - start
 
@@ -218,14 +198,14 @@ class WeightSync:
 
     def _whole_reference(self, progress: _Progress) -> dict[str, str]:
         """Checksums of all stages. Small: one short string per tensor."""
-        leads = self._layout.tp_rank == 0 and self._layout.dp_rank == 0
+        leads = self._layout.tp.rank == 0 and self._layout.dp.rank == 0
         own = progress.reference.result() if leads and progress.reference is not None else {}
         parts = gather_objects(own, self._layout.world_gloo)
         return {name: value for part in parts for name, value in part.items()}
 
     def _probe(self, probe: Probe) -> float | None:
-        precision = self._config.policy.precision
-        if self._config.rollout.engine != "embedded" and self._config.rollout.server.quantization == "fp8":
+        precision: str = self._config.policy.precision
+        if self._config.rollout.uses_servers and self._config.rollout.server.quantization == "fp8":
             precision = "fp8"
         tolerance = self._config.sync.probe_tolerance or PROBE_TOLERANCE[precision]
         difference = self._transport.probe(*probe)
@@ -236,20 +216,20 @@ class WeightSync:
             )
         return difference
 
-    def _meet(self, progress: _Progress) -> bool:
-        """All ranks hear of errors and of engines that one of them lost. True if the stream was torn."""
-        known = (describe_error(progress.error, WeightSyncError), self._transport.behind, self._transport.torn)
+    def _agree(self, progress: _Progress) -> bool:
+        """All ranks learn of errors, and of engines that one of them lost. True if the stream must be sent again."""
+        known = (describe_error(progress.error, WeightSyncError), self._transport.lost, self._transport.must_resend)
         ranks = gather_objects(known, self._layout.world_gloo)
-        for _, behind, _ in ranks:
-            self._transport.behind |= behind
-        raise_any([message for message, *_ in ranks], WeightSyncError, progress.error)
-        return any(torn for *_, torn in ranks)
+        for _, lost, _ in ranks:
+            self._transport.lost |= lost
+        raise_any([message for message, _, _ in ranks], WeightSyncError, progress.error)
+        return any(must_resend for _, _, must_resend in ranks)
 
     def _receipt(
         self, progress: _Progress, version: int, reference: dict[str, str], checked: int, difference: float | None
     ) -> Receipt:
         facts = (progress.seconds, progress.nbytes, checked, difference, self._transport.engines())
-        leads = self._layout.tp_rank == 0 and self._layout.dp_rank == 0
+        leads = self._layout.tp.rank == 0 and self._layout.dp.rank == 0
         ranks = gather_objects((*facts, leads), self._layout.world_gloo)
         phases = {name for seconds, *_ in ranks for name in seconds}
         differences = [d for _, _, _, d, *_ in ranks if d is not None]
@@ -257,7 +237,7 @@ class WeightSync:
             version=version,
             transport=self._transport.name,
             engines=sorted({engine for *_, engines, _ in ranks for engine in engines}),
-            behind=dict(self._transport.behind),
+            behind=dict(self._transport.lost),
             nbytes=sum(nbytes for _, nbytes, *_, is_leader in ranks if is_leader),
             seconds={p: max(seconds.get(p, 0.0) for seconds, *_ in ranks) for p in sorted(phases)},
             checksums=reference,
@@ -274,22 +254,6 @@ class WeightSync:
         return receipt
 
 
-def _check_quantized(config: Config, spec: ModelSpec) -> None:
-    """ValueError for models whose live update SGLang 0.5.17's quantizing loader gets wrong.
-
-    It quantizes every tensor that is not on a list of names: query and key norms, which stay bf16, would get FP8 values
-    without their scales, and it does not know the fused tensors of experts.
-    """
-    if config.rollout.engine != "sglang" or config.rollout.server.quantization == "none":
-        return
-    parts = ["query and key norms"] * spec.qk_layernorm + ["experts"] * bool(spec.num_experts)
-    if parts:
-        raise ValueError(
-            f"rollout.server.quantization={config.rollout.server.quantization} with rollout.engine=sglang: live "
-            f"updates of a model with {' and '.join(parts)} come out wrong. Allowed for this model: none"
-        )
-
-
 def _use_device(device: torch.device) -> None:
     """For a thread of our own: the current GPU is a thread's, not the process's."""
     if device.type == "cuda":
@@ -298,22 +262,3 @@ def _use_device(device: torch.device) -> None:
 
 def checked_or_probed(receipt: Receipt) -> bool:
     return receipt.engine_checked > 0 or receipt.probe_difference is not None
-
-
-def _server_transport(config: Config, engine: HttpEngine) -> type[Transport]:
-    """`auto`: shared memory where every server is on this machine (ours, or at a loopback address), else a group."""
-    kind = config.sync.transport
-    if kind == "auto":
-        local = {"127.0.0.1", "localhost", "::1", os.uname().nodename}
-        kind = "tensor" if all(urlsplit(url).hostname in local for url in engine.all_urls) else "distributed"
-    if kind == "tensor":
-        from megatron_nft.weights.transports.tensor import TensorTransport
-
-        return TensorTransport
-    if kind == "distributed":
-        from megatron_nft.weights.transports.distributed import DistributedTransport
-
-        return DistributedTransport
-    from megatron_nft.weights.transports.disk import DiskTransport
-
-    return DiskTransport

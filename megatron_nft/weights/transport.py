@@ -33,6 +33,11 @@ class Reference(Protocol):
     def result(self) -> dict[str, str]: ...
 
 
+def rank_key(tensor: str, rank: int, tp_size: int) -> str:
+    """Key of what one tensor-parallel rank of an engine holds of a tensor: `name`, or `name@rank` of several ranks."""
+    return tensor if tp_size == 1 else f"{tensor}@{rank}"
+
+
 class HFReference:
     """One checksum per HF tensor."""
 
@@ -50,14 +55,19 @@ class Transport(Protocol):
     """Brings buckets into engines. Every rank has one; `sync.WeightSync` calls the methods in this order.
 
     A method that fails raises; the sync then goes on with the collectives that other ranks wait in, and ends on every
-    rank with the error. An engine that is lost while others are left is no failure: it goes into `behind`.
+    rank with the error. An engine that is lost while others are left is no failure: it goes into `lost`.
     """
 
     name: str
     everywhere: bool  # every rank receives every bucket, or only stage leaders those of their stage
-    dtype: torch.dtype | None  # what the engines want; None: as the trainer has it
-    behind: dict[str, str]  # engine -> why it does not have the version of this sync
-    torn: bool  # engines that are left got only part of the stream: it must be sent again
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the engines want; None: as the trainer has it."""
+        ...
+
+    lost: dict[str, str]  # engine -> why it does not have the version of this sync
+    must_resend: bool  # engines that are left got only part of the stream: it must be sent again
 
     def pause(self) -> None:
         """Requests under way are treated as `sync.in_flight` says; no new ones start."""

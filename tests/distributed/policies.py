@@ -177,8 +177,8 @@ def deal(policy: Policy, splits: list[list[int]]) -> list[PackedBatch]:
     Replica 0 gets the first of every `dp_size` micro-batches and so on; the last replicas may get fillers alone.
     """
     at, made = policy.layout, samples()
-    mine = splits[at.dp_rank :: at.dp_size]
-    count = policy.round_num_micro_batches(-(-len(splits) // at.dp_size))
+    mine = splits[at.dp.rank :: at.dp.size]
+    count = policy.round_num_micro_batches(-(-len(splits) // at.dp.size))
     batches = [pack(made, indices, multiple_of=policy.pad_multiple) for indices in mine]
     return batches + [filler(policy.pad_multiple) for _ in range(count - len(batches))]
 

@@ -16,8 +16,8 @@ from processes import below
 from tiny import make_model
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.engines import open_engine
 from megatron_nft.engines.engine import EngineError, Request, SamplingParams
+from megatron_nft.engines.open import open_engine
 
 # A stand-in for the engine's interpreter: it takes SGLang's command line and answers each token with its own id.
 SERVER = """

@@ -60,7 +60,7 @@ def compare(ranks: Ranks, splits_of: dict[str, list[list[int]]], families=FAMILI
 
 def compare_logprobs(policy, batches, splits, reference, where) -> None:
     found = policy.compute_logprobs(batches, TEMPERATURE)
-    mine = splits[policy.layout.dp_rank :: policy.layout.dp_size]
+    mine = splits[policy.layout.dp.rank :: policy.layout.dp.size]
     for indices, row in zip(mine, found, strict=False):  # fillers have no samples
         expected = np.concatenate([reference.logprobs[i] for i in indices])
         lengths = [len(reference.logprobs[i]) for i in indices]

@@ -28,7 +28,7 @@ def compare(ranks: Ranks, family: str, tied: bool, **layout: object) -> None:
         counts.tiny.make_model(ranks.scratch / family, family, tied=tied, **(counts.SIZES | {"layers": 4}))
     dist.barrier()
     config, policy = counts.open_policy(ranks.scratch / family, **layout)
-    plan, stage = LayoutSettings.of(config), policy.layout.pp_rank
+    plan, stage = LayoutSettings.of(config), policy.layout.pp.rank
     parts = memory.trainer_memory(policy.spec, config, plan, CLUSTER, 1)[stage].phases["train"]
     where = f"{family} {layout} rank {ranks.rank}"
     close(sum(p.nbytes for p in policy.chunks[0].parameters()), parts["weights"], f"{where} weights")

@@ -235,7 +235,7 @@ def check_metrics(ranks: Ranks) -> None:
         policy = make(ranks, **layout)
         batches = deal(policy, UNEVEN)
         report = policy.train_step(batches, Objective(lambda logprobs, batch: -logprobs, measured), 10.0)
-        count = len(batches) * policy.layout.dp_size
+        count = len(batches) * policy.layout.dp.size
         assert report.metrics == {
             "token": Mean(trained.sum(), len(trained)),
             "batches": Mean(count, count),
@@ -262,10 +262,10 @@ def check_entropies_of_the_policy(ranks: Ranks) -> None:
         policy = make(ranks, **layout)
         batches = deal(policy, UNEVEN)
         plain = policy.compute_logprobs(batches, TEMPERATURE)
-        pairs = policy.compute_logprobs_and_entropies(batches, TEMPERATURE)
-        assert all(np.array_equal(a, b) for a, (b, _) in zip(plain, pairs, strict=True)), layout
-        mine = UNEVEN[policy.layout.dp_rank :: policy.layout.dp_size]
-        for indices, (_, entropies) in zip(mine, pairs, strict=False):  # fillers have no samples
+        logprobs, found = policy.compute_logprobs_and_entropies(batches, TEMPERATURE)
+        assert all(np.array_equal(a, b) for a, b in zip(plain, logprobs, strict=True)), layout
+        mine = UNEVEN[policy.layout.dp.rank :: policy.layout.dp.size]
+        for indices, entropies in zip(mine, found, strict=False):  # fillers have no samples
             rows = np.concatenate([expected[i] for i in indices])
             np.testing.assert_allclose(entropies[: len(rows)], rows, rtol=1e-5, err_msg=str(layout))
 
@@ -352,11 +352,11 @@ def check_layouts(ranks: Ranks) -> None:
         policy = make_policy(reference.model, **settings)
         at = policy.layout
         assert at.replica_ranks == replicas, name
-        assert (at.tp_size, at.pp_size, at.dp_size) == {"DP2": (1, 1, 2), "TP2": (2, 1, 1), "PP2": (1, 2, 1)}[name]
+        assert (at.tp.size, at.pp.size, at.dp.size) == {"DP2": (1, 1, 2), "TP2": (2, 1, 1), "PP2": (1, 2, 1)}[name]
         assert at.is_replica_leader == (ranks.rank in [r[0] for r in replicas])
         assert at.is_last_stage == (name != "PP2" or ranks.rank == 1)
         assert at.last_stage_rank == (1 if name == "PP2" else ranks.rank)
-        assert dist.get_world_size(at.replica_gloo) == len(replicas[at.dp_rank])
+        assert dist.get_world_size(at.replica_gloo) == len(replicas[at.dp.rank])
     three = make_config(reference.model, tensor_model_parallel_size=3).policy
     raises(ValueError, "2 processes cannot be divided", parallel.initialize, three, 0)
 

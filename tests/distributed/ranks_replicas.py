@@ -59,21 +59,21 @@ def check_every_sample_meets_its_replica(ranks: Ranks) -> None:
             step=2,
             questions_per_step=8,
             questions_per_optimizer_step=4,
-            num_replicas=layout.dp_size,
+            num_replicas=layout.dp.size,
             max_staleness=2,
             hidden_size=8,
             seed=0,
         )
         got = send_to_replicas(Collected(facts, [], [], mine, 0), plan, layout)
         assert all(same(sample, everything[key]) for key, sample in got.items())
-        held = gather((layout.dp_rank, list(got)), layout.world_gloo)
-        for replica in range(layout.dp_size):
+        held = gather((layout.dp.rank, list(got)), layout.world_gloo)
+        for replica in range(layout.dp.size):
             copies = [keys for at, keys in held if at == replica]
-            assert len(copies) == layout.tp_size * layout.pp_size
+            assert len(copies) == layout.tp.size * layout.pp.size
             assert all(keys == copies[0] for keys in copies), "the ranks of a replica must hold the same, in one order"
             trained = {key for part in plan.optimizer_steps for key, at in part.items() if at == replica}
             assert set(copies[0]) == trained | {key for key in everything if plan.surplus.get(key[0]) == replica}
-        leaders = [keys for at, keys in held[:: layout.tp_size][: layout.dp_size]]
+        leaders = [keys for at, keys in held[:: layout.tp.size][: layout.dp.size]]
         assert sorted(key for keys in leaders for key in keys) == sorted(everything), "each sample on one replica"
 
 
@@ -82,12 +82,12 @@ def check_every_rank_has_as_many_micro_batches(ranks: Ranks) -> None:
     for policy in LAYOUTS:
         layout = parallel.initialize(PolicyConfig(precision="fp32", **policy), seed=0)
         for num_samples in ((1, 12, 0, 3), (0, 7, 7, 7), (0, 0, 0, 0)):
-            samples = [make_sample(layout.dp_rank, i) for i in range(num_samples[layout.dp_rank])]
+            samples = [make_sample(layout.dp.rank, i) for i in range(num_samples[layout.dp.rank])]
             batches = pack_samples(samples, layout, max_tokens=CAP, multiple_of=MULTIPLE)
             counts = set(gather(len(batches), layout.world_gloo))
             assert len(counts) == 1 and min(counts) >= 1
             if layout.vpp_size:
-                assert len(batches) % layout.pp_size == 0
+                assert len(batches) % layout.pp.size == 0
             assert sorted(i for batch in batches for i in batch.sample_ids) == list(range(len(samples)))
             for batch in batches:
                 assert batch.tokens.numel() <= CAP and batch.tokens.numel() % MULTIPLE == 0

@@ -24,19 +24,20 @@ from tiny import make_model
 
 from megatron_nft.config import Config, PolicyConfig
 from megatron_nft.data.packing import pack
+from megatron_nft.engines.embedded.engine import EmbeddedEngine
+from megatron_nft.engines.sync import open_weight_sync
 from megatron_nft.policy import cpu, parallel
 from megatron_nft.policy.family import read_family
 from megatron_nft.policy.model import build_chunks, packed_params
-from megatron_nft.engines.embedded.engine import EmbeddedEngine
 from megatron_nft.types import TrainingSample
 from megatron_nft.weights.buckets import Bucket
-from megatron_nft.weights.offline.convert import hf_to_megatron
 from megatron_nft.weights.export import Buffers, export_buckets
 from megatron_nft.weights.export_hf import ExportError, save_hf
 from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.import_hf import load_hf
-from megatron_nft.weights.offline.megatron_writer import Grid
 from megatron_nft.weights.names import hf_shapes
+from megatron_nft.weights.offline.convert import hf_to_megatron
+from megatron_nft.weights.offline.megatron_writer import TargetLayout
 from megatron_nft.weights.sync import WeightSync
 from megatron_nft.weights.transport import WeightSyncError
 
@@ -67,7 +68,7 @@ def check_start(ranks: Ranks) -> None:
     if ranks.rank == 0:
         for family, tied in World.cases:
             path = make_model(folder(ranks, family, tied), family, tied=tied, layers=4, ffn=96, vocab=VOCAB)
-            hf_to_megatron(path, path / "megatron", Grid(tp, pp, vpp or 1))
+            hf_to_megatron(path, path / "megatron", TargetLayout(tp, pp, vpp or 1))
     dist.barrier()
 
 
@@ -134,8 +135,8 @@ def megatron_logits(chunks, tokens: torch.Tensor) -> torch.Tensor | None:
         )
         if chunk.post_process:
             shard = hidden[:, 0] @ chunk.output_weight.T  # [L, V / tp]
-            shards = [torch.empty_like(shard) for _ in range(World.layout.tp_size)]
-            dist.all_gather(shards, shard, group=World.layout.tp_group)
+            shards = [torch.empty_like(shard) for _ in range(World.layout.tp.size)]
+            dist.all_gather(shards, shard, group=World.layout.tp.group)
             outputs.append(torch.cat(shards, dim=1))
         return hidden, lambda output, **_: output.sum()
 
@@ -144,7 +145,7 @@ def megatron_logits(chunks, tokens: torch.Tensor) -> torch.Tensor | None:
             forward_step_func=forward,
             data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
             model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=World.layout.pp_size,
+            num_microbatches=World.layout.pp.size,
             seq_length=len(ids),
             micro_batch_size=1,
             forward_only=True,
@@ -177,7 +178,7 @@ def check_export_gives_back_what_was_imported(ranks: Ranks) -> None:
                 else:
                     together = [name for of_rank in gathered for name in of_rank]
                     assert len(together) == len(set(together)) and set(together) == expected
-                    assert bool(names) == (World.layout.tp_rank == 0 and World.layout.dp_rank == 0)
+                    assert bool(names) == (World.layout.tp.rank == 0 and World.layout.dp.rank == 0)
 
 
 def check_export_casts(ranks: Ranks) -> None:
@@ -327,7 +328,7 @@ def check_sync_into_embedded_engine(ranks: Ranks) -> None:
         path = folder(ranks, family, tied)
         spec, chunks = loaded(path)
         engine = EmbeddedEngine.create(path, load_weights=False)
-        sync = WeightSync.create(settings(ranks, path), spec, World.layout, engine)
+        sync = open_weight_sync(settings(ranks, path), spec, World.layout, engine)
         receipt = sync.sync(chunks, version=7, probe=(ids, reference_logprobs(path, ids)))
         assert engine.weight_version == 7
         source = HFFolder(path)
@@ -382,7 +383,7 @@ def check_faults_stop_the_sync_on_every_rank(ranks: Ranks) -> None:
     expected = {drop: victim, twice: victim, swap: victim, flip: victim, rename: "model.layers.9.self_attn.k_proj"}
     for change, message in expected.items():
         engine = EmbeddedEngine.create(path, load_weights=False)
-        sync = WeightSync.create(settings(ranks, path), spec, World.layout, engine)
+        sync = open_weight_sync(settings(ranks, path), spec, World.layout, engine)
         if guilty:
             spoil(sync, change)
         with pytest.raises(WeightSyncError, match=message) as caught:
@@ -395,7 +396,7 @@ def check_a_bucket_is_sent_while_the_next_is_gathered(ranks: Ranks) -> None:
     path = folder(ranks, *World.cases[0])
     spec, chunks = loaded(path)
     engine = EmbeddedEngine.create(path, load_weights=False)
-    sync = WeightSync.create(settings(ranks, path, bucket_bytes=100_000), spec, World.layout, engine)
+    sync = open_weight_sync(settings(ranks, path, bucket_bytes=100_000), spec, World.layout, engine)
     buffers = buffers_of(100_000)
     total = sum(1 for _ in export_buckets(chunks, spec, World.layout, buffers, everywhere=True))
     gathered, sent = threading.Semaphore(0), []
@@ -424,7 +425,7 @@ def check_a_sync_that_breaks_off_is_not_waited_for(ranks: Ranks) -> None:
     path = folder(ranks, *World.cases[0])
     spec, chunks = loaded(path)
     engine = EmbeddedEngine.create(path, load_weights=False)
-    sync = WeightSync.create(settings(ranks, path, bucket_bytes=100_000), spec, World.layout, engine)
+    sync = open_weight_sync(settings(ranks, path, bucket_bytes=100_000), spec, World.layout, engine)
     under_way, answered, sent = threading.Event(), threading.Event(), []
 
     def send(bucket: Bucket) -> None:
@@ -451,7 +452,7 @@ def check_probe_stops_the_sync(ranks: Ranks) -> None:
     path = folder(ranks, *World.cases[0])
     spec, chunks = loaded(path)
     engine = EmbeddedEngine.create(path, load_weights=False)
-    sync = WeightSync.create(settings(ranks, path), spec, World.layout, engine)
+    sync = open_weight_sync(settings(ranks, path), spec, World.layout, engine)
     ids = np.arange(5, 25, dtype=np.int32)
     wrong = reference_logprobs(path, ids) + 0.002
     with pytest.raises(WeightSyncError, match=r"probe_tolerance \(0\.001\)"):

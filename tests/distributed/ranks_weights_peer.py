@@ -17,13 +17,13 @@ from tiny import make_model
 
 from megatron_nft.config import Config
 from megatron_nft.engines.sglang.client import SGLangEngine
+from megatron_nft.engines.sync import open_weight_sync
 from megatron_nft.policy import parallel
 from megatron_nft.policy.family import read_family
 from megatron_nft.policy.model import build_chunks
 from megatron_nft.processes import die_with_parent
 from megatron_nft.weights.import_hf import load_hf
 from megatron_nft.weights.names import hf_shapes
-from megatron_nft.weights.sync import WeightSync
 from megatron_nft.weights.transport import WeightSyncError
 
 VICTIM = "model.layers.3.mlp.gate_proj.weight"  # of the last stage
@@ -71,7 +71,7 @@ class Session:
     def __init__(self, ranks: Ranks) -> None:
         config = settings(ranks)
         self.engine = SGLangEngine(World.urls, config.rollout.server, weight_version=World.version)
-        self.sync = WeightSync.create(config, World.spec, World.layout, self.engine)
+        self.sync = open_weight_sync(config, World.spec, World.layout, self.engine)
 
     def __enter__(self) -> Session:
         return self

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from runs import Run, make_start, merge, metrics_of
 
 EXACT = ("accuracy/train", "groups/generated", "groups/kept", "groups/surplus", "tokens/generated", "tokens/trained")
-CLOSE = ("loss/total", "loss/positive", "loss/negative", "grad_norm", "ratio/mean", "gap/mean", "lr")
+CLOSE = ("loss/total", "loss/positive", "loss/negative", "grad_norm", "ratio/mean", "gap/mean", "lr", "policy/entropy")
 LAYOUTS = {
     "PP 2": {"num_processes": 2, "policy__pipeline_model_parallel_size": 2},
     "PP 2, VPP 2, DP 2": {

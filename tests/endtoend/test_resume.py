@@ -49,6 +49,7 @@ FIGURES = {
     *(f"groups/{fate}" for fate in ("kept", "surplus", "dropped", "all_correct", "all_wrong", "too_few")),
     *("groups/stale_dropped", "loss/total", "loss/positive", "loss/negative", "clamp/share", "grad_norm", "lr"),
     *("ratio/mean", "ratio/log_mean", "ratio/kl", "ratio/max", "ratio/max_inverse", "gap/mean", "gap/max"),
+    "policy/entropy",
     *(f"seconds/{phase}" for phase in ("generate", "exchange", "logprobs", "write", "train", "sync", "total")),
     *("seconds/verify_wait", "seconds/verify_per_answer", "sync/bytes", "sync/probe_difference"),
 }

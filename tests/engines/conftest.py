@@ -1,7 +1,8 @@
 """Real engine servers for the tests of this folder.
 
 `sglang_server` is one server for all tests of this folder. Tests may update its weights; `sglang_engine` puts those of
-`sglang_model` back first, as version 0.
+`sglang_model` back first, as version 0. `vllm_server` is one for test_vllm_engine.py, which leaves it as it was, and
+test_vllm_sync.py, which comes after it and ends it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from processes import below, wait_until
 from tiny import make_model
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.engines.open import start_servers
 from megatron_nft.engines.sglang.client import SGLangEngine
+from megatron_nft.engines.sglang.kind import KIND
+from megatron_nft.engines.start import start_servers
+from megatron_nft.engines.vllm.kind import KIND as VLLM
 
 
 @pytest.fixture(scope="package")
@@ -39,6 +42,7 @@ def sglang_rollout() -> RolloutConfig:
 def sglang_server(sglang_model, sglang_rollout, tmp_path_factory):
     """One running SGLang server (fp32, CPU): `.urls`, `.servers`, `.failures()`."""
     group = start_servers(
+        KIND,
         sglang_model,
         sglang_rollout,
         precision="fp32",
@@ -60,6 +64,29 @@ def sglang_engine(sglang_server, sglang_model, sglang_rollout):
     engine = SGLangEngine(sglang_server.urls, sglang_rollout.server, weight_version=0)
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="package")
+def vllm_model(tmp_path_factory) -> Path:
+    """The model folder of `vllm_server`. Heads of 32: vLLM's CPU attention has no kernel for smaller ones."""
+    return make_model(tmp_path_factory.mktemp("vllm") / "model", "qwen2", tied=False, hidden=128, seed=11)
+
+
+@pytest.fixture(scope="package")
+def vllm_server(vllm_model, tmp_path_factory):
+    """One running vLLM server (fp32, CPU), which is not started again when it ends."""
+    install("vllm")
+    group = start_servers(
+        VLLM,
+        vllm_model,
+        RolloutConfig(engine="vllm", server={"start_timeout_s": 500, "max_restarts": 0}),
+        precision="fp32",
+        device="cpu",
+        log_dir=tmp_path_factory.mktemp("vllm-logs"),
+        weight_version=0,
+    )
+    yield group
+    group.close()
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -19,13 +19,13 @@ from under_way import requests_under_way
 from megatron_nft.config import Config
 from megatron_nft.engines.engine import Request, SamplingParams
 from megatron_nft.engines.sglang.client import SGLangEngine
+from megatron_nft.engines.sync import open_weight_sync
 from megatron_nft.engines.vllm.client import VLLMEngine
 from megatron_nft.policy import parallel
 from megatron_nft.policy.family import read_family
 from megatron_nft.policy.model import build_chunks
 from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.import_hf import load_hf
-from megatron_nft.weights.sync import WeightSync
 from megatron_nft.weights.transport import WeightSyncError
 
 CLIENTS = {"sglang": SGLangEngine, "vllm": VLLMEngine}
@@ -89,7 +89,7 @@ class Session:
         self.engine = CLIENTS[World.kind](
             World.urls, config.rollout.server, weight_version=World.version, allow_version_change=changes
         )
-        self.sync = WeightSync.create(config, World.spec, World.layout, self.engine)
+        self.sync = open_weight_sync(config, World.spec, World.layout, self.engine)
 
     def __enter__(self) -> Session:
         return self

@@ -5,9 +5,9 @@ import pytest
 from tiny import make_model, make_tokenizer
 
 from megatron_nft.config import Config, VerifyConfig
+from megatron_nft.engines.answers import generate_groups
 from megatron_nft.engines.embedded.engine import EmbeddedEngine
 from megatron_nft.engines.engine import WeightVersionError
-from megatron_nft.engines.answers import generate_groups
 from megatron_nft.types import Prompt, Verdict
 from megatron_nft.verify.pool import VerifierPool
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from processes import alive, below, server_of, wait_until
 
-from megatron_nft.engines import open_engine
 from megatron_nft.engines.engine import EngineError, Request, SamplingParams
-from megatron_nft.engines.open import start_servers
+from megatron_nft.engines.open import open_engine
 from megatron_nft.engines.sglang.client import SGLangEngine
+from megatron_nft.engines.sglang.kind import KIND
+from megatron_nft.engines.start import start_servers
 
 
 def kill_in_the_middle(engine, group, sampling, requests):
@@ -27,6 +28,7 @@ def kill_in_the_middle(engine, group, sampling, requests):
 def test_a_server_that_is_killed(sglang_server, sglang_engine, sglang_model, sglang_rollout, tmp_path):
     """With another server every answer comes; alone it is a clear error. It is started again within the bound."""
     second = start_servers(
+        KIND,
         sglang_model, sglang_rollout, precision="fp32", device="cpu", log_dir=tmp_path, weight_version=0
     )
     server = sglang_rollout.server
@@ -68,7 +70,7 @@ def test_no_process_outlives_a_killed_starter(sglang_model, sglang_rollout, tmp_
         import time
         from pathlib import Path
         from megatron_nft.config import RolloutConfig
-        from megatron_nft.engines import open_engine
+        from megatron_nft.engines.open import open_engine
         rollout = RolloutConfig.model_validate_json({sglang_rollout.model_dump_json()!r})
         engine = open_engine(Path({str(sglang_model)!r}), rollout, precision="fp32", log_dir=Path({str(tmp_path)!r}))
         print("up", flush=True)

@@ -7,9 +7,10 @@ import httpx
 import numpy as np
 from processes import below, server_of, wait_until
 
-from megatron_nft.engines import open_engine
-from megatron_nft.engines.engine import Request, SamplingParams
-from megatron_nft.engines.open import NO_WEIGHTS, start_servers
+from megatron_nft.engines.engine import NO_WEIGHTS, Request, SamplingParams
+from megatron_nft.engines.open import open_engine
+from megatron_nft.engines.sglang.kind import KIND
+from megatron_nft.engines.start import start_servers
 
 
 def requests(count):
@@ -31,6 +32,7 @@ def test_requests_go_through_the_router_to_servers_that_have_the_weights(
 ):
     """One of two servers is killed in the middle, comes back without weights, and gets them in the end."""
     second = start_servers(
+        KIND,
         sglang_model, sglang_rollout, precision="fp32", device="cpu", log_dir=tmp_path, weight_version=NO_WEIGHTS
     )
     (first_url,), (second_url,) = sglang_engine.urls, second.urls

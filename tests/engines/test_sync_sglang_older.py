@@ -10,7 +10,8 @@ from sync_checks import report, run
 from tiny import make_model
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.engines.open import find_python, start_servers
+from megatron_nft.engines.sglang.kind import KIND
+from megatron_nft.engines.start import find_python, start_servers
 
 OLDER = "sglang==0.5.20"
 CHECKS = [
@@ -19,6 +20,9 @@ CHECKS = [
     "check_the_probe_finds_swapped_tensors",
     "check_requests_in_flight",
 ]
+
+
+pytestmark = pytest.mark.long  # tests/distributed/test_weights_peer.py has peers without sessions
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,7 @@ def checked(tmp_path_factory):
     models = [make_model(folder / str(seed), "qwen2", tied=False, seed=seed) for seed in (11, 12)]
     config = {"start_timeout_s": 500, "max_restarts": 0, "max_total_tokens": 8192}
     group = start_servers(
+        KIND,
         models[0],
         RolloutConfig(engine="sglang", server={**config, "env": {"PYTHONPATH": str(folder / "site")}}),
         precision="fp32",

@@ -1,47 +1,32 @@
 """The vLLM client against a real server: log-probs, samples, versions."""
 
-import os
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import torch
-from processes import below
-from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from megatron_nft.config import RolloutConfig, ServerConfig
-from megatron_nft.engines import open_engine
+from megatron_nft.config import ServerConfig
 from megatron_nft.engines.engine import EngineError, Request, SamplingParams, WeightVersionError
-from megatron_nft.engines.vllm.client import command_line
+from megatron_nft.engines.vllm.client import VLLMEngine
+from megatron_nft.engines.vllm.command import command_line
 
 END = 258  # <|im_end|>
-ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm" / ".installed"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    # Heads of 32: vLLM's CPU attention has no kernel for smaller ones.
-    return make_model(tmp_path_factory.mktemp("vllm") / "model", "qwen2", hidden=128, seed=12)
-
-
-@pytest.fixture(scope="module")
-def engine(model, tmp_path_factory):
-    if not ENVIRONMENT.is_file():
-        pytest.skip("no .venv-vllm: `bash tools/install_engine.sh vllm` makes it (3.4 GB)")
-    before = below(os.getpid())
-    rollout = RolloutConfig(engine="vllm", server={"start_timeout_s": 500})
-    engine = open_engine(model, rollout, precision="fp32", log_dir=tmp_path_factory.mktemp("vllm-logs"))
+def engine(vllm_server):
+    engine = VLLMEngine(vllm_server.urls, ServerConfig(), weight_version=0)
     yield engine
     engine.close()
-    assert not below(os.getpid()) - before
 
 
 @pytest.fixture(scope="module")
-def reference(model):
+def reference(vllm_model):
     """float64 log-probs of an answer by one uncached forward pass of transformers."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    loaded = AutoModelForCausalLM.from_pretrained(vllm_model, dtype=torch.float64)
 
     def logprobs(prompt_ids, answer_ids, temperature):
         tokens = torch.tensor(np.concatenate([prompt_ids, answer_ids]).astype(np.int64))[None]

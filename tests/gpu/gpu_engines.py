@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from gpu_policies import make_samples, packed
 
-from megatron_nft.policy.policy import Policy
-from megatron_nft.engines.open import create_engine
 from megatron_nft.engines.engine import Engine
+from megatron_nft.engines.open import create_engine
+from megatron_nft.engines.sync import open_weight_sync
+from megatron_nft.policy.policy import Policy
 from megatron_nft.weights.receipt import Receipt
 from megatron_nft.weights.sync import WeightSync
 
@@ -39,7 +40,7 @@ def start_engine(policy: Policy, run_dir: Path) -> tuple[Engine, WeightSync]:
     config = policy.config.model_copy(update={"run_dir": run_dir})
     engine = create_engine(config, policy.layout)
     try:
-        return engine, WeightSync.create(config, policy.spec, policy.layout, engine)
+        return engine, open_weight_sync(config, policy.spec, policy.layout, engine)
     except BaseException:
         engine.close()
         raise

@@ -55,6 +55,13 @@ def test_kernels_agree_with_float64(dtype, gradient, tokens, rows, chunk):
     assert (found[3][vocab_size:] == 0).all()
 
 
+def test_entropies_leave_the_logprobs_as_they_are():
+    """Behaviour log-probs may be computed with them, those of an update never are: the ratio must be 1 all the same."""
+    x, w, labels = make(300, 512, 9001, torch.bfloat16)
+    a, b = (linear_logprobs(x, w, labels, temperature=TEMPERATURE, with_entropy=on)[0] for on in (True, False))
+    assert (a - b).abs().max() < 1e-6
+
+
 def test_kernels_agree_with_the_torch_path():
     x, w, labels = make(300, 512, 9001, torch.bfloat16)
     a, b = (run(x, w, labels, use_triton=on) for on in (True, False))

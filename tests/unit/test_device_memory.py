@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -95,12 +93,11 @@ def test_what_the_engine_keeps_depends_on_the_sleep_level():
 
 
 def test_the_free_memory_of_the_device_is_what_counts(monkeypatch):
-    layout = SimpleNamespace(device=torch.device("cuda", 0), pp_rank=0, world_size=1)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * GIB, 140 * GIB))
     with pytest.raises(ValueError, match=r"100\.0 GiB of 140\.0 GiB are free"):
-        check_memory(make("embedded"), QWEN_7B, layout)
-    assert check_memory(make(), QWEN_7B, SimpleNamespace(device=torch.device("cpu"))) == []
+        check_memory(make("embedded"), QWEN_7B, torch.device("cuda", 0), stage=0, world_size=1)
+    assert check_memory(make(), QWEN_7B, torch.device("cpu"), stage=0, world_size=1) == []
 
 
 def test_peaks_are_kept_per_phase_and_given_once(monkeypatch):

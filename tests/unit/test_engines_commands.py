@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron_nft.config import ServerConfig
-from megatron_nft.engines import open as create
+from megatron_nft.engines import start
 from megatron_nft.engines.engine import EngineError
-from megatron_nft.engines.sglang import client as sglang
-from megatron_nft.engines.vllm import client as vllm
+from megatron_nft.engines.sglang import command as sglang
+from megatron_nft.engines.vllm import command as vllm
 
 COMMON = {"dtype": "bfloat16", "gpu": 4, "weight_version": -1}
 
@@ -95,17 +95,17 @@ def test_vllm_on_a_gpu(monkeypatch):
 
 
 def test_interpreter_that_is_set(tmp_path):
-    assert create.find_python("sglang", Path(sys.executable)) == Path(sys.executable)
+    assert start.find_python("sglang", Path(sys.executable)) == Path(sys.executable)
     with pytest.raises(EngineError, match=r"rollout.server.python=.*nothing: is not an executable file"):
-        create.find_python("sglang", tmp_path / "nothing")
+        start.find_python("sglang", tmp_path / "nothing")
 
 
 def test_interpreter_that_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(create, "__file__", str(tmp_path / "megatron_nft" / "rollout" / "create.py"))
+    monkeypatch.setattr(start, "__file__", str(tmp_path / "megatron_nft" / "engines" / "start.py"))
     with pytest.raises(EngineError, match=r"no environment with sglang was found: run `bash tools/install_engine.sh"):
-        create.find_python("sglang", None)
-    assert create.find_python("numpy", None) == Path(sys.executable)  # a package of our own environment
+        start.find_python("sglang", None)
+    assert start.find_python("numpy", None) == Path(sys.executable)  # a package of our own environment
     python = tmp_path / ".venv-sglang" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.touch()
-    assert create.find_python("sglang", None) == python
+    assert start.find_python("sglang", None) == python

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_nft.config import Config
+from megatron_nft.engines.sync import open_weight_sync
 from megatron_nft.policy import policy as module
 from megatron_nft.policy.family import spec_from_config
 from megatron_nft.weights.sync import WeightSync, WeightSyncError
@@ -74,7 +75,7 @@ def config(engine: str, quantization: str, **policy) -> Config:
 def test_models_that_the_quantizing_engine_cannot_update_are_refused():
     qwen3 = spec_from_config(FIGURES | {"model_type": "qwen3"})
     with pytest.raises(ValueError, match=r"quantization=fp8 .* query and key norms come out wrong"):
-        WeightSync.create(config("sglang", "fp8"), qwen3, None, None)
+        open_weight_sync(config("sglang", "fp8"), qwen3, None, None)
 
 
 @pytest.mark.parametrize(

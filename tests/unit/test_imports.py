@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_nft"
 
 LAYERS = (
-    ("types", "section", "files", "processes", "distributed", "console", "metrics"),
+    ("types", "section", "files", "processes", "distributed", "console", "arguments", "metrics"),
     ("algorithms",),
     ("config", "losses"),
     ("verify",),

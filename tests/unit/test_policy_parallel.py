@@ -13,6 +13,6 @@ def test_groups_can_be_joined_again_after_they_were_left():
         first = parallel.initialize(PolicyConfig(), seed=1)
         second = parallel.initialize(PolicyConfig(), seed=2)  # gives the groups of the first up
         assert (first.world_size, second.world_size) == (1, 1)
-        assert dist.get_world_size(second.dp_group) == 1
+        assert dist.get_world_size(second.dp.group) == 1
         parallel.shutdown()
         assert not dist.is_initialized()

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from processes import wait_until
 
-from megatron_nft.engines.vllm.client import WORKER_FOLDERS
-from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Meeting
+from megatron_nft.engines.vllm.command import WORKER_FOLDERS
+from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Rendezvous
 
 TIMEOUT_S = 90.0  # of the group: what must not be waited for
 
@@ -53,13 +53,13 @@ def group_of():
     processes = []
 
     def make(num_bytes: int):
-        meeting = Meeting.open("127.0.0.1", "g", 3, torch.device("cpu"), TIMEOUT_S)
+        rendezvous = Rendezvous.open("127.0.0.1", "g", 3, torch.device("cpu"), TIMEOUT_S)
         results = [context.Queue() for _ in range(2)]  # one that is killed takes the lock of its queue with it
         for rank in (1, 2):
-            arguments = (rank, meeting.port, num_bytes, rank == 2, results[rank - 1])
+            arguments = (rank, rendezvous.port, num_bytes, rank == 2, results[rank - 1])
             processes.append(context.Process(target=member, args=arguments, daemon=True))
             processes[-1].start()
-        group = BroadcastGroup(meeting, TIMEOUT_S)
+        group = BroadcastGroup(rendezvous, TIMEOUT_S)
         group.broadcast(torch.ones(num_bytes, dtype=torch.uint8))
         group.wait()
         assert [queue.get(timeout=60) for queue in results] == [num_bytes] * 2
@@ -110,9 +110,9 @@ def test_a_vllm_worker_receives_from_several_leaders(monkeypatch):
     worker, groups = Worker(), {}
     with ThreadPoolExecutor(1) as threads:
         for name in ("first", "second"):
-            meeting = Meeting.open("127.0.0.1", name, 2, torch.device("cpu"), 60)
-            joined = threads.submit(worker.nft_join, meeting.address, meeting.port, name, 1, 2, 60)
-            groups[name] = BroadcastGroup(meeting, 60)
+            rendezvous = Rendezvous.open("127.0.0.1", name, 2, torch.device("cpu"), 60)
+            joined = threads.submit(worker.nft_join, rendezvous.address, rendezvous.port, name, 1, 2, 60)
+            groups[name] = BroadcastGroup(rendezvous, 60)
             assert joined.result(60)
         for value, name in enumerate(("first", "second", "first"), start=1):
             loaded = threads.submit(worker.nft_load_broadcast, [["w", "float32", [2, 3], 0, 24]], name)
@@ -124,10 +124,10 @@ def test_a_vllm_worker_receives_from_several_leaders(monkeypatch):
 
 def test_a_tensor_that_was_sent_is_let_go():
     """One larger than a bucket must be gone before the next is made."""
-    meeting = Meeting.open("127.0.0.1", "g", 2, torch.device("cpu"), 60)
+    rendezvous = Rendezvous.open("127.0.0.1", "g", 2, torch.device("cpu"), 60)
     results = SimpleQueue()
-    threading.Thread(target=member, args=(1, meeting.port, 1000, True, results, 2), daemon=True).start()
-    group, tensor = BroadcastGroup(meeting, 60), torch.ones(1000, dtype=torch.uint8)
+    threading.Thread(target=member, args=(1, rendezvous.port, 1000, True, results, 2), daemon=True).start()
+    group, tensor = BroadcastGroup(rendezvous, 60), torch.ones(1000, dtype=torch.uint8)
     held = weakref.ref(tensor.untyped_storage())
     group.broadcast(tensor)
     group.wait()
@@ -140,10 +140,10 @@ def test_a_tensor_that_was_sent_is_let_go():
 
 LEAVES = """
 import sys, torch
-from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Meeting
-meeting = Meeting.open("127.0.0.1", "g", 2, torch.device("cpu"), 60)
-print(meeting.port, flush=True)
-group = BroadcastGroup(meeting, 60)
+from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Rendezvous
+rendezvous = Rendezvous.open("127.0.0.1", "g", 2, torch.device("cpu"), 60)
+print(rendezvous.port, flush=True)
+group = BroadcastGroup(rendezvous, 60)
 group.broadcast(torch.ones(1000, dtype=torch.uint8))
 group.wait()
 group.close(60)

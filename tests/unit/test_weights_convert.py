@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_model
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
 from megatron_nft.weights.offline.diff import compare, open_weights
-from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.offline.megatron_reader import MegatronCheckpoint, MegatronWeights
 from megatron_nft.weights.offline.megatron_writer import TargetLayout
 from megatron_nft.weights.offline.reshard import reshard
@@ -31,7 +31,9 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
-@pytest.mark.parametrize("grid", [TargetLayout(1, 1, 1), TargetLayout(2, 2, 1), TargetLayout(2, 1, 1), TargetLayout(1, 2, 2)])
+@pytest.mark.parametrize(
+    "grid", [TargetLayout(1, 1, 1), TargetLayout(2, 2, 1), TargetLayout(2, 1, 1), TargetLayout(1, 2, 2)]
+)
 def test_round_trip_is_bit_identical(model, tmp_path, family, tied, grid):
     source = model(family, tied)
     hf_to_megatron(source, tmp_path / "megatron", grid)

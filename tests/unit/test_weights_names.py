@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_nft.policy.families import FAMILIES
-from megatron_nft.weights.offline.megatron_writer import TargetLayout, boxes
 from megatron_nft.weights.names import Kind, all_places, hf_shapes, place_of, rows
+from megatron_nft.weights.offline.megatron_writer import TargetLayout, boxes
 from megatron_nft.weights.splits import merge, place, region, unmerge
 
 

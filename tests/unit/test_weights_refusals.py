@@ -8,9 +8,9 @@ import pytest
 import torch
 from model_folders import VICTIM, broken, edit_metadata, models
 
+from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.offline.convert import hf_to_megatron, megatron_to_hf
 from megatron_nft.weights.offline.diff import compare, open_weights
-from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.offline.megatron_reader import MegatronCheckpoint, MegatronWeights
 from megatron_nft.weights.offline.megatron_writer import TargetLayout
 from megatron_nft.weights.offline.reshard import reshard

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -17,7 +17,14 @@ from transformers.initialization import no_init_weights
 
 from megatron_nft.engines.embedded.decode import decode
 from megatron_nft.engines.embedded.sampling import row_keys
+from megatron_nft.engines.embedded.weights import InProcess
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightUpdateError
+
+if TYPE_CHECKING:
+    from megatron_nft.config import Config
+    from megatron_nft.policy.family import ModelSpec
+    from megatron_nft.policy.parallel import ParallelLayout
+    from megatron_nft.weights.transport import Ledger, Transport
 
 MEMORY_SHARE = 0.8
 """Share of the free memory that the copies of the weights may take; the rest is for the KV cache and the trainer."""
@@ -208,6 +215,10 @@ class EmbeddedEngine:
             names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
             raise WeightUpdateError(f"{len(missing)} of {len(self._tensors)} tensors did not come: {names}")
         self._received, self._complete, self.weight_version = {}, True, version
+
+    def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
+        """See `engine.Engine.open_transport`."""
+        return InProcess(self, ledger, layout.device)
 
     memory_released = False  # the weights stay: every rank holds a small model of its own
 

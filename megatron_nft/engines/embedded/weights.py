@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
-from megatron_nft.engines.embedded.engine import EmbeddedEngine
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.checksum.nft_checksum import checksum
 from megatron_nft.weights.transport import HFReference, Ledger, Reference, WeightSyncError, compare
+
+if TYPE_CHECKING:
+    from megatron_nft.engines.embedded.engine import EmbeddedEngine
 
 
 class InProcess:
     """See `transport.Transport`. Nothing is ever in flight: the embedded engine answers within a call."""
 
-    name, everywhere, dtype = "in-process", True, None
+    name = "in-process"
+    everywhere = True
+    dtype: torch.dtype | None = None
 
-    def __init__(self, engine: EmbeddedEngine, ledger: Ledger, device: torch.device):
+    def __init__(self, engine: EmbeddedEngine, ledger: Ledger, device: torch.device) -> None:
         self._engine, self._ledger, self._device = engine, ledger, device
-        self.behind: dict[str, str] = {}
-        self.torn = False
+        self.lost: dict[str, str] = {}
+        self.must_resend = False
 
     def pause(self) -> None:
         pass

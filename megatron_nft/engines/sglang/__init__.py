@@ -1,1 +1,1 @@
-"""Everything that is SGLang's own."""
+"""SGLang: its client, command line, weight updates, memory calls and router. kind.py joins them."""

@@ -1,11 +1,10 @@
-"""SGLang: the client of its native /generate, and the command line that starts a server.
+"""The client of SGLang's native /generate.
 
 Tested with 0.5.23 on a CPU; the requests and answers used here are the same from 0.5.17 on.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -15,13 +14,7 @@ from megatron_nft.engines.client import PROBE_TIMEOUT_S, Aborted, HttpEngine, in
 from megatron_nft.engines.engine import Completion, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from megatron_nft.config import ServerConfig
-
-CPU_MAX_TOTAL_TOKENS = 32768
-MODEL_NAME = "policy"  # a name of our own: it stays when weights are updated
-QUANTIZED_LOADER = "flash_rl"
-"""Quantizes what a live update brings. SGLang's usual loader quantizes once, when the server starts, and its parameters
-cannot take bf16 weights afterwards."""
+    from megatron_nft.weights.client import WeightClient
 
 
 class SGLangEngine(HttpEngine):
@@ -66,55 +59,12 @@ class SGLangEngine(HttpEngine):
     def _prompt_logprobs(self, token_ids: list[int], answer: Any) -> list[float]:
         return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
 
+    def _weight_client(self, url: str, timeout_s: float) -> WeightClient:
+        from megatron_nft.engines.sglang.weights import SGLangWeightClient  # torch, which an evaluation does without
+
+        return SGLangWeightClient(url, timeout_s, self.prompt_logprobs)
+
     async def _version(self, client: httpx.AsyncClient, url: str) -> int:
         response = await client.get(f"{url}/model_info", timeout=PROBE_TIMEOUT_S)
         response.raise_for_status()
         return integer_version(response.json()["weight_version"])
-
-
-def command_line(
-    python: Path, model_path: Path, config: ServerConfig, *, device: str, dtype: str, gpu: int, weight_version: int
-) -> list[str]:
-    """The server's command without --port. `gpu` is the first of its GPUs; remote code stays refused (the default)."""
-    arguments: dict[str, Any] = {
-        "model-path": model_path,
-        "served-model-name": MODEL_NAME,
-        "host": config.host,
-        "device": device,
-        "dtype": dtype,
-        "tp-size": config.tensor_parallel_size,
-        "mem-fraction-static": config.mem_fraction_static,
-        "max-total-tokens": config.max_total_tokens,
-        "max-running-requests": config.max_running_requests,
-        "weight-version": weight_version,
-        "log-level-http": "warning",
-    }
-    flags = ["skip-server-warmup"]
-    if device == "cpu":
-        arguments |= {"attention-backend": "torch_native", "sampling-backend": "pytorch", "grammar-backend": "none"}
-        arguments["max-total-tokens"] = config.max_total_tokens or CPU_MAX_TOTAL_TOKENS
-        arguments["max-running-requests"] = config.max_running_requests or 64
-        flags += ["disable-overlap-schedule", "disable-cuda-graph", "sleep-on-idle"]
-    else:
-        arguments["base-gpu-id"] = gpu
-        flags += ["disable-cuda-graph"] * (not config.cuda_graphs)
-    if config.quantization != "none":
-        arguments["quantization"] = config.quantization
-        arguments["load-format"] = QUANTIZED_LOADER
-    flags += ["enable-memory-saver"] * config.memory_saver
-    flags += ["enable-fp32-lm-head"] * config.fp32_lm_head
-    flags += ["enable-deterministic-inference"] * config.deterministic
-    given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
-    return [str(python), "-m", "sglang.launch_server", *given, *(f"--{f}" for f in flags), *config.extra_args]
-
-
-def environment(config: ServerConfig, *, device: str, gpu: int) -> dict[str, str]:
-    """What a server needs in its environment."""
-    if device == "cpu":
-        # Two threads on two busy cores are ten times slower than one.
-        return {"HF_HUB_OFFLINE": "1", "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-    return {"HF_HUB_OFFLINE": "1"}
-
-
-def set_version(url: str, version: int) -> None:
-    """The command line has told the server already."""

@@ -14,16 +14,16 @@ import subprocess
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
 from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.server import Server, ServerGroup
 from megatron_nft.processes import free_port
 
 if TYPE_CHECKING:
     from megatron_nft.config import ServerConfig
-    from megatron_nft.engines.server import ServerGroup
 
 HOST = "127.0.0.1"  # every machine has a router of its own, for its ranks alone
 TIMEOUT_S, PATIENCE_S = 30.0, 5.0
@@ -36,6 +36,19 @@ class Router:
     def __init__(self, url: str, group: ServerGroup | None = None) -> None:
         """group: the router's process, where this rank started it; it is ended by `close`."""
         self.url, self._group = url, group
+
+    @classmethod
+    def start(cls, python: Path, config: ServerConfig, log_dir: Path) -> Self:
+        """See `targets.RequestRouter.start`. The process is watched like the servers."""
+        server = Server(
+            f"sglang-router on {os.uname().nodename}",
+            router_command(python, config),
+            host=HOST,
+            environment={},
+            log_path=log_dir / f"sglang-router-{os.uname().nodename}.log",
+        )
+        group = ServerGroup([server], start_timeout_s=config.start_timeout_s, max_restarts=config.max_restarts)
+        return cls(server.url, group)
 
     async def admit(self, client: httpx.AsyncClient, urls: Collection[str]) -> None:
         """Make `urls` the router's workers. httpx.HTTPError or EngineError where it does not follow in time.
@@ -60,7 +73,7 @@ class Router:
             asked |= stale | missing
             await asyncio.sleep(POLL_S)
 
-    async def _workers(self, client: httpx.AsyncClient) -> dict[str, dict]:
+    async def _workers(self, client: httpx.AsyncClient) -> dict[str, dict[str, Any]]:
         """URL -> what the router says of that server."""
         response = await client.get(f"{self.url}/workers", timeout=TIMEOUT_S)
         response.raise_for_status()
@@ -72,16 +85,13 @@ class Router:
             self._group.close()
 
 
-def start_router(python: Path, config: ServerConfig, log_dir: Path) -> Router:
-    """A router without workers on this machine, watched like the servers. EngineError if it does not come up."""
-    from megatron_nft.engines.server import Server, ServerGroup
-
+def router_command(python: Path, config: ServerConfig) -> list[str]:
+    """The command of a router without workers, without --port. EngineError where the package is not installed."""
     if subprocess.run([python, "-c", "import sglang_router"], capture_output=True, check=False).returncode:
         raise EngineError(
             f"rollout.server.router: {python} has no sglang-router: install sglang-router there "
             "(bash tools/install_engine.sh sglang does), or set rollout.server.router=false"
         )
-    host = os.uname().nodename
     arguments = {
         "host": HOST,
         # power_of_two needs workers at the start; cache_aware looks at text, and our prompts are token ids.
@@ -92,13 +102,5 @@ def start_router(python: Path, config: ServerConfig, log_dir: Path) -> Router:
         "prometheus-port": free_port(HOST),
         "log-level": "warn",
     }
-    command = [str(python), "-m", "sglang_router.launch_router", *(f"--{k}={v}" for k, v in arguments.items())]
-    server = Server(
-        f"sglang-router on {host}",
-        [*command, *config.router_args],
-        host=HOST,
-        environment={},
-        log_path=log_dir / f"sglang-router-{host}.log",
-    )
-    group = ServerGroup([server], start_timeout_s=config.start_timeout_s, max_restarts=config.max_restarts)
-    return Router(server.url, group)
+    given = (f"--{name}={value}" for name, value in arguments.items())
+    return [str(python), "-m", "sglang_router.launch_router", *given, *config.router_args]

@@ -19,6 +19,7 @@ import torch
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.checksum.nft_checksum import Sha256, WordHash, hasher
 from megatron_nft.weights.names import Geometry
+from megatron_nft.weights.transport import rank_key
 
 VOCAB_MULTIPLE = 64
 BLOCK_BYTES = 4 << 20
@@ -68,7 +69,7 @@ def padded_vocab(rows: int) -> int:
 class EngineReference:
     """Checksums of the engine's tensors, from the trainer's: fed with every bucket of a stage, in order.
 
-    With several engine ranks a key is `name@rank`.
+    Keys are `transport.rank_key`s.
     """
 
     def __init__(self, geometry: Geometry, tp_size: int) -> None:
@@ -78,7 +79,7 @@ class EngineReference:
     def add(self, bucket: Bucket) -> None:
         for name, tensor in bucket.tensors:
             for rank, parts in enumerate(shards(name, tensor, self._geometry, self._tp_size)):
-                key = engine_key(engine_name(name), rank, self._tp_size)
+                key = rank_key(engine_name(name), rank, self._tp_size)
                 if key not in self._hashes:
                     nbytes = self._fused_bytes(name, sum(part.nbytes for part in parts))
                     self._hashes[key] = hasher(tensor.device, nbytes)
@@ -97,13 +98,3 @@ class EngineReference:
 
     def result(self) -> dict[str, str]:
         return {key: hashed.hexdigest() for key, hashed in self._hashes.items()}
-
-
-def engine_key(name: str, rank: int, tp_size: int) -> str:
-    return name if tp_size == 1 else f"{name}@{rank}"
-
-
-def hf_names_of(engine_tensor: str, hf_names: list[str]) -> list[str]:
-    """The HF tensors that make an engine's tensor (with or without @rank)."""
-    wanted = engine_tensor.partition("@")[0]
-    return [name for name in hf_names if engine_name(name) == wanted]

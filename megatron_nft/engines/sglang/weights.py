@@ -11,15 +11,17 @@ call finds requests under way, so for those it stays with /flush_cache.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_nft.engines.sglang.shards import EngineReference
-from megatron_nft.engines.weights import HttpServer, ServerFacts
+from megatron_nft.engines.sglang.shards import EngineReference, engine_name
+from megatron_nft.engines.weight_client import HttpWeightClient
 from megatron_nft.weights.buckets import Bucket
+from megatron_nft.weights.client import ServerFacts
 from megatron_nft.weights.names import Geometry
 from megatron_nft.weights.shared_memory import flattened_bucket
 from megatron_nft.weights.transport import HFReference, Reference, WeightSyncError
-from megatron_nft.weights.transports.broadcast_group import Meeting
+from megatron_nft.weights.transports.broadcast_group import Rendezvous
 
 IDLE_POLL_S = 0.05
 PAUSE_MODE = {"finish": "retract", "abort": "abort", "continue": "retract"}
@@ -27,14 +29,14 @@ PAUSE_MODE = {"finish": "retract", "abort": "abort", "continue": "retract"}
 weights; after `finish` nothing is left to retract."""
 
 
-class SGLangServer(HttpServer):
-    """See `engine_server.EngineServer`."""
+class SGLangWeightClient(HttpWeightClient):
+    """See `weights.client.WeightClient`."""
 
     _is_open = False
     """Whether this client has an update session open; rank 0's alone opens and closes them."""
 
     def facts(self) -> ServerFacts:
-        info = self.get("/server_info")
+        info = self._get("/server_info")
         plain = info.get("pp_size", 1) == 1 and info.get("dp_size", 1) == 1
         sessions = self._ask("GET", "/begin_weight_update", None).status_code != 404  # 405: only POST is allowed
         return ServerFacts(info.get("tp_size", 1), info.get("dtype", "auto"), info.get("quantization"), plain, sessions)
@@ -42,45 +44,47 @@ class SGLangServer(HttpServer):
     def pause(self, in_flight: str) -> None:
         self._is_open = False
         if in_flight == "finish":
-            if self.known.sessions:
+            if self._known.sessions:
                 self.begin()  # not paused yet, it waits for the requests under way and holds new ones
             else:
                 self._wait_idle()
-        if in_flight == "continue" and not self.known.sessions:
+        if in_flight == "continue" and not self._known.sessions:
             raise WeightSyncError(
                 f"{self.url}: sync.in_flight=continue needs SGLang 0.5.21 or newer: this one forgets the KV caches of "
                 "the old weights only while no request is under way. Allowed here: finish, abort"
             )
-        self.post("/pause_generation", {"mode": PAUSE_MODE[in_flight]})
+        self._post("/pause_generation", {"mode": PAUSE_MODE[in_flight]})
 
     def begin(self) -> None:
-        if self._is_open or not self.known.sessions:
+        if self._is_open or not self._known.sessions:
             return
         try:
-            self.post("/begin_weight_update", {"selector": "all"})
+            self._post("/begin_weight_update", {"selector": "all"})
         except WeightSyncError as error:
             if "already open" not in str(error):
                 raise
             self._end_session()
-            self.post("/begin_weight_update", {"selector": "all"})
+            self._post("/begin_weight_update", {"selector": "all"})
         self._is_open = True
 
-    def load_shared(self, bucket: Bucket, tp_size: int) -> None:
-        messages = [flattened_bucket(bucket) for _ in range(tp_size)]
-        body = {"serialized_named_tensors": messages, "load_format": "flattened_bucket"}
-        body["flush_cache"] = self.known.sessions
-        self.post("/update_weights_from_tensor", body)
-
-    def join(self, meeting: Meeting, rank_offset: int) -> None:
+    def load_shared(self, bucket: Bucket) -> None:
         body = {
-            "master_address": meeting.address,
-            "master_port": meeting.port,
-            "rank_offset": rank_offset,
-            "world_size": meeting.world_size,
-            "group_name": meeting.name,
-            "backend": meeting.backend,
+            "serialized_named_tensors": [flattened_bucket(bucket) for _ in range(self._known.tp_size)],
+            "load_format": "flattened_bucket",
+            "flush_cache": self._known.sessions,
         }
-        self.post("/init_weights_update_group", body)
+        self._post("/update_weights_from_tensor", body)
+
+    def join(self, rendezvous: Rendezvous, rank_offset: int) -> None:
+        body = {
+            "master_address": rendezvous.address,
+            "master_port": rendezvous.port,
+            "rank_offset": rank_offset,
+            "world_size": rendezvous.world_size,
+            "group_name": rendezvous.name,
+            "backend": rendezvous.backend,
+        }
+        self._post("/init_weights_update_group", body)
 
     def load_broadcast(self, bucket: Bucket, group_name: str) -> None:
         body = {
@@ -89,27 +93,27 @@ class SGLangServer(HttpServer):
             "shapes": [list(m.shape) for m in bucket.metas],
             "group_name": group_name,
             "load_format": "flattened_bucket",
-            "flush_cache": self.known.sessions,
+            "flush_cache": self._known.sessions,
         }
-        self.post("/update_weights_from_distributed", body)
+        self._post("/update_weights_from_distributed", body)
 
     def leave(self, group_name: str) -> None:
-        self.post("/destroy_weights_update_group", {"group_name": group_name})
+        self._post("/destroy_weights_update_group", {"group_name": group_name})
 
     def load_folder(self, folder: Path, version: int) -> None:
         self._end_session()  # a disk update is a session of its own
         body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
-        self.post("/update_weights_from_disk", body)
+        self._post("/update_weights_from_disk", body)
 
     def end(self, version: int) -> None:
         self._end_session()
-        if not self.known.sessions and not self._flush_cache():
+        if not self._known.sessions and not self._flush_cache():
             raise WeightSyncError(f"{self.url} kept KV caches of the old weights: requests are still under way")
-        self.post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
     def checksums(self) -> dict[str, dict[int, str]] | None:
         try:
-            answer = self.post("/weights_checker", {"action": "checksum"}, optional=True)
+            answer = self._post_optional("/weights_checker", {"action": "checksum"})
         except WeightSyncError:  # 0.5.20 and older fail without CUDA
             return None
         found: dict[str, dict[int, str]] = {}
@@ -120,18 +124,22 @@ class SGLangServer(HttpServer):
                 found.setdefault(name, {})[rank] = value
         return found or None
 
-    def reference(self, facts: ServerFacts, geometry: Geometry) -> Reference:
-        return EngineReference(geometry, facts.tp_size) if facts.plain and not facts.quantization else HFReference()
+    def reference(self, geometry: Geometry) -> Reference:
+        known = self._known
+        return EngineReference(geometry, known.tp_size) if known.plain and not known.quantization else HFReference()
+
+    def hf_names_of(self, tensor: str, hf_names: Sequence[str]) -> list[str]:
+        return [name for name in hf_names if engine_name(name) == tensor]
 
     def resume(self) -> None:
-        self.post("/continue_generation", {})
+        self._post("/continue_generation", {})
 
     def _end_session(self) -> None:
         self._is_open = False
-        if not self.known.sessions:
+        if not self._known.sessions:
             return
         try:
-            self.post("/end_weight_update", {})
+            self._post("/end_weight_update", {})
         except WeightSyncError as error:
             if "no weight-update session" not in str(error):
                 raise

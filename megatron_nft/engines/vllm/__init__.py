@@ -1,1 +1,1 @@
-"""Everything that is vLLM's own."""
+"""vLLM: its client, command line, weight updates and memory calls. kind.py joins them; worker/ runs inside vLLM."""

@@ -6,26 +6,19 @@ under which it was made; the OpenAI endpoints of the same server give neither.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 
 from megatron_nft.engines.client import PROBE_TIMEOUT_S, Aborted, HttpEngine, integer_version
-from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams
-from megatron_nft.engines.vllm import worker
-from megatron_nft.weights import checksum
+from megatron_nft.engines.engine import Completion, Request, SamplingParams
+from megatron_nft.engines.vllm.command import MODEL_NAME
 
 if TYPE_CHECKING:
-    from megatron_nft.config import ServerConfig
+    from megatron_nft.weights.client import WeightClient
 
 PATH = "/inference/v1/generate"
-MODEL_NAME = "policy"
-CPU_KV_CACHE_GIB = 1
-WORKER_FOLDERS = (Path(worker.__file__).parent, Path(checksum.__file__).parent)  # on the PYTHONPATH of its workers
-EXTENSION = "nft_vllm_extension.WeightReceiver"  # takes the weights inside vLLM's workers
 
 
 class VLLMEngine(HttpEngine):
@@ -72,65 +65,12 @@ class VLLMEngine(HttpEngine):
     def _prompt_logprobs(self, token_ids: list[int], answer: Any) -> list[float]:
         return [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], answer["prompt_logprobs"][1:])]
 
+    def _weight_client(self, url: str, timeout_s: float) -> WeightClient:
+        from megatron_nft.engines.vllm.weights import VLLMWeightClient  # torch, which an evaluation does without
+
+        return VLLMWeightClient(url, timeout_s, self.prompt_logprobs)
+
     async def _version(self, client: httpx.AsyncClient, url: str) -> int:
         response = await client.get(f"{url}/weight_info", timeout=PROBE_TIMEOUT_S)
         response.raise_for_status()
         return integer_version(response.json()["weight_version"])
-
-
-def command_line(
-    python: Path, model_path: Path, config: ServerConfig, *, device: str, dtype: str, gpu: int, weight_version: int
-) -> list[str]:
-    """The server's command without --port. EngineError for settings that vLLM does not have."""
-    for setting in ("fp32_lm_head", "max_total_tokens"):
-        if getattr(config, setting):
-            raise EngineError(f"rollout.server.{setting} is offered by rollout.engine=sglang, not by vllm")
-    arguments: dict[str, Any] = {
-        "model": model_path,
-        "served-model-name": MODEL_NAME,
-        "host": config.host,
-        "dtype": dtype,
-        "tensor-parallel-size": config.tensor_parallel_size,
-        "max-num-seqs": config.max_running_requests,
-        "logprobs-mode": "processed_logprobs",  # at the sampling temperature, not at 1
-        "worker-extension-cls": EXTENSION,
-    }
-    flags = ["enable-scale-out", "disable-uvicorn-access-log"]  # the first opens the endpoint of PATH
-    flags += ["enable-sleep-mode"] * config.memory_saver
-    if device == "cpu":
-        arguments["max-num-seqs"] = config.max_running_requests or 64
-        flags.append("enforce-eager")
-    else:
-        arguments["gpu-memory-utilization"] = config.mem_fraction_static
-        flags += ["enforce-eager"] * (not config.cuda_graphs)
-    if config.quantization != "none":
-        arguments["quantization"] = config.quantization
-    given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
-    module = "vllm.entrypoints.openai.api_server"
-    return [str(python), "-m", module, *given, *(f"--{f}" for f in flags), *config.extra_args]
-
-
-def environment(config: ServerConfig, *, device: str, gpu: int) -> dict[str, str]:
-    """What a server needs in its environment. `gpu` is the first of its GPUs."""
-    common = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_SERVER_DEV_MODE": "1",  # the weight update endpoints
-        "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, WORKER_FOLDERS), os.environ.get("PYTHONPATH")])),
-    }
-    if device == "cpu":
-        # vLLM compiles helpers of its sampler even when eager; torch's compiler fails in folders with a space.
-        eager = {"TORCHDYNAMO_DISABLE": "1"}
-        return common | eager | {"VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_CACHE_GIB), "OMP_NUM_THREADS": "1"}
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")  # of the trainer, whose GPUs are counted within it
-    known = given.split(",") if given else [str(i) for i in range(gpu + config.tensor_parallel_size)]
-    gpus = ",".join(known[gpu : gpu + config.tensor_parallel_size])
-    batch_invariant = {"VLLM_BATCH_INVARIANT": "1"} if config.deterministic else {}
-    return common | {"CUDA_VISIBLE_DEVICES": gpus} | batch_invariant
-
-
-def set_version(url: str, version: int) -> None:
-    """Tells a server that has just started which version its weights are."""
-    answer = httpx.post(f"{url}/update_weight_version", json={"new_version": str(version)}, timeout=30, trust_env=False)
-    if answer.status_code != 200:
-        raise EngineError(f"{url}/update_weight_version: HTTP {answer.status_code}: {answer.text[:500]}")

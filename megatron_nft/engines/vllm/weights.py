@@ -5,25 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_nft.engines.vllm.client import WORKER_FOLDERS
-from megatron_nft.engines.weights import HttpServer, ServerFacts
+from megatron_nft.engines.vllm.command import WORKER_FOLDERS
+from megatron_nft.engines.weight_client import HttpWeightClient
 from megatron_nft.weights.buckets import Bucket
+from megatron_nft.weights.client import ServerFacts
 from megatron_nft.weights.names import Geometry
 from megatron_nft.weights.shared_memory import shared_memory
 from megatron_nft.weights.transport import HFReference, Reference, WeightSyncError
-from megatron_nft.weights.transports.broadcast_group import Meeting
+from megatron_nft.weights.transports.broadcast_group import Rendezvous
 
 PAUSE_MODE = {"finish": "wait", "abort": "abort", "continue": "keep"}
 """sync.in_flight -> vLLM's mode. `keep` freezes requests; their KV caches of the old weights are used further."""
 
 
-class VLLMServer(HttpServer):
-    """See `engine_server.EngineServer`."""
+class VLLMWeightClient(HttpWeightClient):
+    """See `weights.client.WeightClient`."""
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         """Run a method of the extension in every worker; their results."""
         try:
-            answer = self.post("/collective_rpc", {"method": method, "args": list(arguments)}, optional=True)
+            answer = self._post_optional("/collective_rpc", {"method": method, "args": list(arguments)})
         except WeightSyncError as error:
             if "has no attribute" not in str(error) and "not implemented" not in str(error):
                 raise
@@ -34,7 +35,8 @@ class VLLMServer(HttpServer):
                 f"{' and '.join(map(str, WORKER_FOLDERS))} on its PYTHONPATH, and "
                 "--worker-extension-cls nft_vllm_extension.WeightReceiver"
             )
-        return answer["results"]
+        results: list[Any] = answer["results"]
+        return results
 
     def facts(self) -> ServerFacts:
         workers = self._call("nft_facts")
@@ -42,16 +44,16 @@ class VLLMServer(HttpServer):
         return ServerFacts(first["tp_size"], first["dtype"], first["quantization"], first["plain"])
 
     def pause(self, in_flight: str) -> None:
-        self.post(f"/pause?mode={PAUSE_MODE[in_flight]}", {})
+        self._post(f"/pause?mode={PAUSE_MODE[in_flight]}", {})
 
     def begin(self) -> None:
         self._call("nft_begin")
 
-    def load_shared(self, bucket: Bucket, tp_size: int) -> None:
-        self._call("nft_load_shared", [shared_memory(bucket) for _ in range(tp_size)], _metas(bucket))
+    def load_shared(self, bucket: Bucket) -> None:
+        self._call("nft_load_shared", [shared_memory(bucket) for _ in range(self._known.tp_size)], _metas(bucket))
 
-    def join(self, meeting: Meeting, rank_offset: int) -> None:
-        where = (meeting.address, meeting.port, meeting.name, rank_offset, meeting.world_size)
+    def join(self, rendezvous: Rendezvous, rank_offset: int) -> None:
+        where = (rendezvous.address, rendezvous.port, rendezvous.name, rank_offset, rendezvous.world_size)
         self._call("nft_join", *where, self._timeout_s)
 
     def load_broadcast(self, bucket: Bucket, group_name: str) -> None:
@@ -65,8 +67,8 @@ class VLLMServer(HttpServer):
 
     def end(self, version: int) -> None:
         self._call("nft_end")
-        self.post("/reset_prefix_cache", {})
-        self.post("/update_weight_version", {"new_version": str(version)})
+        self._post("/reset_prefix_cache", {})
+        self._post("/update_weight_version", {"new_version": str(version)})
 
     def checksums(self) -> dict[str, dict[int, str]] | None:
         found: dict[str, dict[int, str]] = {}
@@ -75,11 +77,11 @@ class VLLMServer(HttpServer):
                 found.setdefault(name, {})[worker["rank"]] = value
         return found
 
-    def reference(self, facts: ServerFacts, geometry: Geometry) -> Reference:
+    def reference(self, geometry: Geometry) -> Reference:
         return HFReference()
 
     def resume(self) -> None:
-        self.post("/resume", {})
+        self._post("/resume", {})
 
 
 def _metas(bucket: Bucket) -> list[list[Any]]:

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: convert, reshard and compare them."""
+"""Weights on disk: converting, resharding and comparing Hugging Face folders and Megatron checkpoints."""

@@ -71,7 +71,7 @@ def hf_to_megatron(
 
 
 def _stored_dtypes(folder: HFFolder, spec: ModelSpec) -> dict[str, torch.dtype]:
-    """Of every key. ValueError where a checkpoint cannot have that dtype, or the HF tensors of one key differ in it."""
+    """Return the dtype of every key. ValueError where a checkpoint cannot hold it, or HF tensors of a key differ."""
     first: dict[str, str] = {}  # key -> the first of its HF tensors
     for place in all_places(spec):
         for key in () if place.row.tied_copy else place.row.stored_keys:
@@ -91,7 +91,7 @@ def _stored_dtypes(folder: HFFolder, spec: ModelSpec) -> dict[str, torch.dtype]:
 
 
 def _lead(place: Place, spec: ModelSpec) -> list[tuple[int, int]]:
-    """(index, length) of the axes along which a key stacks layers and experts."""
+    """Return (index, length) of the axes along which a key stacks layers and experts."""
     lead = [(place.layer, spec.num_layers), (place.expert, spec.num_experts)]
     return [(i, n) for i, n in lead if i is not None]
 
@@ -99,7 +99,7 @@ def _lead(place: Place, spec: ModelSpec) -> list[tuple[int, int]]:
 def _filler(
     folder: HFFolder, spec: ModelSpec, place: Place, offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> Callable[[torch.Tensor], None]:
-    """Reads one piece of a Megatron parameter from the folder, when it is called."""
+    """Return a function that reads one box of a Megatron parameter from the folder."""
     kind, shapes = place.row.kind, place.hf_shapes(spec)
     arrays = [folder.array(name) for name in place.hf_names]
 
@@ -158,7 +158,7 @@ def megatron_to_hf(
 
 
 def find_hf_files(checkpoint: MegatronCheckpoint) -> Path:
-    """The folder with the checkpoint's config and tokenizer. ValueError where none is known."""
+    """Return the folder with the checkpoint's config and tokenizer. ValueError where none is known."""
     if (checkpoint.folder / HF_FILES / "config.json").is_file():
         return checkpoint.folder / HF_FILES
     settings = checkpoint.path.parent.parent / "config.yaml"  # run_dir/checkpoints/step_.../
@@ -182,7 +182,7 @@ def _metas(place: Place, spec: ModelSpec, dtype: torch.dtype) -> list[TensorMeta
 def _buckets(
     weights: MegatronWeights, spec: ModelSpec, metas: list[list[TensorMeta]], progress: Progress
 ) -> Iterator[Bucket]:
-    """One bucket per HF tensor, valid until the next."""
+    """Yield one bucket per HF tensor, valid until the next."""
     whole = ReusedMemory(max(sum(meta.end for meta in of_place) for of_place in metas))
     part_of_qkv = ReusedMemory(
         max(m.end for p, of in zip(weights.places, metas, strict=True) if p.row.kind is Kind.QKV for m in of)

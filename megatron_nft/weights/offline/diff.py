@@ -1,4 +1,4 @@
-"""Two sets of weights side by side, tensor by tensor, whatever form each has."""
+"""Comparing two sets of weights tensor by tensor, whatever form each has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Megatron checkpoint (torch_dist), read region by region, without Megatron's ranks and whatever layout wrote it.
+"""Reading a Megatron checkpoint (torch_dist) region by region, without Megatron's ranks, whatever layout wrote it.
 
 Tensors are stored by their place in the whole model: one key per kind of parameter, layers stacked along axis 0 (then
 experts along axis 1), in chunks as the ranks held them. Chunks are single tensors in `*.distcp` files; `.metadata`
@@ -29,7 +29,7 @@ MASTER = "optimizer.state.param."  # fp32 copies of the weights in a training ch
 
 
 class MegatronCheckpoint:
-    """Keys, shapes and regions of a checkpoint folder. ValueError where it is none or is damaged."""
+    """Keys, shapes and regions of a checkpoint folder. ValueError where it is no checkpoint or is damaged."""
 
     def __init__(self, path: Path | str) -> None:
         """`path`: the torch_dist folder itself, or one that holds it as `megatron/` (a run's `step_...` folder)."""
@@ -91,7 +91,7 @@ class MegatronCheckpoint:
             raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
     def read(self, key: str, start: tuple[int, ...] = ()) -> torch.Tensor:
-        """The sub-tensor at the leading indices `start`, e.g. (layer,) of a key that stacks layers."""
+        """Read the sub-tensor at the leading indices `start`, e.g. (layer,) of a key that stacks layers."""
         shape = self.shapes[key][len(start) :]
         lengths = (1,) * len(start) + shape
         offsets = start + (0,) * len(shape)
@@ -106,7 +106,7 @@ class MegatronCheckpoint:
         return all(torch.equal(self.read_region(key, *block), self.read_region(other, *block)) for block in blocks)
 
     def read_region(self, key: str, offsets: tuple[int, ...], lengths: tuple[int, ...]) -> torch.Tensor:
-        """The box at `offsets`. ValueError where a part of it is missing."""
+        """Read the box at `offsets`. ValueError where a part of it is missing."""
         target = torch.empty(lengths, dtype=self.dtypes[key])
         self.read_region_into(target, key, offsets)
         return target
@@ -160,14 +160,14 @@ class MegatronWeights:
         return name in self.shapes
 
     def read(self, name: str) -> torch.Tensor:
-        """One full HF tensor. The tensors of one Megatron parameter are best read one after the other."""
+        """Read one full HF tensor. The tensors of one Megatron parameter are best read one after the other."""
         place = self._place_of[name]
         if self._last is None or self._last[0] != place:
             self._last = (place, self.read_place(place))
         return self._last[1][name]
 
     def read_place(self, place: Place) -> dict[str, torch.Tensor]:
-        """HF name -> full tensor, for all that one Megatron parameter holds."""
+        """Return full tensors by HF name, all that one Megatron parameter holds."""
         parameter = torch.empty(megatron_shape(place, self._geometry), dtype=self.dtypes[place.hf_names[0]])
         self.read_parameter_into(parameter, place)
         parts = unmerge(place.row.kind, parameter, self._geometry)
@@ -247,6 +247,6 @@ class MegatronWeights:
 
 
 def megatron_shape(place: Place, geometry: Geometry) -> tuple[int, ...]:
-    """Full shape of a Megatron parameter: its HF tensors joined along axis 0."""
+    """Return the full shape of a Megatron parameter: its HF tensors joined along axis 0."""
     shapes = place.hf_shapes(geometry)
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])

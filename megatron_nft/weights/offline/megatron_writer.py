@@ -1,6 +1,6 @@
-"""Writes a Megatron checkpoint (torch_dist) piece by piece, from one process, as ranks of a layout would have.
+"""Writing a Megatron checkpoint (torch_dist) box by box from one process, as the ranks of a layout would have.
 
-Each piece is read when it is written, so one piece is all that is held. The result is what Megatron-Core's
+Each box is read when it is written, so that only one is held. The result is what Megatron-Core's
 dist_checkpointing.load reads, in any layout.
 """
 
@@ -35,7 +35,7 @@ from megatron_nft.weights.offline.reused_memory import ReusedMemory
 
 @dataclass(frozen=True, slots=True)
 class StoredBox:
-    """A box of one stored tensor."""
+    """A box of one stored tensor, and how to get its values."""
 
     key: str
     offsets: tuple[int, ...]
@@ -60,13 +60,16 @@ class TargetLayout:
     vpp: int
 
     def stage(self, place: Place, num_layers: int) -> int:
-        """Pipeline rank: layers go round the stages once per virtual stage; the embedding is first, the rest last."""
+        """Return the pipeline rank of a parameter.
+
+        Layers go round the stages once per virtual stage; the embedding is on the first, all else on the last.
+        """
         if place.layer is not None:
             return place.layer // (num_layers // (self.pp * self.vpp)) % self.pp
         return 0 if place.row.megatron[0].startswith("embedding.") else self.pp - 1
 
     def check(self, spec: ModelSpec) -> None:
-        """ValueError, with the numbers, where the model cannot be divided so."""
+        """Raise ValueError, with the numbers, where the model cannot be divided so."""
         for name, size in tensor_parallel_sizes(spec).items():
             if size % self.tp:
                 raise ValueError(f"--tp {self.tp} must divide the model's {name} ({size})")
@@ -77,9 +80,9 @@ class TargetLayout:
 
 
 def boxes(kind: Kind, shape: Sequence[int], tp: int) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """(tensor-parallel rank, offsets, sizes) of the pieces of a full Megatron parameter.
+    """Yield (tensor-parallel rank, offsets, sizes) of the boxes of a full Megatron parameter.
 
-    GATE_UP: two pieces per rank, since a rank's parameter is [own gate rows | own up rows].
+    GATE_UP: two boxes per rank, since a rank's parameter is [own gate rows | own up rows].
     """
     if kind is Kind.REPLICATED:
         yield 0, (0,) * len(shape), tuple(shape)
@@ -151,7 +154,7 @@ def _write_rank(
 
 
 def _save(value: torch.Tensor, file: BinaryIO) -> None:
-    """torch.save, which ends a failed write with an error of its own, of positions in the file."""
+    """Call torch.save, and raise the OSError of a failed write: torch hides it behind an error of its own."""
     try:
         torch.save(value, file)
     except RuntimeError as error:

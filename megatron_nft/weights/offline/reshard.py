@@ -1,4 +1,4 @@
-"""A training checkpoint in another layout: every tensor, optimizer state included, cut as the new ranks hold it."""
+"""Changing the layout of a training checkpoint: every tensor, optimizer state included, is cut for the new ranks."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ def reshard(source: Path, out: Path, grid: TargetLayout, progress: Progress = SI
 def _plan(
     checkpoint: MegatronCheckpoint, spec: ModelSpec, grid: TargetLayout
 ) -> tuple[dict[str, StoredTensor], list[list[StoredBox]]]:
-    """What is stored, and the pieces of every rank. Optimizer states are cut like their parameter, whose key theirs
-    ends with."""
+    """Return what is stored, and the boxes of every rank.
+
+    Optimizer states are cut like their parameter; their keys end with its key.
+    """
     places = {key: place for place in all_places(spec) for key in place.row.stored_keys}
     stored: dict[str, StoredTensor] = {}
     ranks: list[list[StoredBox]] = [[] for _ in range(grid.tp * grid.pp)]
@@ -80,7 +82,7 @@ def _plan(
 
 
 def _filler(checkpoint: MegatronCheckpoint, key: str, start: tuple[int, ...]) -> Callable[[torch.Tensor], None]:
-    """Copies the box at `start` when it is called; rows beyond the stored ones (they pad a vocabulary) are zero."""
+    """Return a function that copies the box at `start`; rows beyond the stored ones, which pad a vocabulary, are 0."""
 
     def fill(piece: torch.Tensor) -> None:
         real = min(piece.shape[0], max(0, checkpoint.shapes[key][0] - start[0]))

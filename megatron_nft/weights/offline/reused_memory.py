@@ -1,4 +1,4 @@
-"""Memory for one tensor at a time, taken once."""
+"""Memory for one tensor at a time that is allocated once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 
 
 class ReusedMemory:
-    """Tensors one after the other in the same memory. A heap keeps the holes that large tensors of many sizes leave,
-    so what a process holds at its peak would depend on their order; here it is `nbytes`."""
+    """Memory of `nbytes` in which one tensor after the other is made.
+
+    A heap keeps the holes that large tensors of many sizes leave, so that a process's peak would depend on their order.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self._memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor with whatever values the memory holds; the one before is overwritten with it.
+        """Return a tensor with whatever values the memory holds; it takes the place of the one before.
 
         Its storage ends where it ends: torch.save writes whole storages.
         """

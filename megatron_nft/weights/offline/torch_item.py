@@ -1,4 +1,4 @@
-"""Where the data of a tensor lie that torch.save wrote into the middle of a file, found without reading the data.
+"""Finding the data of a tensor that torch.save wrote into the middle of a file, without reading the data.
 
 torch.save writes a zip: `data.pkl` says dtype, shape and strides, `data/0` has the bytes as they are.
 """
@@ -42,7 +42,7 @@ class _TensorRecord(NamedTuple):
 
 
 def find_item(path: Path, start: int, length: int) -> tuple[FileArray, tuple[int, ...]]:
-    """(array, order): axis i of the array is axis order[i] of the tensor, which torch.save keeps in memory's order.
+    """Return (array, order): axis i of the array is axis order[i] of the tensor; torch.save keeps the order of memory.
 
     `start`, `length`: where the zip lies in the file, bytes. ValueError where it is damaged or holds anything but one
     dense tensor.
@@ -74,7 +74,7 @@ def find_item(path: Path, start: int, length: int) -> tuple[FileArray, tuple[int
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file."""
+    """A part of a file, read as a file."""
 
     def __init__(self, file: io.BufferedIOBase, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class Rendezvous:
     """Where the members of a group find each other. The port is the system's choice, so there is no race for it."""
 
     store: dist.TCPStore
@@ -27,7 +27,7 @@ class Meeting:
     backend: str  # gloo | nccl
 
     @classmethod
-    def open(cls, address: str, name: str, world_size: int, device: torch.device, timeout_s: float) -> Meeting:
+    def open(cls, address: str, name: str, world_size: int, device: torch.device, timeout_s: float) -> Rendezvous:
         timeout = datetime.timedelta(seconds=timeout_s)
         store = dist.TCPStore(
             address, 0, None, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True
@@ -42,18 +42,18 @@ class Meeting:
 class BroadcastGroup:
     """Sends from this rank to all other members. Made when all have been told to join; blocks until they have."""
 
-    def __init__(self, meeting: Meeting, timeout_s: float) -> None:
+    def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
         timeout = datetime.timedelta(seconds=timeout_s)
-        device = "cuda" if meeting.backend == "nccl" else "cpu"
-        store = dist.PrefixStore(meeting.name, meeting.store)
-        store = dist.PrefixStore(f"{device}/", dist.PrefixStore(f"{meeting.name}/", store))
-        if meeting.backend == "nccl":
+        device = "cuda" if rendezvous.backend == "nccl" else "cpu"
+        store = dist.PrefixStore(rendezvous.name, rendezvous.store)
+        store = dist.PrefixStore(f"{device}/", dist.PrefixStore(f"{rendezvous.name}/", store))
+        if rendezvous.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store, 0, meeting.world_size, options)
+            self._group = dist.ProcessGroupNCCL(store, 0, rendezvous.world_size, options)
         else:
-            self._group = dist.ProcessGroupGloo(store, 0, meeting.world_size, timeout)
-        self._store = meeting.store  # the server of the keys; it lives as long as the group
+            self._group = dist.ProcessGroupGloo(store, 0, rendezvous.world_size, timeout)
+        self._store = rendezvous.store  # the server of the keys; it lives as long as the group
         self._work: dist.Work | None = None
 
     def broadcast(self, tensor: torch.Tensor) -> None:

@@ -29,7 +29,7 @@ class DiskTransport(ServerTransport):
 
     def send(self, bucket: Bucket) -> None:
         self._ledger.note(bucket.metas)
-        name = f"model-{self._layout.pp_rank:03d}-{self._num_files:05d}.safetensors"
+        name = f"model-{self._layout.pp.rank:03d}-{self._num_files:05d}.safetensors"
         write_file(self._folder / name, bucket.metas, iter([bucket]))
         self._num_files += 1
 

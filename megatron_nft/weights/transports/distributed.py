@@ -2,7 +2,7 @@
 
 A broadcast blocks every engine until all have it, so two leaders must never broadcast at the same time: leaders take
 turns, stage by stage. An engine that is lost breaks the group for all: the group is then made anew without it and the
-whole stream is sent again (`torn`).
+whole stream is sent again (`must_resend`).
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import count
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
+from megatron_nft.config import Config
 from megatron_nft.distributed import gather_objects
-from megatron_nft.engines.weights import EngineServer
+from megatron_nft.policy.family import ModelSpec
+from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
-from megatron_nft.weights.transport import EngineLost, WeightSyncError
-from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Meeting, address_towards
-from megatron_nft.weights.transports.servers import ServerTransport
+from megatron_nft.weights.client import WeightClient
+from megatron_nft.weights.transport import EngineLost, Ledger, WeightSyncError
+from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Rendezvous, address_towards
+from megatron_nft.weights.transports.servers import ServerTransport, Versioned
 
 POLL_S = 0.0005
 CLOSE_S = 10.0  # for an idle group to be gone: a process that exits meanwhile is aborted by the C++ runtime
@@ -36,61 +38,69 @@ class DistributedTransport(ServerTransport):
 
     name = "distributed"
 
-    def __init__(self, *args) -> None:
-        super().__init__(*args)
+    def __init__(
+        self,
+        servers: Sequence[WeightClient],
+        engine: Versioned,
+        config: Config,
+        spec: ModelSpec,
+        layout: ParallelLayout,
+        ledger: Ledger,
+    ) -> None:
+        super().__init__(servers, engine, config, spec, layout, ledger)
         self._group: BroadcastGroup | None = None
         self._group_name = ""
         self._members: list[str] = []  # URLs
         self._has_turn = False
-        ranks_per_stage = self._layout.world_size // self._layout.pp_size
-        self._leader_ranks = [stage * ranks_per_stage for stage in range(self._layout.pp_size)]
+        ranks_per_stage = self._layout.world_size // self._layout.pp.size
+        self._leader_ranks = [stage * ranks_per_stage for stage in range(self._layout.pp.size)]
 
     def begin(self, version: int) -> None:
         """Opens the sessions and, at the first sync or after a loss, the groups. No rank leaves before the others."""
         errors: list[Exception] = []
-        with _kept(errors):
+        with _collected(errors):
             super().begin(version)
-        self.torn = False
-        for behind in gather_objects(self.behind, self._layout.world_gloo):
-            self.behind |= behind
+        self.must_resend = False
+        for lost in gather_objects(self.lost, self._layout.world_gloo):
+            self.lost |= lost
         if not self.engines():
             raise self._none_left()  # on every rank
         for leader in self._leader_ranks:  # one group at a time: an engine that waits for one cannot join another
             if self._layout.rank == leader and (self._group is None or self._members != self.engines()):
-                with _kept(errors):
+                with _collected(errors):
                     self._join_engines()
             dist.barrier(group=self._layout.world_gloo)
         if errors:
             raise errors[0]
 
     def _join_engines(self) -> None:
-        """Make this leader's group with every engine that is not behind; one that is lost meanwhile is left out."""
+        """Make this leader's group with every engine that is not lost; one that is lost meanwhile is left out."""
         self._leave()
         while self._group is None:
             try:
-                self._group = self._meet_engines()
+                self._group = self._gather_engines()
             except EngineLost as lost:
-                self.behind[lost.url] = lost.reason
+                self.lost[lost.url] = lost.reason
                 if not self.engines():
                     raise self._none_left() from None
 
-    def _meet_engines(self) -> BroadcastGroup:
-        servers = [server for server in self._servers if server.url not in self.behind]
-        where = urlsplit(servers[0].url)
+    def _gather_engines(self) -> BroadcastGroup:
+        """A group with the engines that are left. EngineLost where one of them does not answer."""
+        servers = [server for server in self._servers if server.url not in self.lost]
         name = f"megatron-nft-{os.getpid()}-{next(_numbers)}"
         world_size = 1 + len(servers) * self._facts.tp_size
         timeout_s = self._config.sync.timeout_s
-        address = address_towards(where.hostname, where.port)
-        meeting = Meeting.open(address, name, world_size, self._layout.device, timeout_s)
+        rendezvous = Rendezvous.open(address_towards(servers[0].url), name, world_size, self._layout.device, timeout_s)
         answers = [
-            self._threads.submit(server.join, meeting, 1 + i * self._facts.tp_size) for i, server in enumerate(servers)
+            self._threads.submit(server.join, rendezvous, 1 + i * self._facts.tp_size)
+            for i, server in enumerate(servers)
         ]
         self._group_name, self._members = name, [server.url for server in servers]
-        return _open_group(meeting, timeout_s, answers)
+        return _open_group(rendezvous, timeout_s, answers)
 
     def send(self, bucket: Bucket) -> None:
         self._ledger.note(bucket.metas)
-        if self.torn:
+        if self.must_resend:
             return
         self._take_turn()
         answers = [
@@ -98,49 +108,36 @@ class DistributedTransport(ServerTransport):
             for server in self._servers
             if server.url in self._members
         ]
-        self._group.broadcast(bucket.flat)
-        if not self._arrived([future for _, future in answers]):
+        group = self._group
+        assert group is not None, "only leaders send, and `begin` has opened their group"
+        group.broadcast(bucket.flat)
+        if not _arrived(group, [future for _, future in answers]):
             self._leave()  # engines that wait for the rest of the broadcast get an error and answer
         refusals = []
         for server, future in answers:
             try:
                 future.result()
             except EngineLost as lost:
-                self.behind[server.url] = lost.reason
-                self.torn = True
+                self.lost[server.url] = lost.reason
+                self.must_resend = True
             except WeightSyncError as error:
                 refusals.append(str(error))
-        if refusals and not self.torn:
+        if refusals and not self.must_resend:
             raise WeightSyncError("; ".join(refusals))
-
-    def _arrived(self, answers: list[Future]) -> bool:
-        """Until the broadcast and all answers are there; False as soon as one of them failed.
-
-        An engine that refuses answers at once and does not take part in the broadcast, which then never ends.
-        """
-        while not (self._group.is_sent() and all(answer.done() for answer in answers)):
-            if any(answer.done() and answer.exception() for answer in answers):
-                return False
-            time.sleep(POLL_S)
-        try:
-            self._group.wait()
-        except RuntimeError:  # a member left
-            return False
-        return not any(answer.exception() for answer in answers)
 
     def _take_turn(self) -> None:
         """Wait until the leader of the stage before has sent everything."""
-        if not self._has_turn and self._layout.pp_rank > 0:
+        if not self._has_turn and self._layout.pp.rank > 0:
             turn = torch.zeros(1)
-            dist.recv(turn, src=self._leader_ranks[self._layout.pp_rank - 1], group=self._layout.world_gloo)
+            dist.recv(turn, src=self._leader_ranks[self._layout.pp.rank - 1], group=self._layout.world_gloo)
         self._has_turn = True
 
     def end_stream(self) -> None:
         if not self._leads:
             return
         self._take_turn()
-        if self._layout.pp_rank + 1 < self._layout.pp_size:
-            dist.send(torch.zeros(1), dst=self._leader_ranks[self._layout.pp_rank + 1], group=self._layout.world_gloo)
+        if self._layout.pp.rank + 1 < self._layout.pp.size:
+            dist.send(torch.zeros(1), dst=self._leader_ranks[self._layout.pp.rank + 1], group=self._layout.world_gloo)
         self._has_turn = False
 
     def _leave(self, wait_s: float = 0.0) -> None:
@@ -149,7 +146,7 @@ class DistributedTransport(ServerTransport):
         self._group.close(wait_s)
         self._group = None
         for server in self._servers:
-            if server.url in self._members and server.url not in self.behind:
+            if server.url in self._members and server.url not in self.lost:
                 self._threads.submit(_forget, server, self._group_name)
 
     def close(self) -> None:
@@ -157,10 +154,26 @@ class DistributedTransport(ServerTransport):
         super().close()
 
 
-def _open_group(meeting: Meeting, timeout_s: float, answers: list[Future]) -> BroadcastGroup:
+def _arrived(group: BroadcastGroup, answers: list[Future[None]]) -> bool:
+    """Until the broadcast and all answers are there; False as soon as one of them failed.
+
+    An engine that refuses answers at once and does not take part in the broadcast, which then never ends.
+    """
+    while not (group.is_sent() and all(answer.done() for answer in answers)):
+        if any(answer.done() and answer.exception() for answer in answers):
+            return False
+        time.sleep(POLL_S)
+    try:
+        group.wait()
+    except RuntimeError:  # a member left
+        return False
+    return not any(answer.exception() for answer in answers)
+
+
+def _open_group(rendezvous: Rendezvous, timeout_s: float, answers: list[Future[None]]) -> BroadcastGroup:
     """The group, once all have joined. Raises what a server answered that cannot join, without waiting for the rest."""
     opened: list[BroadcastGroup] = []
-    joining = threading.Thread(target=lambda: opened.append(BroadcastGroup(meeting, timeout_s)), daemon=True)
+    joining = threading.Thread(target=lambda: opened.append(BroadcastGroup(rendezvous, timeout_s)), daemon=True)
     joining.start()
     while joining.is_alive() or not all(answer.done() for answer in answers):
         for answer in answers:
@@ -175,7 +188,7 @@ def _open_group(meeting: Meeting, timeout_s: float, answers: list[Future]) -> Br
 
 
 @contextmanager
-def _kept(errors: list[Exception]) -> Iterator[None]:
+def _collected(errors: list[Exception]) -> Iterator[None]:
     """Any error at all: the other ranks wait in a collective."""
     try:
         yield
@@ -183,7 +196,7 @@ def _kept(errors: list[Exception]) -> Iterator[None]:
         errors.append(error)
 
 
-def _forget(server: EngineServer, group_name: str) -> None:
+def _forget(server: WeightClient, group_name: str) -> None:
     """Tell a server to drop its end of a group. Whatever it answers, the group is gone."""
     try:
         server.leave(group_name)

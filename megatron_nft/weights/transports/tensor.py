@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from megatron_nft.engines.weights import EngineServer
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.shared_memory import shared_buffer
 from megatron_nft.weights.transports.servers import ServerTransport
@@ -18,5 +17,6 @@ class TensorTransport(ServerTransport):
     def allocate(self, nbytes: int) -> torch.Tensor:
         return shared_buffer(nbytes, self._layout.device)
 
-    def _send_to(self, server: EngineServer, bucket: Bucket) -> None:
-        server.load_shared(bucket, self._facts.tp_size)
+    def send(self, bucket: Bucket) -> None:
+        self._ledger.note(bucket.metas)
+        self._run(lambda server: server.load_shared(bucket))

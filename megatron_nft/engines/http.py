@@ -1,0 +1,121 @@
+"""A rank's client of engine servers: which servers it asks, who starts them, and who learns of a failure."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_nft.distributed import gather_objects
+from megatron_nft.engines.client import HttpEngine
+from megatron_nft.engines.discovery import wait_for_engines
+from megatron_nft.engines.engine import NO_WEIGHTS, EngineError, OpenOptions
+from megatron_nft.engines.server import ServerGroup
+from megatron_nft.engines.sleep import SleepingServers
+from megatron_nft.engines.start import find_python, start_servers
+from megatron_nft.engines.targets import RequestRouter
+
+if TYPE_CHECKING:
+    from megatron_nft.config import RolloutConfig, ServerConfig
+    from megatron_nft.engines.kind import HttpEngineKind
+
+
+class _Hosts:
+    """The hosts of all ranks, and this rank's place among them. Collective."""
+
+    def __init__(self, options: OpenOptions) -> None:
+        layout = options.layout
+        self.group = layout.world_gloo if layout else None
+        self.names = gather_objects(os.uname().nodename, self.group)  # by rank
+        self.rank = layout.rank if layout else 0
+        self.first_rank = self.names.index(self.names[self.rank])
+        """The first rank of this rank's host: the one that starts what the host's ranks share."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == self.first_rank
+
+    def share(self, urls: list[str], problem: str) -> list[list[str]]:
+        """Every rank's URLs. If one has a problem, all raise EngineError, so that none waits for one that has ended."""
+        found = gather_objects((urls, problem), self.group)
+        problems = [f"on {host}: {text}" for host, (_, text) in zip(self.names, found, strict=True) if text]
+        if problems:
+            raise EngineError("\n".join(problems))
+        return [urls for urls, _ in found]
+
+
+def open_http_engine(
+    kind: HttpEngineKind, model_path: Path, rollout: RolloutConfig, options: OpenOptions
+) -> HttpEngine:
+    """See `kind.EngineKind.open`."""
+    config, hosts = rollout.server, _Hosts(options)
+    version = 0 if options.load_weights else NO_WEIGHTS
+    given = _given_urls(config)
+    urls, group, problem = given, None, ""
+    if not given and hosts.is_first:
+        try:
+            group = start_servers(
+                kind,
+                model_path,
+                rollout,
+                precision=options.precision,
+                device=options.layout.device if options.layout else "cpu",
+                log_dir=options.log_dir,
+                weight_version=version,
+            )
+            urls = group.urls
+        except EngineError as e:
+            problem = str(e)
+    try:
+        started = hosts.share(urls, problem)
+        router = _open_router(kind, config, hosts, options.log_dir) if config.router else None
+    except EngineError:
+        if group is not None:
+            group.close()
+        raise
+    engine = kind.client(
+        given or started[hosts.first_rank],
+        config,
+        weight_version=version,
+        allow_version_change=options.allow_version_change,
+        group=group,
+        sleeping=_sleeping(kind, config, group),
+        all_urls=list(dict.fromkeys(url for urls in started for url in urls)),
+        router=router,
+    )
+    if given and options.load_weights:
+        engine.adopt_version()
+    return engine
+
+
+def _given_urls(server: ServerConfig) -> list[str]:
+    """Servers that others run: those of `urls`, or of the nodes that announce themselves; empty where we run them."""
+    if server.urls or server.registry is None:
+        return list(server.urls)
+    return wait_for_engines(server.registry, server.registry_nodes, server.start_timeout_s)
+
+
+def _sleeping(kind: HttpEngineKind, config: ServerConfig, group: ServerGroup | None) -> SleepingServers | None:
+    """The servers that this rank started, where they release their memory while the trainer works."""
+    if group is None or not config.memory_saver:
+        return None
+    return SleepingServers(group, kind.memory_calls[config.sleep_level], config.start_timeout_s)
+
+
+def _open_router(kind: HttpEngineKind, config: ServerConfig, hosts: _Hosts, log_dir: Path) -> RequestRouter:
+    """The router of this host, started by the host's first rank. Collective."""
+    if kind.router is None:
+        raise EngineError(f"rollout.server.router: {kind.name} has no router")
+    router, problem = None, ""
+    if hosts.is_first:
+        try:
+            router = kind.router.start(find_python(kind.name, config.python), config, log_dir)
+        except EngineError as e:
+            problem = str(e)
+    try:
+        urls = hosts.share([router.url] if router else [], problem)
+    except EngineError:
+        if router is not None:
+            router.close()
+        raise
+    return router or kind.router(urls[hosts.first_rank][0])

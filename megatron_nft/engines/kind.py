@@ -1,0 +1,108 @@
+"""What differs between engines, in one record per engine (engines/NAME/kind.py). open.py has the table of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_nft.engines.client import HttpEngine
+from megatron_nft.engines.engine import Engine, OpenOptions
+from megatron_nft.engines.http import open_http_engine
+from megatron_nft.engines.sleep import MemoryCalls
+from megatron_nft.engines.start import find_python
+from megatron_nft.engines.targets import RequestRouter
+from megatron_nft.engines.versions import installed_version
+
+if TYPE_CHECKING:
+    from megatron_nft.config import RolloutConfig, ServerConfig
+    from megatron_nft.policy.family import ModelSpec
+
+
+class EngineKind(Protocol):
+    """A kind of engine, as `rollout.engine` names it."""
+
+    def open(self, model_path: Path, rollout: RolloutConfig, options: OpenOptions, /) -> Engine:
+        """This rank's engine for a model folder. Collective. EngineError, on every rank, where none can be had."""
+        ...
+
+    def check_updates(self, rollout: RolloutConfig, spec: ModelSpec, /) -> None:
+        """ValueError where live weight updates of such a model come out wrong with these settings."""
+        ...
+
+    def memory_base(self, free: int, total: int, fraction: float, /) -> int:
+        """Bytes of a GPU of which the engine takes the share `fraction` (rollout.server.mem_fraction_static).
+
+        free: bytes that the trainer leaves; total: bytes of the device.
+        """
+        ...
+
+    def version(self, model_path: Path, server: ServerConfig, /) -> str:
+        """Name and version of the software that answers. ValueError where a given server has another model."""
+        ...
+
+
+class CommandLine(Protocol):
+    """The command that starts a server, without --port. EngineError for settings that the engine does not have."""
+
+    def __call__(
+        self,
+        python: Path,
+        model_path: Path,
+        config: ServerConfig,
+        *,
+        device: str,
+        dtype: str,
+        gpu: int,
+        weight_version: int,
+    ) -> list[str]:
+        """device: cpu | cuda. dtype: float32 | bfloat16. gpu: the first of its GPUs. weight_version: at the start."""
+        ...
+
+
+class Environment(Protocol):
+    """Variables that a server needs, added to the environment that it inherits."""
+
+    def __call__(self, config: ServerConfig, *, device: str, gpu: int) -> dict[str, str]:
+        """See `CommandLine` for the arguments."""
+        ...
+
+
+def _any_model(rollout: RolloutConfig, spec: ModelSpec) -> None:
+    """Updates of every model come out right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpEngineKind:
+    """An engine that answers from servers of its own. See `EngineKind`."""
+
+    name: str
+    packages: tuple[str, ...]
+    """Distributions that bring it; the first one that is installed counts."""
+    client: type[HttpEngine]
+    """Asks for answers and log-probs, and makes the clients that bring weights (`HttpEngine._weight_client`)."""
+    command_line: CommandLine
+    environment: Environment
+    set_version: Callable[[str, int], None]
+    """(URL, version): tell a server that has just started which version its weights are."""
+    memory_calls: Mapping[str, MemoryCalls]
+    """rollout.server.sleep_level -> how memory is released and resumed."""
+    memory_base: Callable[[int, int, float], int]
+    """See `EngineKind.memory_base`."""
+    served_version: Callable[[str, Path], str]
+    """(URL, model folder): name and version that a running server gives. ValueError where it serves another model."""
+    router: type[RequestRouter] | None = None
+    """What spreads requests with rollout.server.router, where the engine has something for it."""
+    check_updates: Callable[[RolloutConfig, ModelSpec], None] = _any_model
+    """See `EngineKind.check_updates`."""
+
+    def open(self, model_path: Path, rollout: RolloutConfig, options: OpenOptions, /) -> Engine:
+        """See `EngineKind.open`. Servers are started by the first rank of each host, for the ranks of that host."""
+        return open_http_engine(self, model_path, rollout, options)
+
+    def version(self, model_path: Path, server: ServerConfig, /) -> str:
+        """See `EngineKind.version`."""
+        if server.urls:
+            return self.served_version(server.urls[0], model_path)
+        return f"{self.name} {installed_version(self.packages, find_python(self.name, server.python))}"

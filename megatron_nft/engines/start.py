@@ -1,0 +1,89 @@
+"""Servers of this host: the interpreter that has the engine, their commands, their start."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_nft.engines.engine import DTYPES, EngineError
+from megatron_nft.engines.server import Server, ServerGroup
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_nft.config import RolloutConfig
+    from megatron_nft.engines.kind import HttpEngineKind
+
+
+def start_servers(
+    kind: HttpEngineKind,
+    model_path: Path,
+    rollout: RolloutConfig,
+    *,
+    precision: str,
+    device: torch.device | str,
+    log_dir: Path,
+    weight_version: int,
+) -> ServerGroup:
+    """`rollout.server.num_servers` healthy servers on this host, each with a log in `log_dir`. EngineError if not."""
+    config, host = rollout.server, os.uname().nodename
+    device_type = config.device if config.device != "auto" else device if isinstance(device, str) else device.type
+    dtype = config.dtype if config.dtype != "auto" else DTYPES[precision]
+    python = find_python(kind.name, config.python)
+
+    def server(number: int) -> Server:
+        gpu = number * config.tensor_parallel_size
+        command = kind.command_line(
+            python, model_path, config, device=device_type, dtype=dtype, gpu=gpu, weight_version=weight_version
+        )
+        return Server(
+            f"{kind.name} server {number} on {host}",
+            command,
+            host=config.host,
+            environment=_merged(kind.environment(config, device=device_type, gpu=gpu), config.env),
+            log_path=log_dir / f"{kind.name}-{host}-{number}.log",
+        )
+
+    group = ServerGroup(
+        [server(i) for i in range(config.num_servers)],
+        start_timeout_s=config.start_timeout_s,
+        max_restarts=config.max_restarts,
+    )
+    try:
+        for url in group.urls:
+            kind.set_version(url, weight_version)
+    except BaseException:
+        group.close()
+        raise
+    return group
+
+
+def _merged(ours: dict[str, str], given: dict[str, str]) -> dict[str, str]:
+    """The settings' variables win; of PYTHONPATH both are kept, since ours may hold code for the engine's workers."""
+    merged = {**ours, **given}
+    if "PYTHONPATH" in ours and "PYTHONPATH" in given:
+        merged["PYTHONPATH"] = os.pathsep.join((given["PYTHONPATH"], ours["PYTHONPATH"]))
+    return merged
+
+
+def find_python(engine: str, python: Path | None) -> Path:
+    """The interpreter that has the engine: the one that is set, the checkout's .venv-ENGINE, or our own.
+
+    EngineError where there is none.
+    """
+    if python is not None:
+        if not os.access(python, os.X_OK):
+            raise EngineError(f"rollout.server.python={python}: is not an executable file")
+        return python
+    venv = Path(__file__).parents[2] / f".venv-{engine}" / "bin" / "python"
+    if venv.is_file():
+        return venv
+    if importlib.util.find_spec(engine) is not None:
+        return Path(sys.executable)
+    raise EngineError(
+        f"no environment with {engine} was found: run `bash tools/install_engine.sh {engine}` in the checkout, "
+        "set rollout.server.python to an interpreter that has it, or give the servers by rollout.server.urls"
+    )

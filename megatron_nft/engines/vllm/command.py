@@ -1,0 +1,70 @@
+"""The command line and the environment of a vLLM server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.vllm import worker
+from megatron_nft.weights import checksum
+
+if TYPE_CHECKING:
+    from megatron_nft.config import ServerConfig
+
+MODEL_NAME = "policy"
+CPU_KV_CACHE_GIB = 1
+WORKER_FOLDERS = (Path(worker.__file__).parent, Path(checksum.__file__).parent)  # on the PYTHONPATH of its workers
+EXTENSION = "nft_vllm_extension.WeightReceiver"  # takes the weights inside vLLM's workers
+
+
+def command_line(
+    python: Path, model_path: Path, config: ServerConfig, *, device: str, dtype: str, gpu: int, weight_version: int
+) -> list[str]:
+    """See `kind.CommandLine`."""
+    for setting in ("fp32_lm_head", "max_total_tokens"):
+        if getattr(config, setting):
+            raise EngineError(f"rollout.server.{setting} is offered by rollout.engine=sglang, not by vllm")
+    arguments: dict[str, Any] = {
+        "model": model_path,
+        "served-model-name": MODEL_NAME,
+        "host": config.host,
+        "dtype": dtype,
+        "tensor-parallel-size": config.tensor_parallel_size,
+        "max-num-seqs": config.max_running_requests,
+        "logprobs-mode": "processed_logprobs",  # at the sampling temperature, not at 1
+        "worker-extension-cls": EXTENSION,
+    }
+    flags = ["enable-scale-out", "disable-uvicorn-access-log"]  # the first opens the endpoint of PATH
+    flags += ["enable-sleep-mode"] * config.memory_saver
+    if device == "cpu":
+        arguments["max-num-seqs"] = config.max_running_requests or 64
+        flags.append("enforce-eager")
+    else:
+        arguments["gpu-memory-utilization"] = config.mem_fraction_static
+        flags += ["enforce-eager"] * (not config.cuda_graphs)
+    if config.quantization != "none":
+        arguments["quantization"] = config.quantization
+    given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
+    module = "vllm.entrypoints.openai.api_server"
+    return [str(python), "-m", module, *given, *(f"--{f}" for f in flags), *config.extra_args]
+
+
+def environment(config: ServerConfig, *, device: str, gpu: int) -> dict[str, str]:
+    """See `kind.Environment`."""
+    common = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # the weight update endpoints
+        "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, WORKER_FOLDERS), os.environ.get("PYTHONPATH")])),
+    }
+    if device == "cpu":
+        # vLLM compiles helpers of its sampler even when eager; torch's compiler fails in folders with a space.
+        eager = {"TORCHDYNAMO_DISABLE": "1"}
+        return common | eager | {"VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_CACHE_GIB), "OMP_NUM_THREADS": "1"}
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")  # of the trainer, whose GPUs are counted within it
+    known = given.split(",") if given else [str(i) for i in range(gpu + config.tensor_parallel_size)]
+    gpus = ",".join(known[gpu : gpu + config.tensor_parallel_size])
+    batch_invariant = {"VLLM_BATCH_INVARIANT": "1"} if config.deterministic else {}
+    return common | {"CUDA_VISIBLE_DEVICES": gpus} | batch_invariant

@@ -1,0 +1,96 @@
+"""What the weight sync asks of an engine's server. Engines implement it (engines/NAME/weights.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron_nft.weights.buckets import Bucket
+from megatron_nft.weights.names import Geometry
+from megatron_nft.weights.transport import Reference
+from megatron_nft.weights.transports.broadcast_group import Rendezvous
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """The settings of a server that matter to the sync."""
+
+    tp_size: int
+    dtype: str  # float32 | bfloat16 | ... | auto
+    quantization: str | None
+    plain: bool  # one pipeline stage, no data parallelism
+    sessions: bool = True  # updates stand between a begin and an end
+
+
+class WeightClient(Protocol):
+    """Blocking calls to one server. EngineLost where it cannot be reached, WeightSyncError where it refuses."""
+
+    url: str
+
+    def facts(self) -> ServerFacts:
+        """Ask for the server's settings."""
+        ...
+
+    def configure(self, facts: ServerFacts) -> None:
+        """Take note of what `facts` returned, on whichever rank it was asked. Comes before all that follows."""
+        ...
+
+    def pause(self, in_flight: str) -> None:
+        """Hold new requests, and treat those under way as `sync.in_flight` says."""
+        ...
+
+    def begin(self) -> None:
+        """Open an update. One that a killed trainer left open is no obstacle."""
+        ...
+
+    def load_shared(self, bucket: Bucket) -> None:
+        """Load a bucket that lies in shared memory; returns when all of the server's ranks have read it."""
+        ...
+
+    def join(self, rendezvous: Rendezvous, rank_offset: int) -> None:
+        """Enter a broadcast group, with ranks from `rank_offset` on; returns when all members have entered."""
+        ...
+
+    def load_broadcast(self, bucket: Bucket, group_name: str) -> None:
+        """Load a bucket that is broadcast; returns when it has been received and loaded."""
+        ...
+
+    def leave(self, group_name: str) -> None:
+        """Leave a broadcast group."""
+        ...
+
+    def load_folder(self, folder: Path, version: int) -> None:
+        """Load the safetensors files of a folder, within an update or as one."""
+        ...
+
+    def end(self, version: int) -> None:
+        """Close the update: caches of the old weights are dropped, answers are made under `version`."""
+        ...
+
+    def checksums(self) -> dict[str, dict[int, str]] | None:
+        """Tensor -> tensor-parallel rank -> checksum, to compare with `reference`. None where it cannot tell."""
+        ...
+
+    def reference(self, geometry: Geometry) -> Reference:
+        """A collector of the trainer's checksums in the form in which this kind of server gives its own."""
+        ...
+
+    def hf_names_of(self, tensor: str, hf_names: Sequence[str]) -> list[str]:
+        """The HF tensors, out of `hf_names`, that the server keeps in the tensor that it calls `tensor`."""
+        ...
+
+    def resume(self) -> None:
+        """Let requests go on."""
+        ...
+
+    def prompt_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
+        """Log-probs of token_ids[1:], temperature 1: int32 [L] -> float32 [L - 1]."""
+        ...
+
+    def close(self) -> None:
+        """Close the connections."""
+        ...
