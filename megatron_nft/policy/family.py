@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from megatron_nft.policy.families import FAMILIES
 from megatron_nft.policy.families.record import ExpertKeys
 
 LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+_EXPERTS = ("num_experts", "moe_ffn_hidden_size", "num_experts_per_token", "normalize_expert_weights")
+_FLAT = ("rope_theta", "add_qkv_bias", "qk_layernorm", *_EXPERTS)
+"""Properties that stand beside the fields in the flat form."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,16 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the dense MLP."""
+
+    count: int
+    ffn_hidden_size: int  # of one expert
+    per_token: int
+    normalize_weights: bool  # HF's norm_topk_prob
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The sizes and switches of a model. Names are megatron-core's."""
 
@@ -39,19 +55,62 @@ class ModelSpec:
     num_attention_heads: int
     num_query_groups: int  # key/value heads
     kv_channels: int  # size of one head
-    ffn_hidden_size: int  # of the dense MLP; a mixture of experts has none and uses moe_ffn_hidden_size
+    ffn_hidden_size: int  # of the dense MLP; a mixture of experts has none
     vocab_size: int  # rows of the HF embedding, without our padding
     tied: bool  # the output layer is the embedding
     norm_epsilon: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope: tuple[float, RopeScaling | None]  # theta, scaling
     max_position_embeddings: int
-    add_qkv_bias: bool
-    qk_layernorm: bool
-    num_experts: int = 0
-    moe_ffn_hidden_size: int = 0
-    num_experts_per_token: int = 0
-    normalize_expert_weights: bool = True  # HF's norm_topk_prob
+    experts: Experts | None = None
+
+    @property
+    def rope_theta(self) -> float:
+        return self.rope[0]
+
+    @property
+    def rope_scaling(self) -> RopeScaling | None:
+        return self.rope[1]
+
+    @property
+    def add_qkv_bias(self) -> bool:
+        return FAMILIES[self.family].attention_bias
+
+    @property
+    def qk_layernorm(self) -> bool:
+        return FAMILIES[self.family].qk_norm
+
+    @property
+    def num_experts(self) -> int:
+        """0 for a dense model."""
+        return self.experts.count if self.experts else 0
+
+    @property
+    def moe_ffn_hidden_size(self) -> int:
+        """MLP width of one expert; 0 for a dense model."""
+        return self.experts.ffn_hidden_size if self.experts else 0
+
+    @property
+    def num_experts_per_token(self) -> int:
+        """0 for a dense model."""
+        return self.experts.per_token if self.experts else 0
+
+    @property
+    def normalize_expert_weights(self) -> bool:
+        return self.experts.normalize_weights if self.experts else True
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat level, as manifests of checkpoints and `plan --json` hold it; `from_dict` reads it."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rope", "experts")}
+        scaling = self.rope_scaling and asdict(self.rope_scaling)
+        return own | {"rope_scaling": scaling} | {name: getattr(self, name) for name in _FLAT}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
+        """The spec that `to_dict` gave, of any version. KeyError or TypeError for anything else."""
+        own = {f.name: values[f.name] for f in fields(cls) if f.name not in ("rope", "experts")}
+        scaling = values["rope_scaling"] and RopeScaling(**values["rope_scaling"])
+        experts = Experts(*(values[name] for name in _EXPERTS)) if values["num_experts"] else None
+        return cls(**own, rope=(values["rope_theta"], scaling), experts=experts)
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Number of rows of Megatron's embedding: the next multiple of the TP size."""
@@ -97,7 +156,6 @@ def spec_from_config(config: dict[str, Any]) -> ModelSpec:
     heads, hidden = _positive(config, "num_attention_heads"), _positive(config, "hidden_size")
     if config.get("head_dim") is None and hidden % heads:
         raise ValueError(f"num_attention_heads ({heads}) must divide hidden_size ({hidden}) where head_dim is absent")
-    theta, scaling = _rope(config)
     return ModelSpec(
         family=family.name,
         num_layers=_positive(config, "num_hidden_layers"),
@@ -109,24 +167,20 @@ def spec_from_config(config: dict[str, Any]) -> ModelSpec:
         vocab_size=_positive(config, "vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope=_rope(config),
         max_position_embeddings=_positive(config, "max_position_embeddings"),
-        add_qkv_bias=family.attention_bias,
-        qk_layernorm=family.qk_norm,
-        **({} if family.experts is None else _experts(config, family.experts)),
+        experts=None if family.experts is None else _experts(config, family.experts),
     )
 
 
-def _experts(config: dict[str, Any], keys: ExpertKeys) -> dict[str, Any]:
-    """The fields of ModelSpec that a mixture of experts adds."""
+def _experts(config: dict[str, Any], keys: ExpertKeys) -> Experts:
     counts = keys.num_experts
-    return {
-        "num_experts": _positive(config, next((key for key in counts if key in config), counts[0])),
-        "moe_ffn_hidden_size": _positive(config, keys.ffn_hidden_size),
-        "num_experts_per_token": _positive(config, keys.experts_per_token),
-        "normalize_expert_weights": bool(config.get(keys.normalize_weights, False)),
-    }
+    return Experts(
+        count=_positive(config, next((key for key in counts if key in config), counts[0])),
+        ffn_hidden_size=_positive(config, keys.ffn_hidden_size),
+        per_token=_positive(config, keys.experts_per_token),
+        normalize_weights=bool(config.get(keys.normalize_weights, False)),
+    )
 
 
 def tensor_parallel_sizes(spec: ModelSpec) -> dict[str, int]:
