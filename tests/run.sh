@@ -20,33 +20,35 @@ if [ $# -gt 0 ]; then run_pytest selected "$@"; exit; fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 
-# Beside the tests, which wait a good deal: types are checked, and what only the later tests need is installed.
+# Side by side, as the tests wait a good deal: unit tests and ranks; the environments and then the tests of real servers;
+# types. What measures time comes last and alone.
+groups=()
 in_background() {  # NAME COMMAND …: its output goes to build/tests/NAME.log; its process id to $started
     set -m  # a process group of its own, so that nothing of it is left when we are interrupted
-    "${@:2}" >"$results/$1.log" 2>&1 &
+    "${@:2}" </dev/null >"$results/$1.log" 2>&1 &
     started=$!
     set +m
     groups+=("$started")
 }
 end_groups() { for group in "${groups[@]}"; do kill -- "-$group" 2>/dev/null || true; done; }
-install_the_rest() {
+install_and_test_servers() {
     PYTHONPATH=tests/browser:tests/slurm .venv/bin/python -c \
         'import chromium, cluster; print("chromium:", *chromium.find_or_install(), "slurm:", cluster.missing_reason())'
-    bash tools/install_engine.sh sglang && bash tools/install_engine.sh vllm && bash tools/install_nemo.sh
+    bash tools/install_engine.sh sglang && bash tools/install_engine.sh vllm && bash tools/install_nemo.sh || return 1
+    run_pytest servers tests/engines tests/slurm tests/gpu
 }
-groups=()
 trap end_groups EXIT
-in_background install install_the_rest
-installing=$started
+in_background servers install_and_test_servers
+servers=$started
 in_background mypy .venv/bin/mypy
-checking=$started
+types=$started
 
 status=0
 run_pytest unit tests/unit --numprocesses=2 --dist=loadfile || status=$?
-run_pytest ranks tests/distributed tests/endtoend tests/browser || status=$?
-wait "$installing" || { cat "$results/install.log"; exit 1; }
-cat "$results/install.log"
-run_pytest servers tests/engines tests/slurm tests/gpu || status=$?
-wait "$checking" || status=$?
+run_pytest ranks tests/distributed tests/endtoend || status=$?
+wait "$servers" || status=$?
+cat "$results/servers.log"
+run_pytest browser tests/browser || status=$?
+wait "$types" || status=$?
 cat "$results/mypy.log"
 exit "$status"

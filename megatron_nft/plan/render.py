@@ -150,7 +150,7 @@ def as_dict(
 ) -> dict[str, Any]:
     """The report for `--json`. The key `search` is present only with `--search`."""
     out: dict[str, Any] = {
-        "model": asdict(spec) | {"total_params": total_params(spec)},
+        "model": spec.to_dict() | {"total_params": total_params(spec)},
         "machine": {
             "gpu": cluster.chip.name,
             "nodes": cluster.nodes,

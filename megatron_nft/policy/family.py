@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_nft.config import PolicyConfig
 from megatron_nft.policy.families import FAMILIES
 from megatron_nft.policy.families.record import ExpertKeys
+from megatron_nft.policy.rope import RopeScaling as RopeScaling
+from megatron_nft.policy.rope import UnsupportedModelError as UnsupportedModelError
+from megatron_nft.policy.rope import read_rope
 
-
-class UnsupportedModelError(ValueError):
-    """A model that may be sound, but that this code does not compute: another family, activation or RoPE scaling."""
-
-
-LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_EXPERTS = ("num_experts", "moe_ffn_hidden_size", "num_experts_per_token", "normalize_expert_weights")
+_FLAT = ("rope_theta", "add_qkv_bias", "qk_layernorm", *_EXPERTS)
+"""Properties that stand beside the fields in the flat form."""
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's `rope_type: llama3`."""
+class Experts:
+    """A mixture of experts in place of the dense MLP."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    count: int
+    ffn_hidden_size: int  # of one expert
+    per_token: int
+    normalize_weights: bool  # HF's norm_topk_prob
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,62 @@ class ModelSpec:
     num_attention_heads: int
     num_query_groups: int  # key/value heads
     kv_channels: int  # size of one head
-    ffn_hidden_size: int  # of the dense MLP; a mixture of experts has none and uses moe_ffn_hidden_size
+    ffn_hidden_size: int  # of the dense MLP; a mixture of experts has none
     vocab_size: int  # rows of the HF embedding, without our padding
     tied: bool  # the output layer is the embedding
     norm_epsilon: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope: tuple[float, RopeScaling | None]  # theta, scaling
     max_position_embeddings: int
-    add_qkv_bias: bool
-    qk_layernorm: bool
-    num_experts: int = 0
-    moe_ffn_hidden_size: int = 0
-    num_experts_per_token: int = 0
-    normalize_expert_weights: bool = True  # HF's norm_topk_prob
+    experts: Experts | None = None
+
+    @property
+    def rope_theta(self) -> float:
+        return self.rope[0]
+
+    @property
+    def rope_scaling(self) -> RopeScaling | None:
+        return self.rope[1]
+
+    @property
+    def add_qkv_bias(self) -> bool:
+        return FAMILIES[self.family].attention_bias
+
+    @property
+    def qk_layernorm(self) -> bool:
+        return FAMILIES[self.family].qk_norm
+
+    @property
+    def num_experts(self) -> int:
+        """0 for a dense model."""
+        return self.experts.count if self.experts else 0
+
+    @property
+    def moe_ffn_hidden_size(self) -> int:
+        """MLP width of one expert; 0 for a dense model."""
+        return self.experts.ffn_hidden_size if self.experts else 0
+
+    @property
+    def num_experts_per_token(self) -> int:
+        """0 for a dense model."""
+        return self.experts.per_token if self.experts else 0
+
+    @property
+    def normalize_expert_weights(self) -> bool:
+        return self.experts.normalize_weights if self.experts else True
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat level, as manifests of checkpoints and `plan --json` hold it; `from_dict` reads it."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rope", "experts")}
+        scaling = self.rope_scaling and asdict(self.rope_scaling)
+        return own | {"rope_scaling": scaling} | {name: getattr(self, name) for name in _FLAT}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
+        """The spec that `to_dict` gave, of any version. KeyError or TypeError for anything else."""
+        own = {f.name: values[f.name] for f in fields(cls) if f.name not in ("rope", "experts")}
+        scaling = values["rope_scaling"] and RopeScaling(**values["rope_scaling"])
+        experts = Experts(*(values[name] for name in _EXPERTS)) if values["num_experts"] else None
+        return cls(**own, rope=(values["rope_theta"], scaling), experts=experts)
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Number of rows of Megatron's embedding: the next multiple of the TP size."""
@@ -99,7 +143,7 @@ def spec_from_config(config: dict[str, Any]) -> ModelSpec:
     if name not in FAMILIES:
         raise UnsupportedModelError(f"model_type is {name!r}; allowed: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
-    rope = _rope(config)
+    rope = read_rope(config)
     try:
         family.refuse_unknown_values(config)
     except ValueError as error:
@@ -118,24 +162,20 @@ def spec_from_config(config: dict[str, Any]) -> ModelSpec:
         vocab_size=_positive(config, "vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=rope.theta,
-        rope_scaling=rope.scaling(),
+        rope=(rope.theta, rope.scaling()),
         max_position_embeddings=_positive(config, "max_position_embeddings"),
-        add_qkv_bias=family.attention_bias,
-        qk_layernorm=family.qk_norm,
-        **({} if family.experts is None else _experts(config, family.experts)),
+        experts=None if family.experts is None else _experts(config, family.experts),
     )
 
 
-def _experts(config: dict[str, Any], keys: ExpertKeys) -> dict[str, Any]:
-    """The fields of ModelSpec that a mixture of experts adds."""
+def _experts(config: dict[str, Any], keys: ExpertKeys) -> Experts:
     counts = keys.num_experts
-    return {
-        "num_experts": _positive(config, next((key for key in counts if key in config), counts[0])),
-        "moe_ffn_hidden_size": _positive(config, keys.ffn_hidden_size),
-        "num_experts_per_token": _positive(config, keys.experts_per_token),
-        "normalize_expert_weights": bool(config.get(keys.normalize_weights, False)),
-    }
+    return Experts(
+        count=_positive(config, next((key for key in counts if key in config), counts[0])),
+        ffn_hidden_size=_positive(config, keys.ffn_hidden_size),
+        per_token=_positive(config, keys.experts_per_token),
+        normalize_weights=bool(config.get(keys.normalize_weights, False)),
+    )
 
 
 def tensor_parallel_sizes(spec: ModelSpec) -> dict[str, int]:
@@ -192,66 +232,3 @@ def _positive(config: dict[str, Any], key: str, default: int | None = None) -> i
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{key} is {value!r}; it must be a positive whole number")
     return value
-
-
-@dataclass(frozen=True)
-class _Rope:
-    """RoPE as one place of config.json has it."""
-
-    key: str  # rope_parameters | rope_scaling
-    theta: float
-    kind: str
-    values: dict[str, Any]
-
-    def scaling(self) -> RopeScaling | None:
-        """Read the scaling; UnsupportedModelError for a kind that the code does not compute."""
-        if self.kind == "default":
-            return None
-        if self.kind != "llama3":
-            raise UnsupportedModelError(f"{self.key}.rope_type is {self.kind!r}; allowed: 'default', 'llama3'")
-        values = self.values
-        missing = [name for name in LLAMA3_ROPE_KEYS if not isinstance(values.get(name), int | float)]
-        if missing:
-            raise ValueError(f"{self.key} of rope_type llama3 lacks the number(s) {', '.join(missing)}")
-        if not values["high_freq_factor"] > values["low_freq_factor"]:
-            raise ValueError(
-                f"{self.key}.high_freq_factor ({values['high_freq_factor']}) must exceed "
-                f"low_freq_factor ({values['low_freq_factor']})"
-            )
-        return RopeScaling(*(values[name] for name in LLAMA3_ROPE_KEYS))
-
-
-def _rope(config: dict[str, Any]) -> _Rope:
-    """RoPE from `rope_parameters`, from `rope_theta` and `rope_scaling`, or from both where they agree.
-
-    ValueError, naming the places, where they do not: libraries differ in which of them they believe.
-    """
-    found = [_rope_at(config, key) for key in ("rope_parameters", "rope_scaling") if config.get(key)]
-    if not found:
-        return _rope_at(config, "rope_scaling")
-    first, *others = found
-    for other in others:
-        if (first.theta, first.kind, first.values) != (other.theta, other.kind, other.values):
-            raise ValueError(
-                f"rope_parameters is {config['rope_parameters']!r} and rope_scaling is {config['rope_scaling']!r}: "
-                "they contradict each other; keep the one that the model was trained with"
-            )
-    return first
-
-
-def _rope_at(config: dict[str, Any], key: str) -> _Rope:
-    """RoPE as `key` has it, with the theta beside it where it has none of its own."""
-    rope = config.get(key) or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{key} is {rope!r}; it must be an object or null")
-    beside = config.get("rope_theta")
-    theta = rope.get("rope_theta", 10000.0 if beside is None else beside)
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise ValueError(f"rope_theta is {theta!r}; it must be a positive number")
-    if beside is not None and beside != theta:
-        raise ValueError(f"rope_theta is {beside!r} and {key}.rope_theta is {theta!r}; keep the one that is right")
-    kinds = [rope[name] for name in ("rope_type", "type") if name in rope] or ["default"]
-    if len(set(kinds)) > 1:
-        raise ValueError(f"{key}.rope_type is {kinds[0]!r} and {key}.type is {kinds[1]!r}; keep the one that is right")
-    own = {"rope_theta", "rope_type", "type"} if kinds[0] != "default" else rope.keys()  # default reads theta alone
-    return _Rope(key, float(theta), kinds[0], {name: value for name, value in rope.items() if name not in own})

@@ -10,7 +10,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -156,7 +156,7 @@ def _identity(config: Config, spec: ModelSpec, layout: ParallelLayout) -> dict[s
     """What a checkpoint must agree with to be of this run, and the layout that wrote it."""
     return {
         "seed": config.seed,
-        "model": asdict(spec),
+        "model": spec.to_dict(),
         "data": _digest(config.data.train),
         "layout": {"tp": layout.tp.size, "pp": layout.pp.size, "dp": layout.dp.size},
     }

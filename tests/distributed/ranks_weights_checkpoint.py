@@ -95,7 +95,7 @@ def check_expert_parallel_checkpoint_to_hf_and_reshard(ranks: Ranks) -> None:
     made = make_policy(source, optimizer={"lr": 1e-2}, **EP2)
     run = ranks.scratch / "experts"
     save_sharded(made, run / "megatron")
-    manifest = {"model": read_figures(source), "layout": {"tp": 1, "pp": 1, "dp": 2}}
+    manifest = {"model": read_architecture(source), "layout": {"tp": 1, "pp": 1, "dp": 2}}
     on_first(ranks, lambda: (run / "manifest.json").write_text(json.dumps(manifest)))
     on_first(ranks, lambda: megatron_to_hf(run, ranks.scratch / "hf-experts", source))
     assert all(row.same for row in compare(HFFolder(source), HFFolder(ranks.scratch / "hf-experts")))
@@ -119,7 +119,7 @@ def check_resharded_training_goes_on_to_the_same_weights(ranks: Ranks) -> None:
     run = ranks.scratch / "step_000002"
     save_sharded(made, run / "megatron")
     layout = {"tp": 2, "pp": 1, "dp": 1}
-    manifest = {"format": 1, "step": 2, "model": read_figures(source), "layout": layout, "files": {}}
+    manifest = {"format": 1, "step": 2, "model": read_architecture(source), "layout": layout, "files": {}}
     on_first(ranks, lambda: (run / "manifest.json").write_text(json.dumps(manifest)))
     step(made)
     expected = first_logprobs(made)
@@ -140,10 +140,8 @@ def check_resharded_training_goes_on_to_the_same_weights(ranks: Ranks) -> None:
         np.testing.assert_allclose(first_logprobs(resumed), expected, atol=2e-5, err_msg=str(grid))
 
 
-def read_figures(source) -> dict:
-    from dataclasses import asdict
-
-    return asdict(read_family(source))
+def read_architecture(source) -> dict:
+    return read_family(source).to_dict()
 
 
 if __name__ == "__main__":

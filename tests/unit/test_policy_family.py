@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from megatron_nft.config import PolicyConfig
 from megatron_nft.policy.families import FAMILIES, Family
-from megatron_nft.policy.family import RopeScaling, check_layout, read_family, spec_from_config
+from megatron_nft.policy.family import ModelSpec, RopeScaling, check_layout, read_family, spec_from_config
 
 # As published by their authors (config.json of the hub, transformers 4 form).
 QWEN25_MATH_7B = {
@@ -196,3 +196,33 @@ def test_layouts_that_do_not_divide_the_model(policy: dict, message: str) -> Non
 def test_experts_must_divide() -> None:
     with pytest.raises(ValueError, match=r"\(3\) must divide the model's num_experts \(128\)"):
         check_layout(spec_from_config(QWEN3_30B_A3B), PolicyConfig(expert_model_parallel_size=3))
+
+
+def test_the_flat_form_is_that_of_earlier_checkpoints():
+    """Manifests hold it; written down from one of version 0.1.0."""
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99, "max_position_embeddings": 128,
+        "num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "norm_topk_prob": True,
+    }  # fmt: skip
+    flat = {
+        "family": "qwen3_moe", "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2,
+        "kv_channels": 16, "ffn_hidden_size": 96, "vocab_size": 99, "tied": False, "norm_epsilon": 1e-06,
+        "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 128, "add_qkv_bias": False,
+        "qk_layernorm": True, "num_experts": 4, "moe_ffn_hidden_size": 32, "num_experts_per_token": 2,
+        "normalize_expert_weights": True,
+    }  # fmt: skip
+    spec = spec_from_config(config)
+    assert spec.to_dict() == flat
+    assert ModelSpec.from_dict(flat) == spec
+
+
+def test_a_dense_model_has_no_experts_in_the_flat_form():
+    config = {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}  # fmt: skip
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"), 8)
+    spec = spec_from_config(config | sizes | {"num_hidden_layers": 1, "max_position_embeddings": 9})
+    flat = spec.to_dict()
+    assert (flat["num_experts"], flat["moe_ffn_hidden_size"], flat["normalize_expert_weights"]) == (0, 0, True)
+    assert flat["rope_scaling"]["factor"] == 8.0
+    assert ModelSpec.from_dict(flat) == spec

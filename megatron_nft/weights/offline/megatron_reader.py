@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_nft.policy.checkpoint_metadata import read_metadata
-from megatron_nft.policy.family import ModelSpec, RopeScaling, read_family
+from megatron_nft.policy.family import ModelSpec, read_family
 from megatron_nft.weights.hf_folder import name_list
 from megatron_nft.weights.names import Geometry, Kind, Place, all_places, hf_shapes
 from megatron_nft.weights.offline.torch_item import find_item
@@ -76,10 +76,7 @@ class MegatronCheckpoint:
         manifest = self.path / "manifest.json"
         if not manifest.is_file():
             raise ValueError(f"{self.path} says nothing of its model (no {HF_FILES}/config.json, no manifest.json)")
-        values = json.loads(manifest.read_text(encoding="utf-8"))["model"]
-        if values["rope_scaling"] is not None:
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-        return ModelSpec(**values)
+        return ModelSpec.from_dict(json.loads(manifest.read_text(encoding="utf-8"))["model"])
 
     def common(self) -> dict[str, Any]:
         """Return what is not sharded: schedule, hyper-parameters, layout. ValueError where it is damaged."""
