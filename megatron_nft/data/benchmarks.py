@@ -36,6 +36,7 @@ class Question:
     answer: str  # ground truth
     data_source: str  # graders may look at it
     extra: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)  # file and row, for errors found later
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def read_prepared(path: Path) -> list[Question]:
         found = [_from_verl(values, str(number), f"{path}, row {number}") for number, values in read_raw(path)]
     else:
         rows = enumerate(read_rows(path), start=1)
-        found = [Question(str(n), row.messages, row.answer, row.data_source, row.extra) for n, row in rows]
+        found = [Question(str(n), row.messages, row.answer, row.data_source, row.extra, row.where) for n, row in rows]
     questions: dict[tuple[Any, ...], Question] = {}
     for question in found:
         key = (*((m["role"], m["content"]) for m in question.messages), question.answer)
@@ -173,7 +174,7 @@ def convert_row(benchmark: Benchmark, values: dict[str, Any], where: str) -> Que
         problem, answer = benchmark.convert(values)
         message = boxed_message(_text(problem, "problem"))
         number = where.rpartition(" ")[2]
-        return Question(_row_id(values, number), (message,), answer_text(answer), benchmark.name, _extra(values))
+        return Question(_row_id(values, number), (message,), answer_text(answer), benchmark.name, _extra(values), where)
     except KeyError as e:
         raise BenchmarkError(f"{where}: no column {e}; it has {', '.join(values)}") from None
     except (TypeError, AttributeError, ValueError) as e:
@@ -240,9 +241,8 @@ def _from_verl(values: dict[str, Any], number: str, where: str) -> Question:
         raise BenchmarkError(f"{where}: {e}") from None
     extra = values.get("extra_info") or {}
     index = extra.get("index")
-    return Question(
-        number if index is None else str(index), messages, answer, str(values.get("data_source") or ""), extra
-    )
+    source = str(values.get("data_source") or "")
+    return Question(number if index is None else str(index), messages, answer, source, extra, where)
 
 
 def _prompt(value: Any) -> tuple[dict[str, str], ...]:

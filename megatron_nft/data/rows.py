@@ -159,4 +159,5 @@ def _answer(values: dict[str, Any], where: str) -> str:
 def _kind(value: Any) -> str:
     """`value` and its type, short enough for one line."""
     text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    kind = "float" if isinstance(value, float) else type(value).__name__  # a JsonFloat is one to people
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"

@@ -22,10 +22,15 @@ class Verifier(Protocol):
         ...
 
 
-def training_sampling(config: Config) -> SamplingParams:
-    """How answers for training are drawn."""
+CUT_OFF = "cut off at rollout.max_response_tokens"
+"""The reason of an answer that has no end and was not graded."""
+
+
+def training_sampling(config: Config, stop_token_ids: Sequence[int] = ()) -> SamplingParams:
+    """How answers for training are drawn. stop_token_ids: the tokens that end them (end_tokens.py)."""
     rollout = config.rollout
-    return SamplingParams(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    limits = (rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    return SamplingParams(*limits, stop_token_ids=tuple(stop_token_ids))
 
 
 def generate_groups(
@@ -37,6 +42,7 @@ def generate_groups(
     step: int,
     weight_version: int,
     tokenizer: Any,
+    stop_token_ids: Sequence[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[RolloutGroup], float]:
     """`rollout.answers_per_question` graded answers to each drawn question, groups in the order of `draws`.
@@ -55,13 +61,13 @@ def generate_groups(
     groups = [RolloutGroup(draw, prompt, [None] * num_samples, step) for draw, prompt in draws]
     pending: list[tuple[Rollout, Future]] = []
     total = num_samples * len(draws)
-    answers = engine.generate(requests, training_sampling(config))
+    answers = engine.generate(requests, training_sampling(config, stop_token_ids))
     for done, (request, sample, completion) in enumerate(answers, start=1):
         draw, prompt = draws[request]
         rollout = _to_rollout(draw, sample, completion, tokenizer)
         groups[request].rollouts[sample] = rollout
         if completion.finish_reason == "length":
-            rollout.verdict = Verdict.WRONG
+            rollout.verdict, rollout.reason = Verdict.WRONG, CUT_OFF
             rollout.ignored = config.algorithm.truncated == "drop"
         else:
             future = verifier.submit(rollout.text, prompt.answer, prompt.data_source, prompt.extra)
@@ -72,7 +78,7 @@ def generate_groups(
     for rollout, future in pending:
         graded = future.result()
         rollout.verdict, rollout.extracted, rollout.verify_s = graded.verdict, graded.extracted, graded.seconds
-        rollout.ignored = graded.ignored
+        rollout.ignored, rollout.reason = graded.ignored, graded.reason
         rollout.grader_verdicts = graded.by_grader
     return groups, time.perf_counter() - generated
 

@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 
 from megatron_nft.files import sha256_of_file
-from megatron_nft.weights.hf_check import check_model_folder
 from megatron_nft.weights.hf_folder import INDEX_NAME, HFFolder
 
 IDENTITY_FILES = (
@@ -56,9 +55,8 @@ def inspect_model(path: Path) -> tuple[int, int]:
         raise ModelFolderError(f"{path / 'config.json'}: max_position_embeddings is {positions!r}, not a length")
     try:
         shapes = HFFolder(path).shapes
-        check_model_folder(path)
     except ValueError as e:
-        raise ModelFolderError(f"model folder cannot be used: {e}") from None
+        raise ModelFolderError(f"model folder is incomplete: {e}") from None
     return sum(prod(shape) for shape in shapes.values()), positions
 
 

@@ -53,9 +53,13 @@ def _load(name: str, data: Path | None, samples: int | None, limit: int | None) 
 
 
 def make_prompts(task: Task, tokenizer: Any, system_prompt: str | None) -> list[Prompt]:
-    """Return one prompt per question; `Prompt.index` is the question's place in the task."""
+    """Return one prompt per question; `Prompt.index` is the question's place in the task.
+
+    DataError, with file and row, where the chat template refuses a question.
+    """
     conversations = [with_system_prompt(question.messages, system_prompt) for question in task.questions]
-    ids = render(tokenizer, conversations)
+    places = [question.where or f"{task.title}, question {question.id}" for question in task.questions]
+    ids = render(tokenizer, conversations, places, "--chat-template or --system-prompt")
     return [
         Prompt(index, q.data_source, messages, q.answer, token_ids, q.extra)
         for index, (q, messages, token_ids) in enumerate(zip(task.questions, conversations, ids))

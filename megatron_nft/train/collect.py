@@ -13,12 +13,14 @@ from megatron_nft.data.grouping import classify
 from megatron_nft.data.rollout_file import rollout_path, write_rollouts
 from megatron_nft.distributed import gather, route
 from megatron_nft.engines.answers import generate_groups
+from megatron_nft.engines.end_tokens import cut_off_note, token_ids
 from megatron_nft.metrics import Metrics
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.train import record
 from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.lifecycle import Interrupted
 from megatron_nft.train.parts import Parts
+from megatron_nft.train.reasons import Outcomes
 from megatron_nft.train.schedule import GroupFacts, SampleKey, StepPlan
 from megatron_nft.types import Prompt, RolloutGroup, TrainingSample
 
@@ -52,6 +54,7 @@ def collect(parts: Parts, state: RunState, step: int, metrics: Metrics) -> Colle
         (f for part in gather(surplus_facts(layout.rank, held), layout.world_gloo) for f in part), key=_draw
     )
     seen: Counter[str] = Counter()
+    outcomes = Outcomes()
     for _ in range(config.rollout.max_generation_batches):
         if len(found.kept) >= needed:
             return found
@@ -67,17 +70,23 @@ def collect(parts: Parts, state: RunState, step: int, metrics: Metrics) -> Colle
             found.fates.append(fate)
             facts.append(GroupFacts(group.draw, layout.rank, fate, step, _sizes(kept)))
         found.groups += groups
-        answers = gather((parts.life.stop.signum, facts), layout.world_gloo)
-        if signum := max(s for s, _ in answers):
+        answers = gather((parts.life.stop.signum, facts, Outcomes.of(groups)), layout.world_gloo)
+        if signum := max(s for s, _, _ in answers):
             raise Interrupted(signum)
-        all_facts = [f for _, part in answers for f in part]
+        all_facts = [f for _, part, _ in answers for f in part]
+        for _, _, part in answers:
+            outcomes.add(part)
         seen.update(f.fate for f in all_facts)
         record.add_groups(metrics, layout.rank, all_facts)
         found.kept += sorted((f for f in all_facts if f.fate == "kept"), key=_draw)
         found.cursor = stream.cursor
     if len(found.kept) >= needed:
         return found
-    raise EmptyBatchError(record.why_empty(len(found.kept), needed, config.rollout.max_generation_batches, seen))
+    write_failed_step(config.run_dir, step, found, layout)
+    limit = config.rollout.max_response_tokens
+    cut_off = cut_off_note(outcomes.share("cut_off"), limit, parts.questions.end_tokens)
+    batches = config.rollout.max_generation_batches
+    raise EmptyBatchError(record.why_empty(len(found.kept), needed, batches, seen, outcomes, cut_off))
 
 
 def _draw(facts: GroupFacts) -> int:
@@ -111,6 +120,7 @@ def generate(
             step=step,
             weight_version=weight_version,
             tokenizer=parts.questions.tokenizer,
+            stop_token_ids=token_ids(parts.questions.end_tokens),
             on_progress=on_progress,
         )
     record.add_rollouts(metrics, groups, verify_wait_s)
@@ -126,6 +136,13 @@ def shuffle_verdicts(groups: list[RolloutGroup], seed: int) -> None:
         drawn = [(group.rollouts[i].verdict, group.rollouts[i].ignored) for i in order]
         for rollout, (verdict, ignored) in zip(group.rollouts, drawn, strict=True):
             rollout.verdict, rollout.ignored = verdict, ignored
+
+
+def write_failed_step(run_dir: Path, step: int, found: Collected, layout: ParallelLayout) -> None:
+    """Write the rollouts of a step that trains nothing; returns when every rank has written its own. Collective."""
+    fates = ["untrained" if fate == "kept" else fate for fate in found.fates]
+    write_rollouts(rollout_path(run_dir, step, layout.rank), found.groups, fates, step=step)
+    gather(None, layout.world_gloo)  # the first rank to fail ends the others
 
 
 def write_step(

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from megatron_nft.console import step_line
 from megatron_nft.distributed import largest
+from megatron_nft.engines.end_tokens import cut_off_note, token_ids
 from megatron_nft.metrics import Metrics
 from megatron_nft.policy import checkpoint as policy_checkpoint
 from megatron_nft.policy.policy import StepReport
@@ -148,9 +149,16 @@ def finish_step(parts: Parts, state: RunState) -> None:
             config,
             parts.layout,
             parts.life,
+            token_ids(parts.questions.end_tokens),
         )
     written = parts.recorder.write(step, evaluation)
     parts.life.console.say(step_line(step, config.train.num_steps, written))
+    for share, limit in (
+        ("length/truncated", config.rollout.max_response_tokens),
+        ("eval/truncated_share", config.eval.max_response_tokens or config.rollout.max_response_tokens),
+    ):
+        if note := cut_off_note(written.get(share, 0.0), limit, parts.questions.end_tokens):
+            parts.life.console.say(f"{share}: {note}")
 
 
 def save(parts: Parts, state: RunState) -> None:
