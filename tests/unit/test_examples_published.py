@@ -4,6 +4,8 @@ import os
 import re
 import shlex
 import subprocess
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -140,12 +142,6 @@ def test_unknown_arguments_are_refused(tmp_path):
     assert done.returncode == 2 and "unknown argument --wieghts" in done.stderr
 
 
-def section_of(tree, dotted):
-    for part in dotted.split("."):
-        tree = tree[part]
-    return tree
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_readme_names_settings_that_exist_with_the_values_of_the_config(run):
     tree = load_config([ROOT / f"configs/{run}.yaml"]).model_dump(mode="json")
@@ -158,8 +154,8 @@ def test_readme_names_settings_that_exist_with_the_values_of_the_config(run):
             continue
         keys = re.findall(r"`([\w.]+)`", cells[2])
         for key in keys:
-            section, name = key.rsplit(".", 1)
-            found = [part[name] for part in (section_of(tree, section), section_of(reference, section)) if name in part]
+            *sections, name = key.split(".")
+            found = [part[name] for part in (reduce(getitem, sections, t) for t in (tree, reference)) if name in part]
             assert found, f"{key} in the README is no setting of either algorithm"
             if len(keys) == 1 and re.fullmatch(r"[\d.e-]+", cells[3]):
                 assert float(cells[3]) in found, f"{key}: {cells[3]} in the README, {found} in the configs"
