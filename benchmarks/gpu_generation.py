@@ -8,8 +8,8 @@ import numpy as np
 from gpu_common import Results
 from gpu_servers import config_for, dummy, folder_7b, running
 
-from megatron_nft.policy import parallel
 from megatron_nft.engines.engine import Request, SamplingParams
+from megatron_nft.policy import parallel
 
 PROMPT, RESPONSE = 128, 512
 

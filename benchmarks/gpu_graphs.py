@@ -17,9 +17,9 @@ from gpu_policies import likelihood_loss, make_config, make_samples, packed, ran
 from gpu_servers import config_for, dummy, folder_7b, running
 from gpu_task import SHAPE, start_model
 
+from megatron_nft.engines.engine import Request, SamplingParams
 from megatron_nft.policy import parallel
 from megatron_nft.policy.family import read_family
-from megatron_nft.engines.engine import Request, SamplingParams
 
 TOKENS, LAYERS = 16384, 8
 RESPONSE = 256

@@ -12,9 +12,9 @@ from gpu_engines import LEAST_COMPILATION, server_settings
 
 from megatron_nft.config import Config
 from megatron_nft.data.synthetic import make_tokenizer
-from megatron_nft.policy.parallel import ParallelLayout
-from megatron_nft.engines.open import create_engine
 from megatron_nft.engines.engine import Engine
+from megatron_nft.engines.open import create_engine
+from megatron_nft.policy.parallel import ParallelLayout
 
 
 def folder_7b(num_layers: int = 28) -> Path:

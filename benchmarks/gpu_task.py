@@ -11,10 +11,10 @@ from gpu_policies import make_policy, packed
 from objectives import Objective
 
 from megatron_nft.data.synthetic import MAX_RESPONSE_TOKENS, Problem, make_tokenizer, problems, sft_samples, write_model
-from megatron_nft.policy.parallel import ParallelLayout
-from megatron_nft.policy.policy import Policy
 from megatron_nft.engines.embedded.engine import EmbeddedEngine
 from megatron_nft.engines.engine import Request, SamplingParams
+from megatron_nft.policy.parallel import ParallelLayout
+from megatron_nft.policy.policy import Policy
 from megatron_nft.types import TrainingSample
 from megatron_nft.weights.export_hf import save_hf
 

@@ -10,9 +10,9 @@ import asyncio
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import numpy as np
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from megatron_nft.policy.parallel import ParallelLayout
     from megatron_nft.weights.client import WeightClient
     from megatron_nft.weights.transport import Ledger, Transport
+
+T = TypeVar("T")
+Answers = queue.SimpleQueue[tuple[int, list[Completion] | BaseException]]
+"""(number of the request, its answers or why there are none)"""
 
 BACKOFF_S = 0.5  # before the second try, doubled for each further one
 PROBE_TIMEOUT_S = 30.0  # for the question which weights a server has; a busy one is slow to answer
@@ -126,9 +130,15 @@ class HttpEngine(ABC):
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
         """See `engine.Engine.generate`. All samples of a request arrive together."""
-        answers: queue.SimpleQueue = queue.SimpleQueue()
+        answers: Answers = queue.SimpleQueue()
         asking = self._submit(self._ask_all(requests, sampling, answers))
-        asking.add_done_callback(lambda f: f.cancelled() or answers.put((-1, f.exception())))
+
+        def tell_failure(finished: Future[None]) -> None:
+            error = None if finished.cancelled() else finished.exception()
+            if error is not None:
+                answers.put((-1, error))
+
+        asking.add_done_callback(tell_failure)
         try:
             for _ in requests:
                 number, completions = answers.get()
@@ -142,15 +152,15 @@ class HttpEngine(ABC):
     def prompt_logprobs(self, token_ids: np.ndarray, url: str | None = None) -> np.ndarray:
         """int32 [L] -> float32 [L - 1], by the server at `url` or the first. See `engine.Engine.prompt_logprobs`."""
         target = Target((url or self.urls[0]).rstrip("/"))
-        token_ids = [int(t) for t in token_ids]
-        path, body = self._prompt_call(token_ids)
+        tokens = [int(t) for t in token_ids]
+        path, body = self._prompt_call(tokens)
         try:
             answer = self._submit(self._post(target, path, body)).result()
-            logprobs = np.array(self._prompt_logprobs(token_ids, answer), dtype=np.float32)
+            logprobs = np.array(self._prompt_logprobs(tokens, answer), dtype=np.float32)
         except (httpx.TransportError, BadAnswer, KeyError, TypeError, ValueError) as e:
             raise EngineError(self._describe([f"{target.url}: {e or type(e).__name__}"])) from None
-        if len(logprobs) != len(token_ids) - 1:
-            raise EngineError(f"{target.url}: {len(logprobs)} prompt log-probs came for {len(token_ids)} tokens")
+        if len(logprobs) != len(tokens) - 1:
+            raise EngineError(f"{target.url}: {len(logprobs)} prompt log-probs came for {len(tokens)} tokens")
         return logprobs
 
     def adopt_version(self) -> None:
@@ -204,13 +214,13 @@ class HttpEngine(ABC):
 
     # ---- on the event loop
 
-    def _submit(self, coroutine: Any) -> Future:
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop.is_closed():
             coroutine.close()
             raise EngineError("the engine client is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    async def _ask_all(self, requests: Sequence[Request], sampling: SamplingParams, answers: queue.SimpleQueue) -> None:
+    async def _ask_all(self, requests: Sequence[Request], sampling: SamplingParams, answers: Answers) -> None:
         """Puts (number, completions or an exception) for every request; at most max_in_flight under way."""
         await self._targets.refresh()
         numbers = iter(range(len(requests)))

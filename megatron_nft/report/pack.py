@@ -61,9 +61,7 @@ class Packer:
         """Pack some questions."""
         for entry in entries:
             self._add_to_index(entry)
-            for answer in entry.answers:
-                self._count_tokens(answer)
-            blobs = [_tokens(answer) for answer in entry.answers]
+            blobs = [self._tokens(answer) for answer in entry.answers]
             part = {
                 "prompt": self.formulas.encode(entry.prompt),
                 "answer": self.formulas.encode(_as_maths(entry.answer)),
@@ -131,13 +129,20 @@ class Packer:
     def _name(self, kind: str, name: str) -> int:
         return self._names[kind].setdefault(name, len(self._names[kind]))
 
-    def _count_tokens(self, answer: AnswerEntry) -> None:
-        if answer.token_ids is None:
-            return
+    def _tokens(self, answer: AnswerEntry) -> bytes:
+        """The binary part of one answer; empty where its tokens were not recorded."""
+        if answer.token_ids is None or answer.rollout_logprobs is None:
+            return b""
         self._token_ids.update(np.unique(answer.token_ids).tolist())
-        gap = _gap(answer)
-        if gap is not None:
+        engine = np.nan_to_num(-answer.rollout_logprobs / LOGPROB_UNIT, nan=0.0, posinf=65535, neginf=0)
+        engine = engine.round().clip(0, 65535)
+        if answer.trainer_logprobs is None:
+            gap = np.full(answer.num_tokens, NO_TRAINER, dtype=np.int64)
+        else:
+            gap = _gap(answer.trainer_logprobs, answer.rollout_logprobs)
             self._gaps += np.bincount(np.abs(gap), minlength=len(self._gaps))
+        columns = (answer.token_ids.astype("<u4"), engine.astype("<u2"), gap.astype("<i2"))
+        return b"".join(column.tobytes() for column in columns)
 
     def _gap_scale(self) -> float:
         """The |log ratio| that gets the full colour: the 99th percentile over all tokens."""
@@ -161,23 +166,8 @@ def _as_maths(reference: str) -> str:
     return f"${reference}$" if _LATEX.search(reference) and "$" not in reference else reference
 
 
-def _tokens(answer: AnswerEntry) -> bytes:
-    """The binary part of one answer; empty where its tokens were not recorded."""
-    if answer.token_ids is None or answer.rollout_logprobs is None:
-        return b""
-    engine = np.nan_to_num(-answer.rollout_logprobs / LOGPROB_UNIT, nan=0.0, posinf=65535, neginf=0)
-    engine = engine.round().clip(0, 65535)
-    gap = _gap(answer)
-    if gap is None:
-        gap = np.full(answer.num_tokens, NO_TRAINER)
-    columns = (answer.token_ids.astype("<u4"), engine.astype("<u2"), gap.astype("<i2"))
-    return b"".join(column.tobytes() for column in columns)
-
-
-def _gap(answer: AnswerEntry) -> NDArray[np.int64] | None:
+def _gap(trainer: NDArray[np.float32], engine: NDArray[np.float32]) -> NDArray[np.int64]:
     """int64 [R]: log p under the trainer - log p under the engine in GAP_UNIT, at most MAX_GAP in size."""
-    if answer.trainer_logprobs is None or answer.rollout_logprobs is None:
-        return None
-    gap = (answer.trainer_logprobs.astype(np.float64) - answer.rollout_logprobs) / GAP_UNIT
+    gap = (trainer.astype(np.float64) - engine) / GAP_UNIT
     gap = np.nan_to_num(gap, nan=MAX_GAP, posinf=MAX_GAP, neginf=-MAX_GAP).round().clip(-MAX_GAP, MAX_GAP)
     return np.asarray(gap, dtype=np.int64)

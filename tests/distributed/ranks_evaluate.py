@@ -14,10 +14,10 @@ from tiny import make_tokenizer
 
 from megatron_nft.config import Config
 from megatron_nft.console import Console
-from megatron_nft.train.held_out import HeldOut, evaluate_held_out
 from megatron_nft.distributed import gather
-from megatron_nft.train.lifecycle import Interrupted, Lifecycle, Phases, StopSignals
 from megatron_nft.engines.engine import Completion, Request, SamplingParams
+from megatron_nft.train.held_out import HeldOut, evaluate_held_out
+from megatron_nft.train.lifecycle import Interrupted, Lifecycle, Phases, StopSignals
 from megatron_nft.types import Prompt, Verdict
 
 QUESTIONS, SAMPLES = 8, 2
@@ -125,6 +125,7 @@ def check_one_that_comes_when_all_is_answered_changes_nothing(ranks: Ranks) -> N
     stop = StopSignals()
     assert evaluate(ranks, Engine(), stop, Late())["eval/accuracy"] == 0.5
     assert stop.signum == (signal.SIGUSR1 if ranks.rank == 0 else 0)  # obeyed at the end of the step
+
 
 if __name__ == "__main__":
     run_checks(globals())

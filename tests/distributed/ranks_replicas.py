@@ -4,10 +4,10 @@ import numpy as np
 import torch.distributed as dist
 from launch import Ranks, run_checks
 
-from megatron_nft.train.collect import Collected, surplus_facts
 from megatron_nft.config import PolicyConfig
 from megatron_nft.distributed import gather, largest, route
 from megatron_nft.policy import parallel
+from megatron_nft.train.collect import Collected, surplus_facts
 from megatron_nft.train.replicas import pack_samples, send_to_replicas
 from megatron_nft.train.schedule import plan_step
 from megatron_nft.types import TrainingSample

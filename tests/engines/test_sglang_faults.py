@@ -28,8 +28,7 @@ def kill_in_the_middle(engine, group, sampling, requests):
 def test_a_server_that_is_killed(sglang_server, sglang_engine, sglang_model, sglang_rollout, tmp_path):
     """With another server every answer comes; alone it is a clear error. It is started again within the bound."""
     second = start_servers(
-        KIND,
-        sglang_model, sglang_rollout, precision="fp32", device="cpu", log_dir=tmp_path, weight_version=0
+        KIND, sglang_model, sglang_rollout, precision="fp32", device="cpu", log_dir=tmp_path, weight_version=0
     )
     server = sglang_rollout.server
     both = SGLangEngine([*second.urls, *sglang_server.urls], server, weight_version=0)

@@ -32,8 +32,7 @@ def test_requests_go_through_the_router_to_servers_that_have_the_weights(
 ):
     """One of two servers is killed in the middle, comes back without weights, and gets them in the end."""
     second = start_servers(
-        KIND,
-        sglang_model, sglang_rollout, precision="fp32", device="cpu", log_dir=tmp_path, weight_version=NO_WEIGHTS
+        KIND, sglang_model, sglang_rollout, precision="fp32", device="cpu", log_dir=tmp_path, weight_version=NO_WEIGHTS
     )
     (first_url,), (second_url,) = sglang_engine.urls, second.urls
 

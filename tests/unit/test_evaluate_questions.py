@@ -5,8 +5,8 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from megatron_nft.evaluate.questions import COUNT_COLUMNS, evaluate_questions, merge_counts, summarize_counts
 from megatron_nft.engines.engine import Completion, EngineError
+from megatron_nft.evaluate.questions import COUNT_COLUMNS, evaluate_questions, merge_counts, summarize_counts
 from megatron_nft.types import Prompt, Verdict
 from megatron_nft.verify import grade_one
 

@@ -31,8 +31,8 @@ ALIASES = {"losses"}
 
 
 UNPICKLES = {"distributed.py", "policy/checkpoint_metadata.py", "verify/pool.py", "verify/worker.py"}
-"""Between processes that the run started itself; policy/checkpoint_metadata.py holds a restricted unpickler for torch's own
-index of a checkpoint."""
+"""Between processes that the run started itself; policy/checkpoint_metadata.py holds a restricted unpickler for torch's
+own index of a checkpoint."""
 
 
 def imports(path: Path) -> set[str]:

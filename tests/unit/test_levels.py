@@ -65,7 +65,7 @@ def test_long():
 """
 
 
-@pytest.mark.parametrize(("level", "left_out"), [([], ", 1 deselected"), (["-m", ""], "")])
+@pytest.mark.parametrize(("level", "left_out"), [([], ", 1 deselected"), (["-m", ""], "")], ids=["one", "two"])
 def test_only_marked_tests_are_tried_again_and_long_ones_are_asked_for(tmp_path, level, left_out) -> None:
     (tmp_path / "test_suite.py").write_text(SUITE)
     shutil.copy(TESTS / "conftest.py", tmp_path)

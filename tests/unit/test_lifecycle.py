@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from processes import alive, wait_until
 
-from megatron_nft.train import lifecycle, launch as ranks
+from megatron_nft.train import launch, lifecycle
 from megatron_nft.train.lifecycle import Interrupted, Phases, StopSignals
 
 STALL = """
@@ -106,7 +106,7 @@ def test_signals_are_noted_and_raised_where_asked():
 )
 def test_the_status_of_a_run_follows_from_its_ranks(codes, expected):
     code = f"import os, sys; sys.exit({codes!r}[int(os.environ['RANK'])])"
-    assert ranks.start_local([sys.executable, "-c", code], len(codes)) == expected
+    assert launch.start_local([sys.executable, "-c", code], len(codes)) == expected
 
 
 def test_ranks_are_told_who_they_are_and_end_with_the_launcher(tmp_path):
@@ -115,10 +115,9 @@ def test_ranks_are_told_who_they_are_and_end_with_the_launcher(tmp_path):
         "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(f\"{os.getpid()} {os.environ['WORLD_SIZE']}\")\n"
         "time.sleep(600)"
     )
-    launch = (
-        f"from megatron_nft.train import launch; launch.start_local([{sys.executable!r}, '-c', {code!r}, {str(tmp_path)!r}], 2)"
-    )
-    launcher = subprocess.Popen([sys.executable, "-c", launch])
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    program = f"from megatron_nft.train import launch; launch.start_local({command!r}, 2)"
+    launcher = subprocess.Popen([sys.executable, "-c", program])
     wait_until(lambda: all((tmp_path / r).is_file() and (tmp_path / r).read_text() for r in "01"), what="both ranks")
     pids = [int((tmp_path / r).read_text().split()[0]) for r in "01"]
     assert [(tmp_path / r).read_text().split()[1] for r in "01"] == ["2", "2"]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from megatron_nft.metrics import JsonlSink, Metrics, TensorBoardSink
+from megatron_nft.metrics import JsonlSink, Max, Mean, Metrics, TensorBoardSink
 
 
 def test_mean_is_weighted_over_ranks():
@@ -49,6 +49,19 @@ def test_mean_of_nothing_is_left_out_and_kinds_do_not_mix():
     assert Metrics.merge([m.state()]) == {}
     with pytest.raises(ValueError, match="x is a mean"):
         m.sum("x", 1)
+
+
+def test_means_and_maxima_add_themselves():
+    metrics = Metrics()
+    for value in (Mean(3.0, 2), Mean(1.0, 6)):
+        metrics.add("mean", value)
+    for value in (Max(-2.0), Max(-math.inf), Max(-3.0)):
+        metrics.add("max", value)
+    metrics.add("nothing seen", Max(-math.inf))
+    metrics.add("nothing counted", Mean(0.0, 0))
+    assert Metrics.merge([metrics.state()]) == {"mean": 0.5, "max": -2.0}
+    with pytest.raises(ValueError, match="is a mean"):
+        metrics.add("mean", Max(1.0))
 
 
 def test_a_nan_maximum_is_not_hidden():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from megatron_nft.metrics import Max, Mean, Metrics, WandbSink
+from megatron_nft.policy.policy import StepReport
 from megatron_nft.train import collect, record
-from megatron_nft.metrics import Metrics, WandbSink
 from megatron_nft.train.schedule import GroupFacts, StepPlan
 from megatron_nft.types import Prompt, Rollout, RolloutGroup, TrainingSample, Verdict
 
@@ -60,6 +62,28 @@ def test_the_gap_is_measured_over_tokens():
     merged = Metrics.merge([metrics.state()])
     assert merged["gap/mean"] == pytest.approx((0.4 + 3 * 0.2) / 4)
     assert merged["gap/max"] == pytest.approx(0.4)
+
+
+def test_an_optimizer_step_brings_the_metrics_of_its_algorithm():
+    metrics = Metrics()
+    reports = [
+        StepReport(0.5, 2.0, 1e-6, False, "", 4, {"own/share": Mean(1.0, 4), "own/largest": Max(3.0)}),
+        StepReport(0.1, 9.0, 1e-6, True, "the loss is nan", 4, {"own/share": Mean(math.nan, 4), "own/largest": Max(7)}),
+        StepReport(0.25, 1.0, 3e-6, False, "", 8, {"own/share": Mean(5.0, 8), "own/largest": Max(2.0)}),
+    ]
+    for report in reports:
+        record.add_optimizer_step(metrics, 0, report)
+        record.add_optimizer_step(metrics, 1, report)  # other ranks hold the same sums and add nothing
+    assert Metrics.merge([metrics.state()]) == {
+        "skipped_steps/share": 1 / 3,
+        "skipped_steps": 1.0,
+        "lr": pytest.approx(5e-6 / 3),
+        "loss/total": 0.375,
+        "grad_norm": 1.5,
+        "grad_norm/max": 2.0,
+        "own/share": 0.5,
+        "own/largest": 3.0,
+    }
 
 
 def test_groups_by_fate_and_staleness():

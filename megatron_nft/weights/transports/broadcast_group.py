@@ -11,16 +11,19 @@ import datetime
 import socket
 import threading
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch exports them silently
 
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
     """Where the members of a group find each other. The port is the system's choice, so there is no race for it."""
 
-    store: dist.TCPStore
+    store: TCPStore
     address: str
     name: str
     world_size: int
@@ -29,14 +32,14 @@ class Rendezvous:
     @classmethod
     def open(cls, address: str, name: str, world_size: int, device: torch.device, timeout_s: float) -> Rendezvous:
         timeout = datetime.timedelta(seconds=timeout_s)
-        store = dist.TCPStore(
-            address, 0, None, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
+        store = TCPStore(address, 0, None, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True)
         return cls(store, address, name, world_size, "nccl" if device.type == "cuda" else "gloo")
 
     @property
     def port(self) -> int:
-        return self.store.port
+        """TCP port of the store."""
+        port: int = self.store.port
+        return port
 
 
 class BroadcastGroup:
@@ -45,8 +48,9 @@ class BroadcastGroup:
     def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
         timeout = datetime.timedelta(seconds=timeout_s)
         device = "cuda" if rendezvous.backend == "nccl" else "cpu"
-        store = dist.PrefixStore(rendezvous.name, rendezvous.store)
-        store = dist.PrefixStore(f"{device}/", dist.PrefixStore(f"{rendezvous.name}/", store))
+        store = PrefixStore(rendezvous.name, rendezvous.store)
+        store = PrefixStore(f"{device}/", PrefixStore(f"{rendezvous.name}/", store))
+        self._group: Any  # torch has no type for what its two kinds of group have in common
         if rendezvous.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
@@ -54,7 +58,7 @@ class BroadcastGroup:
         else:
             self._group = dist.ProcessGroupGloo(store, 0, rendezvous.world_size, timeout)
         self._store = rendezvous.store  # the server of the keys; it lives as long as the group
-        self._work: dist.Work | None = None
+        self._work: Any = None  # dist.Work of the broadcast under way
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Starts to send. One at a time: `wait` comes before the next."""
@@ -64,7 +68,7 @@ class BroadcastGroup:
 
     def is_sent(self) -> bool:
         """Whether `wait` would return, or raise, at once."""
-        return self._work.is_completed()
+        return bool(self._work.is_completed())
 
     def wait(self) -> None:
         """Until the tensor may be written again. RuntimeError if a member left."""
@@ -84,14 +88,17 @@ class BroadcastGroup:
         dropping.join(wait_s)
 
 
-def _drop(held: list) -> None:
+def _drop(held: list[Any]) -> None:
     with contextlib.suppress(AttributeError, RuntimeError):
         held[0].abort()
     held.clear()
 
 
-def address_towards(host: str, port: int) -> str:
-    """This machine's address as `host` sees it."""
+def address_towards(url: str) -> str:
+    """This machine's address as the host of `url` sees it."""
+    where = urlsplit(url)
+    host, port = where.hostname or "localhost", where.port or 80
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sends nothing: only picks the interface
-        return probe.getsockname()[0]
+        address: str = probe.getsockname()[0]
+        return address
