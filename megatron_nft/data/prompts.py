@@ -79,7 +79,8 @@ def render(
         encoded = tokenizer(unique, add_special_tokens=False)["input_ids"]
     else:
         before, behind = _added_tokens(tokenizer)
-        encoded = [_trimmed(tokens, before, behind) for tokens in tokenizer(unique)["input_ids"]] if unique else []
+        full = tokenizer(unique, add_special_tokens=True)["input_ids"] if unique else []
+        encoded = [_trimmed(tokens, before, behind) for tokens in full]
     ids = {text: np.asarray(tokens, dtype=np.int32) for text, tokens in zip(unique, encoded)}
     return [ids[texts[key]] for key in keys]
 
@@ -107,9 +108,9 @@ def _prompt_text(
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The tokens that a tokenizer puts before and behind a text."""
-    probe = "1"
-    bare: list[int] = tokenizer(probe, add_special_tokens=False)["input_ids"]
-    full: list[int] = tokenizer(probe)["input_ids"]
+    probe = ["1"]
+    [bare] = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    [full] = tokenizer(probe, add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]

@@ -20,6 +20,6 @@ def check_positions(spec: ModelSpec, config: Config) -> None:
         if prompt + response > limit:
             raise ValueError(
                 f"data.max_prompt_tokens ({prompt}) + {key} ({response}) = {prompt + response} is more than the "
-                f"model's max_position_embeddings ({limit}); lower one of them to make at most {limit}, or take a model "
-                "with more positions"
+                f"model's max_position_embeddings ({limit}); lower one of them, so that they make at most {limit}, or "
+                "take a model with more positions"
             )
