@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CUT_OFF_SHARE = 0.9
 """Share of answers without an end from which something must be wrong with the end itself."""
 
+MAX_SHOWN = 10  # end tokens in one line
+
 _END_OF_MESSAGE = "<|eom_id|>"  # of Llama 3.1 and later; SGLang always ends there
 
 
@@ -75,7 +77,7 @@ def token_ids(end_tokens: Iterable[EndToken]) -> tuple[int, ...]:
 
 def describe(end_tokens: Iterable[EndToken]) -> str:
     """Return a line for the start of a run."""
-    return f"an answer ends at {', '.join(map(str, end_tokens))}"
+    return f"an answer ends at {_listed(end_tokens)}"
 
 
 def cut_off_note(share: float, max_tokens: int, end_tokens: Iterable[EndToken]) -> str | None:
@@ -84,10 +86,16 @@ def cut_off_note(share: float, max_tokens: int, end_tokens: Iterable[EndToken]) 
         return None
     return (
         f"{share:.0%} of the answers were cut off at {max_tokens} tokens: the model produced none of the tokens that "
-        f"end an answer ({', '.join(map(str, end_tokens))}). Likely causes: it ends its answers with another token "
+        f"end an answer ({_listed(end_tokens)}). Likely causes: it ends its answers with another token "
         "(name it in rollout.stop_token_ids), its chat template is not the one that it was trained with, or it needs "
         "more tokens"
     )
+
+
+def _listed(end_tokens: Iterable[EndToken]) -> str:
+    shown = [str(token) for token in end_tokens]
+    more = f" and {len(shown) - MAX_SHOWN} more" if len(shown) > MAX_SHOWN else ""
+    return ", ".join(shown[:MAX_SHOWN]) + more
 
 
 def _ids(value: Any) -> list[int]:

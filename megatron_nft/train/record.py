@@ -137,7 +137,7 @@ def _advice(outcomes: Outcomes) -> str:
     main, count = max(outcomes.reasons.items(), key=lambda item: item[1], default=("", 0))
     if 2 * count > outcomes.answers:
         if main == "grader_failed":
-            said, _ = outcomes.failures.most_common(1)[0]
+            said = " ".join(outcomes.failures.most_common(1)[0][0].split())
             return f"Grading failed, which says nothing of the answers: {said}. Mend the grader (verify.grader)"
         if main in _ADVICE:
             return _ADVICE[main]
