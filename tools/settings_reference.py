@@ -117,7 +117,7 @@ def values(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     if origin is list:
         least = [f", at least {m.min_length}" for m in metadata if isinstance(m, annotated_types.MinLen)]
         item, *bounds = typing.get_args(arguments[0]) or (arguments[0],)
-        return ", ".join([f"list of {PLURALS[item]}{''.join(least)}", *_bounds(bounds)])
+        return ", ".join([f"list of {PLURALS[item]}{''.join(least)}", *_bounds(_flat(bounds))])
     if origin is dict:
         return f"mapping of {TYPES[arguments[0]]} to {TYPES[arguments[1]]}"
     if annotation not in TYPES:

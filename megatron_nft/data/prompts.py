@@ -69,11 +69,11 @@ def render(
     template refuses a conversation.
     """
     keys = [_key(conversation) for conversation in conversations]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}  # sets of questions often hold copies
-    texts = {
-        key: _prompt_text(tokenizer, conversations[i], places[i] if places else f"conversation {i + 1}", settings)
-        for key, i in first.items()
-    }
+    texts: dict[tuple[tuple[str, str], ...], str] = {}
+    for number, (key, conversation) in enumerate(zip(keys, conversations), start=1):
+        if key not in texts:  # sets of questions often hold copies
+            place = places[number - 1] if places else f"conversation {number}"
+            texts[key] = _prompt_text(tokenizer, conversation, place, settings)
     unique = list(dict.fromkeys(texts[key] for key in keys))
     if tokenizer.chat_template is not None:
         encoded = tokenizer(unique, add_special_tokens=False)["input_ids"]
