@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
 from megatron_nft.engines.targets import RequestRouter, Target, Targets
+from megatron_nft.engines.transports import server_transport
 
 if TYPE_CHECKING:
     from megatron_nft.config import Config, ServerConfig
@@ -179,8 +180,6 @@ class HttpEngine(ABC):
 
     def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
         """See `engine.Engine.open_transport`. Weights go to the servers of every rank."""
-        from megatron_nft.engines.sync import server_transport  # imports torch, which an evaluation does without
-
         clients = [self._weight_client(url, config.sync.timeout_s) for url in self.all_urls]
         kind = server_transport(config.sync.transport, self.all_urls)
         return kind(clients, self, config, spec, layout, ledger)
