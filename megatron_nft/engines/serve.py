@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_nft.config import Config, ConfigError, load_config
 from megatron_nft.engines.discovery import register
 from megatron_nft.engines.engine import NO_WEIGHTS, EngineError
-from megatron_nft.engines.kind import HttpEngineKind
+from megatron_nft.engines.http import HttpEngineKind
 from megatron_nft.engines.open import engine_kind
 from megatron_nft.engines.server import ServerGroup
 from megatron_nft.engines.start import start_servers
