@@ -72,7 +72,7 @@ def _any_model(rollout: RolloutConfig, spec: ModelSpec) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerKind:
-    """What is an engine's own where it answers from servers; http.py makes an `EngineKind` of it."""
+    """What is specific to an engine that answers from servers; http.py makes an `EngineKind` of it."""
 
     name: str
     packages: tuple[str, ...]

@@ -52,7 +52,7 @@ def given_up(group: ServerGroup, max_restarts: int) -> bool:
 
 
 def serve(config: Config, registry: Path, node: str, stop: threading.Event) -> int:
-    """Exit status, see above."""
+    """Run the engines until `stop` is set or the registry holds a file `stop`; returns the exit status."""
     host = os.environ.get("NFT_ADDRESS") or config.rollout.server.host
     group = start(config, host, node)
     announcement = register(registry, node, group.urls)
@@ -68,6 +68,7 @@ def serve(config: Config, registry: Path, node: str, stop: threading.Event) -> i
 
 
 def main() -> int:
+    """Read the command line, run the engines and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--registry", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--config", action="append", required=True, metavar="FILE")

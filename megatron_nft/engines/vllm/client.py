@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 
-from megatron_nft.engines.client import PROBE_TIMEOUT_S, Aborted, HttpEngine, integer_version
+from megatron_nft.engines.client import PROBE_TIMEOUT_S, HttpEngine
+from megatron_nft.engines.completions import Aborted, integer_version
 from megatron_nft.engines.engine import Completion, Request, SamplingParams
 from megatron_nft.engines.vllm.command import MODEL_NAME
 from megatron_nft.engines.vllm.weights import VLLMWeightClient
