@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_nft.data.grouping import classify
 from megatron_nft.data.rollout_file import rollout_path, write_rollouts
-from megatron_nft.distributed import gather, route
+from megatron_nft.distributed import gather_objects, route
 from megatron_nft.engines.answers import generate_groups
 from megatron_nft.engines.end_tokens import cut_off_note, token_ids
 from megatron_nft.metrics import Metrics
@@ -51,7 +51,7 @@ def collect(parts: Parts, state: RunState, step: int, metrics: Metrics) -> Colle
     held = {(s.draw, s.sample_index): s for s in state.surplus} if layout.is_replica_leader else {}
     found = Collected([], [], [], held, state.cursor)
     found.kept += sorted(
-        (f for part in gather(surplus_facts(layout.rank, held), layout.world_gloo) for f in part), key=_draw
+        (f for part in gather_objects(surplus_facts(layout.rank, held), layout.world_gloo) for f in part), key=_draw
     )
     seen: Counter[str] = Counter()
     outcomes = Outcomes()
@@ -70,7 +70,7 @@ def collect(parts: Parts, state: RunState, step: int, metrics: Metrics) -> Colle
             found.fates.append(fate)
             facts.append(GroupFacts(group.draw, layout.rank, fate, step, _sizes(kept)))
         found.groups += groups
-        answers = gather((parts.life.stop.signum, facts, Outcomes.of(groups)), layout.world_gloo)
+        answers = gather_objects((parts.life.stop.signum, facts, Outcomes.of(groups)), layout.world_gloo)
         if signum := max(s for s, _, _ in answers):
             raise Interrupted(signum)
         all_facts = [f for _, part, _ in answers for f in part]
@@ -82,11 +82,20 @@ def collect(parts: Parts, state: RunState, step: int, metrics: Metrics) -> Colle
         found.cursor = stream.cursor
     if len(found.kept) >= needed:
         return found
-    write_failed_step(config.run_dir, step, found, layout)
+    raise _empty_batch(parts, step, found, seen, outcomes)
+
+
+def _empty_batch(parts: Parts, step: int, found: Collected, fates: Counter[str], outcomes: Outcomes) -> EmptyBatchError:
+    """The error of a step that found too few groups, with its rollouts on disk for people to look at. Collective."""
+    config, layout = parts.config, parts.layout
+    written = ["untrained" if fate == "kept" else fate for fate in found.fates]
+    write_rollouts(rollout_path(config.run_dir, step, layout.rank), found.groups, written, step=step)
+    gather_objects(None, layout.world_gloo)  # the first rank to fail ends the others: all have written by then
     limit = config.rollout.max_response_tokens
     cut_off = cut_off_note(outcomes.share("cut_off"), limit, parts.questions.end_tokens)
+    kept, needed = len(found.kept), config.train.questions_per_step
     batches = config.rollout.max_generation_batches
-    raise EmptyBatchError(record.why_empty(len(found.kept), needed, batches, seen, outcomes, cut_off))
+    return EmptyBatchError(record.why_empty(kept, needed, batches, fates, outcomes, cut_off))
 
 
 def _draw(facts: GroupFacts) -> int:
@@ -136,13 +145,6 @@ def shuffle_verdicts(groups: list[RolloutGroup], seed: int) -> None:
         drawn = [(group.rollouts[i].verdict, group.rollouts[i].ignored) for i in order]
         for rollout, (verdict, ignored) in zip(group.rollouts, drawn, strict=True):
             rollout.verdict, rollout.ignored = verdict, ignored
-
-
-def write_failed_step(run_dir: Path, step: int, found: Collected, layout: ParallelLayout) -> None:
-    """Write the rollouts of a step that trains nothing; returns when every rank has written its own. Collective."""
-    fates = ["untrained" if fate == "kept" else fate for fate in found.fates]
-    write_rollouts(rollout_path(run_dir, step, layout.rank), found.groups, fates, step=step)
-    gather(None, layout.world_gloo)  # the first rank to fail ends the others
 
 
 def write_step(

@@ -117,7 +117,7 @@ def _text(data: bytes) -> str:
 
 
 def clean_up() -> None:
-    """Remove our files, torch's helper and its folder. Only a child of ours is ended. At exit, or before that."""
+    """Remove our files, torch's helper and its folder, at exit or before. Ends no process but a child of ours."""
     for name in _files:
         with contextlib.suppress(FileNotFoundError):  # torch has removed it with its tensor
             os.unlink("/dev/shm" + name)

@@ -171,7 +171,7 @@ def test_the_rollouts_of_a_step_that_fails_are_on_disk_before_the_error(tmp_path
                 for sample in range(4):
                     yield i, sample, Completion(np.array([5], np.int32), np.zeros(1, np.float32), "length", 0)
 
-    monkeypatch.setattr(collect, "gather", lambda value, _: [value])
+    monkeypatch.setattr(collect, "gather_objects", lambda value, _: [value])
     config = settings(tmp_path, verify={"grader": grader})
     stream = SimpleNamespace(cursor=0, draw=lambda n: [(i, PROMPT) for i in range(n)])
     questions = SimpleNamespace(

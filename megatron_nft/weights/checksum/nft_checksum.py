@@ -26,7 +26,7 @@ _CHUNK_WORDS = 1 << 22  # words hashed at a time: bounds the extra memory (64-bi
 
 @functools.cache
 def _kernel() -> ModuleType | None:
-    """The same sums by a Triton kernel, where Triton is installed. In an engine this file belongs to no package."""
+    """A Triton kernel for the same sums, where Triton is installed. In an engine this file belongs to no package."""
     try:
         return importlib.import_module(f"{__package__}.nft_checksum_triton" if __package__ else "nft_checksum_triton")
     except ImportError:
@@ -129,16 +129,17 @@ def _splitmix64(x: int) -> int:
 
 
 def hasher(device: torch.device, nbytes: int) -> Sha256 | WordHash:
-    """For tensors of `nbytes` on `device`."""
+    """The hash for a tensor of `nbytes` on `device`."""
     return WordHash(nbytes) if device.type == "cuda" else Sha256()
 
 
 def checksum(tensor: torch.Tensor) -> str:
+    """The checksum of one tensor: 16 hex digits."""
     hashed = hasher(tensor.device, tensor.nbytes)
     hashed.update(tensor)
     return hashed.hexdigest()
 
 
 def checksums(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """HF name -> checksum."""
+    """The checksum of every tensor, by HF name."""
     return {name: checksum(tensor) for name, tensor in tensors}

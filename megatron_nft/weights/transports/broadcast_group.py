@@ -1,7 +1,7 @@
 """A process group of one trainer rank (rank 0) and the engines' ranks, beside torch.distributed's own groups.
 
 The engines join with torch.distributed's helpers under a group name (SGLang: init_weights_update_group), which fixes
-under which keys of the store the members find each other; `open_group` uses the same keys.
+under which keys of the store the members find each other; BroadcastGroup uses the same keys.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Rendezvous:
 
     @classmethod
     def open(cls, address: str, name: str, world_size: int, device: torch.device, timeout_s: float) -> Rendezvous:
+        """Start the store at this machine's `address`; `device` decides between gloo and NCCL."""
         timeout = datetime.timedelta(seconds=timeout_s)
         store = TCPStore(address, 0, None, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True)
         return cls(store, address, name, world_size, "nccl" if device.type == "cuda" else "gloo")
@@ -43,7 +44,7 @@ class Rendezvous:
 
 
 class BroadcastGroup:
-    """Sends from this rank to all other members. Made when all have been told to join; blocks until they have."""
+    """Sends from this rank to all other members, who must have been told to join: making one waits until they have."""
 
     def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
         timeout = datetime.timedelta(seconds=timeout_s)
@@ -61,7 +62,7 @@ class BroadcastGroup:
         self._work: Any = None  # dist.Work of the broadcast under way
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Starts to send. One at a time: `wait` comes before the next."""
+        """Start to send. One at a time: `wait` comes before the next."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         self._work = self._group.broadcast([tensor], options)
@@ -71,7 +72,7 @@ class BroadcastGroup:
         return bool(self._work.is_completed())
 
     def wait(self) -> None:
-        """Until the tensor may be written again. RuntimeError if a member left."""
+        """Return when the tensor may be written again. RuntimeError if a member left."""
         self._work.wait()
         self._work = None  # it holds the tensor: one larger than a bucket must be gone before the next is made
 
