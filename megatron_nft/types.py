@@ -34,6 +34,7 @@ class Prompt:
     answer: str  # ground truth for the grader
     token_ids: np.ndarray  # int32 [P], chat template applied
     extra: dict[str, Any] = field(default_factory=dict)
+    opens_thinking: bool = False  # it ends in `<think>`: the answer begins within the thinking
 
 
 @dataclass(slots=True)

@@ -53,28 +53,40 @@ def load_tokenizer(model_path: Path | str, chat_template: Path | str | None = No
     return tokenizer
 
 
-def render(
+def render(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]) -> list[np.ndarray]:
+    """Return the token ids, int32 [P], of each conversation up to where the answer begins."""
+    return encode(tokenizer, render_texts(tokenizer, conversations))
+
+
+def render_texts(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[dict[str, str]]],
     places: Sequence[str] = (),
     settings: str = "model.chat_template or model.system_prompt",
-) -> list[np.ndarray]:
-    """Return the token ids, int32 [P], of each conversation up to where the answer begins.
+) -> list[str]:
+    """Return each conversation as text up to where the answer begins.
 
-    With a chat template that is the template with its generation prompt, and nothing else is added. Without one it
-    is the contents, joined by line feeds, and what the tokenizer puts before a text (usually BOS, and only once). What
-    a tokenizer puts behind a text (EOS, for some) never ends a prompt: the answer goes on there.
-
-    places: file and row of each conversation, for errors. settings: what the user may change. DataError where the chat
-    template refuses a conversation.
+    With a chat template that is the template with its generation prompt, without one the contents, joined by line
+    feeds. places: file and row of each conversation, for errors. settings: what the user may change. DataError where
+    the chat template refuses a conversation.
     """
-    keys = [_key(conversation) for conversation in conversations]
     texts: dict[tuple[tuple[str, str], ...], str] = {}
+    keys = [_key(conversation) for conversation in conversations]
     for number, (key, conversation) in enumerate(zip(keys, conversations), start=1):
         if key not in texts:  # sets of questions often hold copies
             place = places[number - 1] if places else f"conversation {number}"
             texts[key] = _prompt_text(tokenizer, conversation, place, settings)
-    unique = list(dict.fromkeys(texts[key] for key in keys))
+    return [texts[key] for key in keys]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the token ids, int32 [P], of each text of `render_texts`.
+
+    A chat template has written all special tokens, and nothing is added. Without one, what the tokenizer puts before a
+    text is added (usually BOS, and only once). What it puts behind a text (EOS, for some) never ends a prompt: the
+    answer goes on there.
+    """
+    unique = list(dict.fromkeys(texts))
     if tokenizer.chat_template is not None:
         encoded = tokenizer(unique, add_special_tokens=False)["input_ids"]
     else:
@@ -82,7 +94,12 @@ def render(
         full = tokenizer(unique, add_special_tokens=True)["input_ids"] if unique else []
         encoded = [_trimmed(tokens, before, behind) for tokens in full]
     ids = {text: np.asarray(tokens, dtype=np.int32) for text, tokens in zip(unique, encoded)}
-    return [ids[texts[key]] for key in keys]
+    return [ids[text] for text in texts]
+
+
+def opens_thinking(text: str) -> bool:
+    """Whether a rendered prompt ends in `<think>`, so that its answer begins within the thinking."""
+    return text.rstrip().endswith("<think>")
 
 
 def _key(conversation: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -154,13 +171,14 @@ class PromptStream:
             raise DataError("no question files given: set data.train")
         refuse_conflicts((_key(row.messages), row.answer, row.where) for row in rows)
         conversations = [_conversation(row, system_prompt) for row in rows]
-        rendered = render(tokenizer, conversations, [row.where for row in rows])
+        texts = render_texts(tokenizer, conversations, [row.where for row in rows])
         self._prompts: list[Prompt] = []
-        for index, (row, messages, ids) in enumerate(zip(rows, conversations, rendered)):
+        for index, (row, messages, text, ids) in enumerate(zip(rows, conversations, texts, encode(tokenizer, texts))):
             if len(ids) == 0:
                 raise DataError(f"{row.where}, column 'prompt': becomes no tokens at all with this tokenizer")
             if len(ids) <= max_prompt_tokens:
-                self._prompts.append(Prompt(index, row.data_source, messages, row.answer, ids, row.extra))
+                opens = opens_thinking(text)
+                self._prompts.append(Prompt(index, row.data_source, messages, row.answer, ids, row.extra, opens))
             elif over_long == "refuse":
                 raise DataError(
                     f"{row.where}, column 'prompt': {len(ids)} tokens, above data.max_prompt_tokens="

@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         pa.field("sample_index", pa.int32(), nullable=False),
         pa.field("prompt_index", pa.int64(), nullable=False),
         pa.field("data_source", pa.string(), nullable=False),
+        pa.field("prompt_opens_thinking", pa.bool_()),  # the prompt ends in `<think>`, which grading must know
         pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("answer", pa.string(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
@@ -52,7 +53,7 @@ SCHEMA = pa.schema(
     metadata={"megatron_nft.rollouts": "1"},
 )
 
-_ADDED = ("reason",)
+_ADDED = ("reason", "prompt_opens_thinking")
 """Columns that files of earlier versions lack; they read as null there."""
 
 _STEP_FOLDER = re.compile(r"step_(\d+)$")
@@ -133,6 +134,7 @@ def _row(group: RolloutGroup, rollout: Rollout, fate: str, step: int) -> dict[st
         "sample_index": rollout.sample_index,
         "prompt_index": prompt.index,
         "data_source": _unicode(prompt.data_source),
+        "prompt_opens_thinking": prompt.opens_thinking,
         "prompt_text": _unicode(prompt_text(prompt)),
         "answer": _unicode(prompt.answer),
         "text": _unicode(rollout.text),

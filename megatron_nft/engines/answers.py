@@ -27,6 +27,9 @@ class Verifier(Protocol):
         ...
 
 
+OPENS_THINKING = "prompt_opens_thinking"
+"""Key under which graders learn, from their `extra`, that the prompt ends in `<think>`."""
+
 CUT_OFF = "cut off at rollout.max_response_tokens"
 """The reason of an answer that has no end and was not graded."""
 
@@ -89,7 +92,9 @@ class _OpenQuestion:
     def add(self, sample: int, completion: Completion, text: str, verifier: Verifier | None) -> None:
         verdict = None
         if verifier is not None:
-            verdict = verifier.submit(text, self.prompt.answer, self.prompt.data_source, self.prompt.extra)
+            prompt = self.prompt
+            extra = {**prompt.extra, OPENS_THINKING: True} if prompt.opens_thinking else prompt.extra
+            verdict = verifier.submit(text, prompt.answer, prompt.data_source, extra)
         self.answers[sample] = (completion, text, verdict)
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nft.data.benchmarks import BENCHMARKS, BenchmarkError, Question, find_file, read_benchmark, read_prepared
-from megatron_nft.data.prompts import render, with_system_prompt
+from megatron_nft.data.prompts import encode, opens_thinking, render_texts, with_system_prompt
 from megatron_nft.evaluate.protocol import Sampling
 from megatron_nft.types import Prompt
 
@@ -59,10 +59,12 @@ def make_prompts(task: Task, tokenizer: Any, system_prompt: str | None) -> list[
     """
     conversations = [with_system_prompt(question.messages, system_prompt) for question in task.questions]
     places = [question.where or f"{task.title}, question {question.id}" for question in task.questions]
-    ids = render(tokenizer, conversations, places, "--chat-template or --system-prompt")
+    texts = render_texts(tokenizer, conversations, places, "--chat-template or --system-prompt")
     return [
-        Prompt(index, q.data_source, messages, q.answer, token_ids, q.extra)
-        for index, (q, messages, token_ids) in enumerate(zip(task.questions, conversations, ids))
+        Prompt(index, q.data_source, messages, q.answer, token_ids, q.extra, opens_thinking(text))
+        for index, (q, messages, text, token_ids) in enumerate(
+            zip(task.questions, conversations, texts, encode(tokenizer, texts))
+        )
     ]
 
 

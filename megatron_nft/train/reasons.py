@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from megatron_nft.engines.answers import CUT_OFF
 from megatron_nft.types import RolloutGroup, Verdict
 
-REASONS = ("cut_off", "no_answer", "reference", "grader_failed", "timeout", "memory", "other")
-"""cut_off: no end within the limit. no_answer: the grader found none in the text. reference: the reference answer
-cannot be used. grader_failed: the grader raised, or its process ended. timeout, memory: grading used up what it may."""
+REASONS = ("cut_off", "unfinished", "no_answer", "reference", "grader_failed", "timeout", "memory", "other")
+"""cut_off: no end within the limit. unfinished: the last box or the thinking is not closed. no_answer: the grader found
+none in the text. reference: the reference answer cannot be used. grader_failed: the grader raised, or its process
+ended. timeout, memory: grading used up what it may."""
 
 _BEGINNINGS = (
     (CUT_OFF, "cut_off"),
@@ -21,6 +22,10 @@ _BEGINNINGS = (
     ("no verdict after", "timeout"),
     ("needed more than", "memory"),
     ("the reference", "reference"),
+    ("the thinking is not finished", "unfinished"),
+    ("the last box is cut off", "unfinished"),
+    ("nothing follows", "no_answer"),
+    ("the response is empty", "no_answer"),
 )
 
 

@@ -154,5 +154,7 @@ _ADVICE = {
     "reference": "The reference answers cannot be used: look at `reason` in the rollout file, and at the data",
     "no_answer": "The grader found no answer in the texts: ask for the form that it looks for (a box, usually), or "
     "choose another one (verify.grader)",
+    "unfinished": "Most answers end within their thinking or a box: see rollout.stop_token_ids, or give more tokens "
+    "(rollout.max_response_tokens)",
     "cut_off": "Most answers were cut off: raise rollout.max_response_tokens, or see rollout.stop_token_ids",
 }

@@ -139,3 +139,15 @@ def test_an_evaluation_tells_it_too(start, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "train.jsonl, row 1: the chat template refuses" in error and "--system-prompt" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("ending", "opens"),
+    [("<think>", True), ("<think>\n", True), ("<think>\n\n</think>\n", False), ("", False), ("<think> Well,", False)],
+)
+def test_a_prompt_that_ends_in_think_opens_the_thinking(tmp_path, ending, opens):
+    tokenizer = synthetic.make_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM.replace("<assistant>", "<assistant>" + ending)
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"prompt": "1+1= <think>", "answer": "2"}\n')
+    assert PromptStream([path], tokenizer, 64).prompt(0).opens_thinking is opens

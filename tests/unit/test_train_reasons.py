@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import Future
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +23,7 @@ from megatron_nft.train import collect, record
 from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.reasons import REASONS, Outcomes, reason_group
 from megatron_nft.types import Prompt, Rollout, RolloutGroup, Verdict
-from megatron_nft.verify import VerifierPool
+from megatron_nft.verify import Graded, VerifierPool
 
 PROMPT = Prompt(0, "sums", ({"role": "user", "content": "1+1="},), "2", np.array([1, 2], dtype=np.int32))
 
@@ -50,6 +52,9 @@ def group(*answers: tuple[Verdict, str], draw: int = 0) -> RolloutGroup:
         ("no answer found in the response", "no_answer"),
         (r"no \boxed{} in the response", "no_answer"),
         ("math-verify finds no answer in the response", "no_answer"),
+        ("the thinking is not finished: there is no </think>", "unfinished"),
+        ("the last box is cut off", "unfinished"),
+        ("nothing follows </think>", "no_answer"),
         ("nested too deeply", "other"),
     ],
 )
@@ -71,7 +76,7 @@ class Script:
         self.sampling = sampling
         tokenizer = make_tokenizer()
         for i in range(len(requests)):
-            for sample, text in enumerate((r"\boxed{2}", r"\boxed{3}", "Hm.", r"\boxed{2")):
+            for sample, text in enumerate((r"\boxed{2}", r"\boxed{3}", "\n", r"\boxed{2")):
                 ids = np.array(tokenizer.encode(text), dtype=np.int32)
                 reason = "length" if sample == 3 else "stop"
                 yield i, sample, Completion(ids, np.zeros(len(ids), dtype=np.float32), reason, 0)
@@ -112,10 +117,30 @@ def test_graders_leave_their_reason_with_every_answer(tmp_path, grader, groups):
     assert {name: merged[f"reason/{name}"] for name in REASONS} == {name: groups.count(name) for name in REASONS}
 
 
+@pytest.mark.parametrize("opens", [False, True])
+def test_graders_and_the_file_learn_that_a_prompt_opens_the_thinking(tmp_path, opens):
+    asked = []
+
+    class Noting:
+        def submit(self, response, answer, data_source, extra):
+            asked.append(extra)
+            future = Future()
+            future.set_result(Graded(Verdict.WRONG, None, "g", 0.0, {}, False, "why"))
+            return future
+
+    prompt = replace(PROMPT, opens_thinking=opens, extra={"index": 1})
+    options = {"step": 1, "weight_version": 0, "tokenizer": make_tokenizer()}
+    (found,), _ = generate_groups(Script(), [(0, prompt)], settings(tmp_path), Noting(), **options)
+    assert asked == [{"index": 1, "prompt_opens_thinking": True} if opens else {"index": 1}] * 3  # one is cut off
+    path = tmp_path / "rank_00000.parquet"
+    write_rollouts(path, [found], ["all_wrong"], step=1)
+    assert read_rollout_file(path).column("prompt_opens_thinking").to_pylist() == [opens] * 4
+
+
 def test_files_of_earlier_versions_lack_the_column_and_are_read(tmp_path):
     path = tmp_path / "rank_00000.parquet"
     write_rollouts(path, [group((Verdict.WRONG, "x"))], ["trained"], step=1)
-    pq.write_table(pq.read_table(path).drop_columns(["reason"]), path)
+    pq.write_table(pq.read_table(path).drop_columns(["reason", "prompt_opens_thinking"]), path)
     table = read_rollout_file(path)
     assert table.schema.names == SCHEMA.names and table.column("reason").to_pylist() == [None]
     assert read_rollout_file(path, ["reason", "verdict"]).to_pylist() == [{"reason": None, "verdict": "wrong"}]
