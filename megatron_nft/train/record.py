@@ -19,6 +19,12 @@ from megatron_nft.types import RolloutGroup, TrainingSample, Verdict
 if TYPE_CHECKING:
     from megatron_nft.policy.policy import StepReport
 
+TRAINER_NAMES = frozenset({"lr", "loss/total", "grad_norm", "grad_norm/max", "skipped_steps", "skipped_steps/share"})
+TRAINER_PREFIXES = (
+    "accuracy/", "answers/", "correct_rate/", "entropy/", "eval/", "gap/", "groups/", "length/", "memory/", "seconds/",
+    "sync/", "verdict/",
+)  # fmt: skip
+"""Names of the trainer's own metrics, which an algorithm's must not be added to."""
 HISTOGRAM_BINS = 11  # correct rates 0, 0.1, …, 1 sit in bins of their own
 
 
@@ -83,7 +89,12 @@ def add_gap(metrics: Metrics, samples: Sequence[TrainingSample]) -> None:
 
 
 def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
-    """One optimizer step, the algorithm's own metrics included; the report holds sums over all ranks already."""
+    """One optimizer step, the algorithm's own metrics included; the report holds sums over all ranks already.
+
+    ValueError, on every rank, where the algorithm gives a metric the name of one of the trainer's.
+    """
+    if taken := [n for n in report.metrics if n in TRAINER_NAMES or n.startswith(TRAINER_PREFIXES)]:
+        raise ValueError(f"the algorithm's metric {taken[0]!r} has a name of the trainer's own; choose another")
     if rank != 0:
         return
     metrics.mean("skipped_steps/share", float(report.skipped), 1)
