@@ -125,9 +125,10 @@ class EmbeddedEngine:
         check_memory(path, hf_config, torch_dtype, device, num_copies)
         options = {"dtype": torch_dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
         if load_weights:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
             )
+            model, found = loaded  # the stubs know only the model
             refuse_gaps(path, found)
         else:
             with no_init_weights():
