@@ -56,7 +56,7 @@ def inspect_model(path: Path) -> tuple[int, int]:
     try:
         shapes = HFFolder(path).shapes
     except ValueError as e:
-        raise ModelFolderError(f"model folder is incomplete: {e}") from None
+        raise ModelFolderError(str(e)) from None
     return sum(prod(shape) for shape in shapes.values()), positions
 
 
