@@ -149,7 +149,7 @@ def transformer_config(spec: ModelSpec, policy: PolicyConfig) -> TransformerConf
 
 
 def _leave(weight: Tensor) -> Tensor:
-    """Initializes nothing: every weight is loaded."""
+    """Do nothing in place of an initialization: every weight is loaded."""
     return weight
 
 
