@@ -111,7 +111,7 @@ class _OpenQuestion:
 
 
 def training_sampling(config: Config, stop_token_ids: Sequence[int] = ()) -> SamplingParams:
-    """How answers for training are drawn. stop_token_ids: the tokens that end them (end_tokens.py)."""
+    """Return how answers for training are drawn. stop_token_ids: the tokens that end them (end_tokens.py)."""
     rollout = config.rollout
     limits = (rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     return SamplingParams(*limits, stop_token_ids=tuple(stop_token_ids))
@@ -167,7 +167,7 @@ def generate_groups(
 
 
 def _rollout(draw: int, sample: int, answer: GradedAnswer, truncated: str) -> Rollout:
-    """truncated: algorithm.truncated, for an answer that was not graded."""
+    """Return an answer as a rollout. truncated: algorithm.truncated, for an answer that was not graded."""
     completion, graded = answer.completion, answer.graded
     rollout = Rollout(
         draw=draw,

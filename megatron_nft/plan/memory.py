@@ -139,7 +139,7 @@ def in_flight_layers(spec: ModelSpec, layout: LayoutSettings, stage: int, num_mi
 def _training(
     spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int, m: int
 ) -> dict[str, int]:
-    """Parts that only the training phase has. The CPU spec has no separate workspaces."""
+    """Return the parts that only the training phase has. The CPU spec has no separate workspaces."""
     tokens, e = layout.micro_batch_tokens, element_bytes(config)
     on_cpu = cluster.chip.name == "cpu" or config.policy.layer_spec == "local"
     fp8 = config.policy.fp8.recipe != "none"

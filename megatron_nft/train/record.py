@@ -1,4 +1,4 @@
-"""The figures of a training step, by name, and how each is made.
+"""The metrics of a training step, by name, and how each is made.
 
 Every function adds what one rank knows. What all ranks know alike is added by rank 0 alone.
 """
@@ -19,7 +19,12 @@ from megatron_nft.types import RolloutGroup, TrainingSample, Verdict
 if TYPE_CHECKING:
     from megatron_nft.policy.policy import StepReport
 
-TRAINER_NAMES = frozenset({"lr", "loss/total", "grad_norm", "grad_norm/max", "skipped_steps", "skipped_steps/share"})
+TRAINER_NAMES = frozenset(
+    {
+        "generation_batches", "grad_norm", "grad_norm/max", "loss/total", "lr", "policy/entropy", "skipped_steps",
+        "skipped_steps/share", "step", "tokens/generated", "tokens/trained", "tokens_per_s",
+    }
+)  # fmt: skip
 TRAINER_PREFIXES = (
     "accuracy/", "answers/", "correct_rate/", "entropy/", "eval/", "gap/", "groups/", "length/", "memory/", "seconds/",
     "sync/", "verdict/",
@@ -109,9 +114,9 @@ def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
         metrics.add(name, value)
 
 
-def add_sync(metrics: Metrics, figures: dict[str, float]) -> None:
+def add_sync(metrics: Metrics, costs: dict[str, float]) -> None:
     """Seconds and bytes of a weight sync, the slowest rank's."""
-    for name, value in figures.items():
+    for name, value in costs.items():
         metrics.max(f"sync/{name}", value)
 
 
@@ -124,8 +129,8 @@ def add_seconds(metrics: Metrics, phases: dict[str, float], total: float) -> Non
 
 
 def add_memory(metrics: Metrics, phases: dict[str, tuple[int, int]]) -> None:
-    """Per phase the most that the trainer allocated, and what the device held at its end, engine and all; the fullest
-    device's."""
+    """The memory of each phase, of the fullest device: the most that the trainer allocated during the phase, and what
+    the device held at its end, the engine's share included."""
     for name, (peak, held) in phases.items():
         metrics.max(f"memory/{name}_peak_bytes", peak)
         metrics.max(f"memory/{name}_device_bytes", held)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -199,23 +198,20 @@ def test_the_rollouts_of_a_step_that_fails_are_on_disk_before_the_error(tmp_path
     monkeypatch.setattr(collect, "gather_objects", lambda value, _: [value])
     config = settings(tmp_path, verify={"grader": grader})
     stream = SimpleNamespace(cursor=0, draw=lambda n: [(i, PROMPT) for i in range(n)])
-    questions = SimpleNamespace(
-        stream=stream, tokenizer=make_tokenizer(), end_tokens=(EndToken(258, "<|im_end|>", ("tokenizer",)),)
-    )
-
-    class Life:
-        stop = SimpleNamespace(signum=0)
-
-        def progress(self, *_, **__):
-            return nullcontext(lambda done, total: None)
-
-    with VerifierPool(config.verify) as pool:
-        parts = SimpleNamespace(
-            config=config, layout=Ranks(), questions=questions, life=Life(), engine=engine or Endless(), verifier=pool,
+    options = {"step": 1, "weight_version": 0, "tokenizer": make_tokenizer()}
+    with VerifierPool(config.verify) as pool, pytest.raises(collect.EmptyBatchError) as error:
+        collect.collect(
+            lambda draws: generate_groups(engine or Endless(), draws, config, pool, **options)[0],
+            RunState(step=0, weight_version=0, cursor=0, surplus=()),
+            1,
+            Metrics(),
+            config=config,
+            layout=Ranks(),
+            stream=stream,
             algorithm=SimpleNamespace(samples=lambda _: []),
-        )  # fmt: skip
-        with pytest.raises(collect.EmptyBatchError) as error:
-            collect.collect(parts, RunState(step=0, weight_version=0, cursor=0, surplus=()), 1, Metrics())
+            stop=SimpleNamespace(signum=0),
+            end_tokens=(EndToken(258, "<|im_end|>", ("tokenizer",)),),
+        )
     assert said in str(error.value) and "\n" not in str(error.value)
     table = read_rollout_file(rollout_path(tmp_path, 1, 0))
     assert table.num_rows == 2 * 2 * 4

@@ -86,7 +86,7 @@ def test_an_optimizer_step_brings_the_metrics_of_its_algorithm():
     }
 
 
-@pytest.mark.parametrize("name", ["lr", "loss/total", "seconds/own"])
+@pytest.mark.parametrize("name", ["lr", "loss/total", "policy/entropy", "seconds/own", "step", "tokens/trained"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_metric_of_the_trainer_cannot_be_added_to(name, rank):
     report = StepReport(0.5, 2.0, 1e-6, False, "", 4, {"own/share": Mean(1.0, 4), name: Mean(1.0, 1)})

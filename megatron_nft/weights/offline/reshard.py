@@ -112,7 +112,7 @@ def _with_layout(common: dict[str, Any], grid: TargetLayout) -> dict[str, Any]:
 
 
 def _carry_run_files(checkpoint: MegatronCheckpoint, partial: Path, grid: TargetLayout) -> None:
-    """Surplus groups and the manifest, with the new layout and the new files' sizes and SHA-256."""
+    """Copy surplus groups, and the manifest with the new layout and the new files' sizes and SHA-256."""
     for path in checkpoint.path.iterdir():
         if path.is_dir() and path != checkpoint.folder:
             shutil.copytree(path, partial / path.name)
