@@ -10,14 +10,30 @@ import re
 Span = tuple[int, int]  # start and end in the text
 
 MAX_BOXES = 20  # only this many boxes, complete or not, are looked at, from the end
+MAX_BETWEEN_CHARS = 300  # boxes further apart are not one sentence
 
+_COMMANDS = ("\\boxed", "\\fbox", "\\framebox")
 _box = re.compile(r"\\(?:boxed|fbox|framebox)\s*(\{?)")
 _brace = re.compile(r"\\[{}\\]|[{}]")
+_torn_command = re.compile(r"\\(?:b|bo|box|boxe|boxed|fb|fbo|fbox|framebox)\s*$")
 _between_boxes = re.compile(
     r"""[\s$.,;&]* (?:\\[\])])? [\s$.,;&]*
         (?:and|or|\\text\s*\{\s*(?:and|or)\s*\}|\\quad)? [\s$\\(\[]* (?:[a-zA-Z](?:_\{?\d\}?)?\s*=\s*)?""",
     re.VERBOSE,
 )
+_ends_sentence = re.compile(r"\n|[!?](?!\d)|\.(?=\s|$|\\)|\\\\")
+_joint = re.compile(r"(?<![A-Za-z])(?:and|or|by|while|whereas)(?![A-Za-z])|[,;&]|\\q?quad", re.IGNORECASE)
+_goes_on = re.compile(  # the first box led to the second one, or was corrected by it
+    r"""(?<![A-Za-z])
+    (?: wait | no | not | actually | correct\w* | instead | rather | but | mistake\w* | errors? | should | becomes? | so
+      | thus | hence | therefore | then | gives? | giving | which | because | since | impl\w+ | equal\w* | equivalent\w*
+      | that\sis | i\.e | same | simplif\w+ | round\w* | approx\w* | however | again | final\w* | answer | earlier
+      | before | previous\w* | chang\w+ | to | from | after | Rightarrow | now | later | yield\w* | mean\w* | oops
+      | sorry | hmm | let | substitut\w+ | using | with | when | if | where | for\sa\stotal | total\w* | altogether
+    ) (?![A-Za-z]) | [→⇒] | [-=]>""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_name = re.compile(r"=[\s$({\\\[]*$")
 _percent_after = re.compile(r"[\s$]*(?:\\?%|percent\b)")
 
 
@@ -30,7 +46,8 @@ def last_box(text: str) -> str | None:
 def last_boxes(text: str) -> str | None:
     r"""Return the last complete box together with those joined to it, without repetitions: `\boxed{1} and \boxed{3}`.
 
-    The contents are separated by commas; a percent sign behind the last box is kept.
+    Boxes of one sentence are joined unless its words say that one leads to the next or corrects it. The contents are
+    separated by commas; a percent sign behind the last box is kept.
     """
     contents: list[str] = []
     start = len(text)
@@ -40,7 +57,7 @@ def last_boxes(text: str) -> str | None:
         if contents and box_end >= start:  # a box around the previous one
             start = box_start
             continue
-        if contents and not _between_boxes.fullmatch(text[box_end:start]):
+        if contents and not _are_joined(text[box_end:start]):
             break
         if inner not in contents:
             contents.append(inner)
@@ -53,9 +70,31 @@ def last_boxes(text: str) -> str | None:
     return answer + percent_sign(text, end, answer)
 
 
+def is_cut_off(text: str) -> bool:
+    """Whether the text ends within a box: the last one is not closed."""
+    at = max(text.rfind(name) for name in _COMMANDS)
+    match = _box.match(text, at) if at >= 0 else None
+    if match is not None and (_closing_brace(text, match.end()) < 0 if match[1] else not text[match.end() :].strip()):
+        return True
+    return bool(_torn_command.search(text[-20:]))
+
+
 def percent_sign(text: str, end: int, answer: str) -> str:
     r"""Return `\%` if a percent sign follows at `end` of `text` and `answer` does not hold one, else ""."""
     return r"\%" if _percent_after.match(text, end) and "%" not in answer else ""
+
+
+def _are_joined(between: str) -> bool:
+    r"""Whether the text between two boxes makes them one answer: ` \text{ and } `, ` cats and `, `, y = `."""
+    if len(between) > MAX_BETWEEN_CHARS:
+        return False
+    if _between_boxes.fullmatch(between):
+        return True
+    if _ends_sentence.search(between) or _goes_on.search(between):
+        return False
+    if "=" in between and (not _name.search(between) or between.count("=") > 1):
+        return False
+    return bool(_joint.search(between))
 
 
 def _boxes(text: str) -> list[tuple[Span, Span]]:
@@ -63,7 +102,7 @@ def _boxes(text: str) -> list[tuple[Span, Span]]:
     found: list[tuple[Span, Span]] = []
     stop = len(text)
     for _ in range(MAX_BOXES):
-        at = max(text.rfind(name, 0, stop) for name in ("\\boxed", "\\fbox", "\\framebox"))
+        at = max(text.rfind(name, 0, stop) for name in _COMMANDS)
         if at < 0:
             break
         stop = at

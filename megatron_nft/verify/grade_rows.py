@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_nft.files import RowsError, read_rows, replacing
+from megatron_nft.verify.thinking import PROMPT_OPENS_THINKING, opens_thinking
 
 RESPONSE_COLUMNS = ("response", "text")  # `text` is the column's name in the project's rollout files
+
+PROMPT_COLUMNS = ("prompt_text", "prompt")
 
 
 def rows_to_grade(path: Path) -> Iterator[dict[str, Any]]:
@@ -33,6 +36,16 @@ def response_column(row: dict[str, Any], path: Path) -> str:
         columns = ", ".join(map(repr, row)) or "none"
         raise RowsError(f"{path}, row 1: column {missing} is missing; columns found: {columns}")
     return name
+
+
+def opens_thinking_in(row: dict[str, Any]) -> bool:
+    """Whether the prompt of a row ends in `<think>`: its column `prompt_opens_thinking` says so, or its prompt does.
+
+    A prompt is looked for in `prompt_text`, as in the project's rollout files, and in `prompt` if that is a text.
+    """
+    if isinstance(said := row.get(PROMPT_OPENS_THINKING), bool):
+        return said
+    return any(isinstance(row.get(name), str) and opens_thinking(row[name]) for name in PROMPT_COLUMNS)
 
 
 def as_text(value: Any) -> str | None:

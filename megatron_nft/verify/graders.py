@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_nft.types import Verdict
 from megatron_nft.verify.outcome import Graded, Outcome, combine, shorten
+from megatron_nft.verify.thinking import with_opened
 
 Grader = Callable[[str, str, str, dict[str, Any] | None], Outcome]
 
@@ -131,11 +132,15 @@ def grade_one(
     data_source: str = "",
     extra: dict[str, Any] | None = None,
     on_disagreement: str = "trust_first",
+    prompt_opens_thinking: bool = False,
 ) -> Graded:
     """Grade in this process, without the limits on time and memory that `VerifierPool` enforces.
 
-    grader: one or several names, comma-separated, as in `verify.grader`.
+    grader: one or several names, comma-separated, as in `verify.grader`. prompt_opens_thinking: as in
+    `VerifierPool.submit`.
     """
+    if prompt_opens_thinking:
+        extra = with_opened(extra)
     names = split_names(grader)
     graders = [load(name) for name in names]
     start = time.perf_counter()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from megatron_nft.verify.algebra.sympy_spelling import nested_list, plain_calls
 from megatron_nft.verify.algebra.vocabulary import CHARACTERS, COMMANDS, DROPPED, TEXTS
+from megatron_nft.verify.markup import without_marks, without_signs
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
@@ -27,6 +29,14 @@ _power_in_text = re.compile(r"(\\text\s*\{[^{}]*)\^\{(-?\d+)\}")  # \text{m s^{-
 _number_in_text = re.compile(r"([-+]?\d[\d.,/:]*)\s*([^\d]*)$")
 _unit = r"\{\s*(\\text\{[^{}]*\}(?:\^\{?\d\}?)?)\s*\}"
 _unit_fraction = re.compile(rf"\\frac\s*{_unit}\s*{_unit}")
+_in_base = re.compile(  # 1101 \text{ in base } 2, 1101 (base 2), 1101_{\text{base } 2}
+    r"(?:\\text\s*\{\s*)?(?<![\w.])(?P<digits>[0-9A-F]+)\s*(?P<open>[({]|_\s*\{)?\s*(?:\\text\s*\{\s*)?(?:\(\s*)?(?:in\s+)?[Bb]ase[\s-]*"
+    r"(?:\}\s*)?\{?(?P<base>\d+|[a-z]+)\b\s*\}?[)}\s]*$"
+)
+_decimal_brace = re.compile(r"(?<![\d,.])(\d+)\{,\}(?!\d{3}(?!\d))(\d+)(?![\d,{])")  # 3{,}14, but not 10{,}080
+_decimal_zero = re.compile(r"(?<![\d,.])0\{,\}(\d+)(?![\d,{])")
+_quad = re.compile(r"(?<==)([^=,;]+?)\\q?quad(?![A-Za-z])(?=\s*(?!\\text|\\left|\(|\\q?quad)[^=,;]+=)")
+_several = re.compile(r"\\text\s*\{\s*(gcd|lcm|max|min)\s*\}\s*(?=[({]|\\\{)|(?<![A-Za-z\\])(gcd|lcm|max|min)(?=\()")
 _bracketed_base = re.compile(r"\((\d+)\)(?=\s*_)")  # (204)_5
 _hours_and = re.compile(r"(?<=\w)\s+and$")
 _ordinal = re.compile(r"\^\s*\{?\s*\\text\{(?:st|nd|rd|th)\}\s*\}?")
@@ -57,15 +67,35 @@ def normalize(text: str) -> str:
             return text
     else:
         text = _plain_characters(text)
+    text = without_marks(text)
     if "**" in text or "`" in text:
         text = _markdown.sub("", _python_power.sub("^", text))
     if ")_" in text:
         text = _bracketed_base.sub(r"\1", text)
     if "\\" in text or "$" in text or "~" in text or "{,}" in text:
         text = _plain_latex(text)
+    if "ase" in text:
+        text = _in_base.sub(r"\g<digits>_{\g<base>}", text)
+    if "(" in text or text[:2] == "[[":
+        text = nested_list(text) or _several.sub(r"\\\1\2", plain_calls(text))
     text = _thousands_space.sub(lambda match: re.sub(r"\s", "", match[0]), text)
     text = _times_ten.sub(r"\\times ", text)
-    return _strip_end(_space_run.sub(" ", text).strip())
+    return _strip_end(_without_outer_braces(_space_run.sub(" ", text).strip()))
+
+
+def _without_outer_braces(text: str) -> str:
+    """Return `{1, 2}` as `1, 2`: braces group and are not printed."""
+    while text[:1] == "{" and text[-1:] == "}" and text[-2:] != "\\}":
+        depth = 0
+        for index, character in enumerate(text):
+            if character in "{}" and text[index - 1 : index] != "\\":
+                depth += 1 if character == "{" else -1
+                if depth == 0:
+                    break
+        if index < len(text) - 1:
+            break
+        text = text[1:-1].strip()
+    return text
 
 
 def without_spaces(text: str) -> str:
@@ -81,7 +111,7 @@ def _plain_characters(text: str) -> str:
     text = _subscripts.sub(lambda match: "_{" + "".join(_SUBSCRIPTS[sign] for sign in match[0]) + "}", text)
     text = "".join(CHARACTERS.get(character, character) for character in text)
     text = _unicode_root.sub(r"\\sqrt{\1}", text)
-    text = unicodedata.normalize("NFKC", text)  # full-width digits, mathematical letters
+    text = without_signs(unicodedata.normalize("NFKC", text))  # full-width digits, mathematical letters
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
@@ -95,6 +125,10 @@ def _plain_latex(text: str) -> str:
     if "matrix" not in text and "array" not in text and "cases" not in text:
         text = _double_backslash.sub(r"\\", text)
     text = text.replace(r"\$", r"\dollar ").replace("$", " ")
+    if "{,}" in text:
+        text = _decimal_brace.sub(r"\1.\2", _decimal_zero.sub(r"0.\1", text))
+    if "quad" in text:
+        text = _quad.sub(r"\1 , ", text)
     for bracket in (r"\(", r"\)", r"\[", r"\]"):  # the delimiters of formulas
         text = text.replace(bracket, " ")
     text = _bold_letter.sub(r" \1 ", _color.sub(" ", text))
@@ -104,6 +138,7 @@ def _plain_latex(text: str) -> str:
     text = _old_font.sub(r"\\text{\1}", text)
     text = _command.sub(_plain_command, text)
     text = _power_in_text.sub(r"\1^\2", text)
+    text = _several.sub(r"\\\1\2", text)
     text = _text.sub(_plain_text, text)
     if "\\text" in text:
         text = _ratio.sub(":", _ordinal.sub("", _unit_fraction.sub(r"\1/\2", text)))
