@@ -5,14 +5,15 @@ A box is complete when its brace is closed; escaped braces do not count, and `\b
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 
 Span = tuple[int, int]  # start and end in the text
 
 MAX_BOXES = 20  # only this many boxes, complete or not, are looked at, from the end
 MAX_BETWEEN_CHARS = 300  # boxes further apart are not one sentence
 
-_COMMANDS = ("\\boxed", "\\fbox", "\\framebox")
 _box = re.compile(r"\\(?:boxed|fbox|framebox)\s*(\{?)")
 _brace = re.compile(r"\\[{}\\]|[{}]")
 _torn_command = re.compile(r"\\(?:b|bo|box|boxe|boxed|fb|fbo|fbox|framebox)\s*$")
@@ -39,8 +40,8 @@ _percent_after = re.compile(r"[\s$]*(?:\\?%|percent\b)")
 
 def last_box(text: str) -> str | None:
     """Return the content of the last complete box, with its spaces; None if there is no complete box."""
-    spans = _boxes(text)
-    return text[slice(*spans[0][1])] if spans else None
+    spans = next(_boxes(text), None)
+    return text[slice(*spans[1])] if spans else None
 
 
 def last_boxes(text: str) -> str | None:
@@ -70,11 +71,15 @@ def last_boxes(text: str) -> str | None:
     return answer + percent_sign(text, end, answer)
 
 
+def has_box(text: str) -> bool:
+    """Whether a text has a box, complete or not."""
+    return next(_commands(text), None) is not None
+
+
 def is_cut_off(text: str) -> bool:
     """Whether the text ends within a box: the last one is not closed."""
-    at = max(text.rfind(name) for name in _COMMANDS)
-    match = _box.match(text, at) if at >= 0 else None
-    if match is not None and (_closing_brace(text, match.end()) < 0 if match[1] else not text[match.end() :].strip()):
+    match = next(_commands(text), None)
+    if match is not None and (closing_brace(text, match.end()) < 0 if match[1] else not text[match.end() :].strip()):
         return True
     return bool(_torn_command.search(text[-20:]))
 
@@ -97,28 +102,29 @@ def _are_joined(between: str) -> bool:
     return bool(_joint.search(between))
 
 
-def _boxes(text: str) -> list[tuple[Span, Span]]:
-    """Return the spans of the last complete boxes and of their contents, the last box first."""
-    found: list[tuple[Span, Span]] = []
+def _commands(text: str) -> Iterator[re.Match[str]]:
+    """Yield the box commands of a text, the last one first."""
     stop = len(text)
-    for _ in range(MAX_BOXES):
-        at = max(text.rfind(name, 0, stop) for name in _COMMANDS)
-        if at < 0:
-            break
+    while (at := text.rfind("box", 0, stop)) >= 0:
+        start = text.rfind("\\", max(0, at - len("\\frame")), at)
         stop = at
-        match = _box.match(text, at)
-        if match is None:
-            continue
+        match = _box.match(text, start) if start >= 0 else None
+        if match is not None:
+            yield match
+
+
+def _boxes(text: str) -> Iterator[tuple[Span, Span]]:
+    """Yield the spans of the last complete boxes and of their contents, the last box first."""
+    for match in itertools.islice(_commands(text), MAX_BOXES):
         if match[1]:
-            end = _closing_brace(text, match.end())
+            end = closing_brace(text, match.end())
         else:  # \boxed 5
             end = match.end() + 1 if match.end() < len(text) and text[match.end()].isalnum() else -1
         if end >= 0:
-            found.append(((at, end + (1 if match[1] else 0)), (match.end(), end)))
-    return found
+            yield (match.start(), end + (1 if match[1] else 0)), (match.end(), end)
 
 
-def _closing_brace(text: str, start: int) -> int:
+def closing_brace(text: str, start: int) -> int:
     """Return the index of the brace that closes the one before `start`; -1 if it is missing."""
     depth = 1
     for match in _brace.finditer(text, start):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import re
 
-from megatron_nft.verify.boxed import is_cut_off, last_boxes, percent_sign
+from megatron_nft.verify.boxed import has_box, is_cut_off, last_boxes, percent_sign
 from megatron_nft.verify.markup import plain_lines
 from megatron_nft.verify.thinking import NoAnswer, answer_part
 
@@ -56,6 +56,7 @@ _concluding = re.compile(
     rf"|^[^\w\n]*{_number.pattern}\s?[A-Za-z]*\W*$",
     re.IGNORECASE,
 )
+_told = re.compile(r"\s*[A-Z][a-z]*\s+[a-z]+\s+\\?\$?[-+]?\d")  # He pays $5
 _tag = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 _markers = " \t*_:=→⇒➜➡|："  # noqa: RUF001
 SHORT_CHARS = 300  # a response of at most this length may be nothing but an answer
@@ -82,9 +83,8 @@ def final_answer(response: str, *, opened: bool = False) -> str:
         response = _tag.findall(response[response.rfind("<answer>") :])[-1]
     if is_cut_off(response):
         raise NoAnswer("the last box is cut off")
-    if "\\boxed" in response or "\\fbox" in response or "\\framebox" in response:
-        answer = last_boxes(response)
-    else:
+    answer = last_boxes(response)
+    if answer is None and not has_box(response):
         answer = _without_box(plain_lines(response[-TAIL_CHARS:]))
     if answer is None:
         raise NoAnswer("no answer found in the response")
@@ -186,4 +186,4 @@ def _content(match: re.Match[str]) -> str:
 def _is_sentence(text: str) -> bool:
     """Whether a short text is more than an answer: "She has 18 eggs."."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", _math.sub(" ", text))
-    return len(words) >= 3 or (bool(_math.search(text)) and len(words) >= 1)
+    return len(words) >= 3 or bool(_told.match(text)) or (bool(_math.search(text)) and len(words) >= 1)

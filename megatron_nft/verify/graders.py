@@ -5,6 +5,7 @@ A worker process calls a grader as `grade(response, answer, data_source, extra)`
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import time
 import warnings
@@ -99,7 +100,8 @@ def _adapt(name: str, function: Callable[..., Any]) -> Grader:
     def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
         result = function(response, answer, data_source, extra)
         if isinstance(result, Outcome):
-            return result
+            silent = result.verdict not in (Verdict.CORRECT, Verdict.WRONG) and not result.reason
+            return dataclasses.replace(result, reason=f"said by {name}") if silent else result
         if isinstance(result, Verdict):
             return Outcome(result, reason="" if result in (Verdict.CORRECT, Verdict.WRONG) else f"said by {name}")
         if isinstance(result, bool):

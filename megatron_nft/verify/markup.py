@@ -28,6 +28,8 @@ _after = re.compile(
     r"(?:\s*(?:\\(?:blacksquare|square|Box|qed|qedsymbol|checkmark)(?![A-Za-z])|(?:(?<=\s)|^)Q\.?E\.?D\.?))+\s*$"
 )
 _QUOTES = (('"', '"'), ("''", "''"), ("``", "''"), ("'", "'"), ("«", "»"), ("„", '"'), ("「", "」"))
+_QUOTE_STARTS = frozenset(opening[0] for opening, _ in _QUOTES)
+TAIL_CHARS = 200  # marks behind an answer are looked for in this many last characters
 KEPT_SIGNS = frozenset("°△▵∠")
 
 
@@ -66,8 +68,11 @@ def _is_picture(character: str) -> bool:
 def without_marks(text: str) -> str:
     """Return an answer without arrows before it, signs of the end of a proof behind it, and quotation marks around."""
     if "\\" in text or ">" in text or "Q" in text:
-        text = _after.sub("", _before.sub("", text))
+        text = _before.sub("", text)
+        text = text[:-TAIL_CHARS] + _after.sub("", text[-TAIL_CHARS:])
     text = text.strip()
+    if text[:1] not in _QUOTE_STARTS:
+        return text
     for opening, closing in _QUOTES:
         if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : -len(closing)]

@@ -37,6 +37,8 @@ def answer_part(response: str, *, opened: bool = False) -> str:
 
     opened: the prompt ends in `<think>`. Raises NoAnswer if the thinking is not finished or nothing follows it.
     """
+    if not opened and "think>" not in response and response and not response.isspace():
+        return response
     closed = response.rfind(_CLOSE)
     rest = response if closed < 0 else response[closed + len(_CLOSE) :]
     reopened = rest.find(_OPEN)

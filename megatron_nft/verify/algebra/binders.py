@@ -57,6 +57,9 @@ def _variable(parser: Parser, sign: str) -> tuple[str, list[Tree]]:
     if parser.peek() == sign:
         parser.at += 1
         bounds.append(parser.sum())
+    elif parser.peek() == ">=" and sign == "=":  # from there on
+        parser.at += 1
+        bounds += [parser.sum(), ("inf",)]
     parser.expect("}")
     return name, bounds
 

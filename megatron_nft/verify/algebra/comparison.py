@@ -32,7 +32,7 @@ POINTS = 3  # at which values are compared
 _CANDIDATES = 10  # points that are tried, because some have no value
 _NEAR_BITS = 40  # values that agree to so many bits are computed again
 _MORE_BITS = 256  # with so many bits more, and those that the terms need
-_MAX_PRECISION = 100_000  # bits
+_MAX_PRECISION = 200_000  # bits
 _MIXED = 2  # the number of the point that has negative numbers
 
 Pair = Callable[[Evaluation], tuple[Any, Any]]
@@ -140,8 +140,8 @@ def _agree(pair: Pair, evaluation: Evaluation) -> bool | None:
         return bool(first == second)
     difference = abs(first - second)
     size = max(abs(first), abs(second))
-    rounding_is_small = evaluation.lost_bits < _NEAR_BITS and evaluation.spread_bits < _NEAR_BITS
-    if rounding_is_small and difference > mp.ldexp(size, -_NEAR_BITS):
+    may_step = evaluation.has_steps and evaluation.spread_bits >= _NEAR_BITS  # floor(5 - e^{-100}) is 4
+    if evaluation.lost_bits < _NEAR_BITS and not may_step and difference > mp.ldexp(size, -_NEAR_BITS):
         return False
     bits = BASE_BITS + _MORE_BITS + int(evaluation.spread_bits + evaluation.lost_bits)
     more = bits - BASE_BITS

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from megatron_nft.verify.algebra.comparison import proportional
-from megatron_nft.verify.algebra.names import is_name, points_of, with_names_of
+from megatron_nft.verify.algebra.names import by_name, is_name, points_of, with_names_of
 from megatron_nft.verify.algebra.quantity import is_rounded, same_quantity
 from megatron_nft.verify.algebra.regions import FLIPPED, ORDERS, combine_inequalities, region, variable
 from megatron_nft.verify.algebra.tree import Tree
@@ -58,6 +58,8 @@ def _same_structure(gold: Tree, found: Tree) -> bool:
         listed = gold if found[0] == "tuple" else found
         ordered = gold if gold[0] == "tuple" else found
         plain = ordered[1:3] in (("(", ")"), (r"\langle", r"\rangle"), ("", ""))
+        if listed[0] == "list":  # y = 3, x = 2 is (2, 3)
+            gold, found = by_name(gold), by_name(found)
         return plain and listed[0] in ("list", "set") and _in_order(gold[-_count(gold) :], found[-_count(found) :])
     if kinds == ("list", "list") or kinds == ("set", "set"):
         return _in_any_order(gold[1:], found[1:])

@@ -9,7 +9,7 @@ from megatron_nft.verify.algebra.values import symbols
 
 _TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
 _COORDINATES = frozenset("xyz")  # an equation in these may be a curve
-_indexed = re.compile(r"(.+_)([A-Za-z])$")
+_indexed = re.compile(r"(.+_)([A-Za-z])$|(.+_)((?:\d*[-+])?\d*)([A-Za-z])([-+]\d+)$")  # a_n, a_n+1
 
 
 def is_name(tree: Tree) -> bool:
@@ -27,7 +27,7 @@ def is_name(tree: Tree) -> bool:
     if kind == "/":
         return bool(symbols(tree)) and (_is_derivative(tree) or all(_is_part_of_ratio(side) for side in tree[1:]))
     if kind == "f":
-        of_x = tree[2][0] == "s" and tree[2][1] in _COORDINATES
+        of_x = tree[2] in (("s", "x"), ("s", "y"))
         return (tree[1] == "abs" and not of_x and is_name(tree[2])) or (tree[1] in _TRIGONOMETRIC and is_name(tree[2]))
     if kind == "+":
         plain = [part[1] for part in tree[1:] if part[0] == "s"]
@@ -65,11 +65,13 @@ def with_names_of(gold: Tree, found: Tree) -> Tree:
 
 
 def _arguments(tree: Tree) -> tuple[str, ...]:
-    """Return ("f", "x", "y") for f(x, y) and ("a_", "n") for a_n; () for other names."""
+    """Return ("f", "x", "y") for f(x, y) and ("a_", "n") for a_n and a_{n+1}; () for other names."""
     if tree[0] == "app" and all(part[0] == "s" for part in tree[2:]):
         return (tree[1], *(part[1] for part in tree[2:]))
     indexed = _indexed.match(tree[1]) if tree[0] == "s" else None
-    return (indexed[1], indexed[2]) if indexed else ()
+    if indexed is None:
+        return ()
+    return (indexed[1], indexed[2]) if indexed[1] else (f"{indexed[3]}{indexed[4]}{indexed[6]}", indexed[5])
 
 
 def rename(tree: Tree, names: dict[str, str]) -> Tree:
@@ -78,8 +80,22 @@ def rename(tree: Tree, names: dict[str, str]) -> Tree:
         if tree[1] in names:
             return ("s", names[tree[1]])
         indexed = _indexed.match(tree[1])
-        return ("s", indexed[1] + names[indexed[2]]) if indexed and indexed[2] in names else tree
+        if indexed is None or (letter := indexed[2] or indexed[5]) not in names:
+            return tree
+        if indexed[1]:
+            return ("s", indexed[1] + names[letter])
+        return ("s", f"{indexed[3]}{indexed[4]}{names[letter]}{indexed[6]}")
     return tuple(rename(part, names) if isinstance(part, tuple) and part else part for part in tree)
+
+
+def by_name(tree: Tree) -> Tree:
+    """Return equations for different letters, `y = 3, x = 2`, in the order of the letters; other trees unchanged."""
+    items = tree[1:]
+    if tree[0] != "list" or not all(item[0] == "rel" and item[1] == ("=",) and item[2][0] == "s" for item in items):
+        return tree
+    names = [item[2][1] for item in items]
+    distinct = len(set(names)) == len(names) and all(len(name) == 1 for name in names)
+    return ("list", *sorted(items, key=lambda item: str(item[2][1]))) if distinct else tree
 
 
 def points_of(tree: Tree) -> Tree:

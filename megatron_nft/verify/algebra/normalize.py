@@ -11,6 +11,7 @@ import unicodedata
 
 from megatron_nft.verify.algebra.sympy_spelling import nested_list, plain_calls
 from megatron_nft.verify.algebra.vocabulary import CHARACTERS, COMMANDS, DROPPED, TEXTS
+from megatron_nft.verify.boxed import closing_brace
 from megatron_nft.verify.markup import without_marks, without_signs
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
@@ -35,7 +36,7 @@ _in_base = re.compile(  # 1101 \text{ in base } 2, 1101 (base 2), 1101_{\text{ba
 )
 _decimal_brace = re.compile(r"(?<![\d,.])(\d+)\{,\}(?!\d{3}(?!\d))(\d+)(?![\d,{])")  # 3{,}14, but not 10{,}080
 _decimal_zero = re.compile(r"(?<![\d,.])0\{,\}(\d+)(?![\d,{])")
-_quad = re.compile(r"(?<==)([^=,;]+?)\\q?quad(?![A-Za-z])(?=\s*(?!\\text|\\left|\(|\\q?quad)[^=,;]+=)")
+_quad = re.compile(r"(?<==)([^=,;]{1,200}?)\\q?quad(?![A-Za-z])(?=\s*(?!\\text|\\left|\(|\\q?quad)[^=,;]{1,200}=)")
 _several = re.compile(r"\\text\s*\{\s*(gcd|lcm|max|min)\s*\}\s*(?=[({]|\\\{)|(?<![A-Za-z\\])(gcd|lcm|max|min)(?=\()")
 _bracketed_base = re.compile(r"\((\d+)\)(?=\s*_)")  # (204)_5
 _hours_and = re.compile(r"(?<=\w)\s+and$")
@@ -47,6 +48,7 @@ _color = re.compile(r"\\(?:textcolor|color)\s*\{[^{}]*\}")
 _repeating = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))(?![\d\\])")
 _currency = re.compile(r"([€£])\s*(\d[\d.,]*)")
 MAX_PERIOD_DIGITS = 100
+MAX_BRACES = 3
 _digits_of_fraction = re.compile(r"\\frac\s*(\d)\s*(\d)")  # TeX takes one digit each: \frac12
 _digit_argument = re.compile(r"(\\frac|\\sqrt)\s*(\d)")
 _times_ten = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
@@ -75,24 +77,20 @@ def normalize(text: str) -> str:
     if "\\" in text or "$" in text or "~" in text or "{,}" in text:
         text = _plain_latex(text)
     if "ase" in text:
-        text = _in_base.sub(r"\g<digits>_{\g<base>}", text)
+        text = _in_base.sub(r"\g<digits>_{\g<base>}", _space_run.sub(" ", text))
     if "(" in text or text[:2] == "[[":
-        text = nested_list(text) or _several.sub(r"\\\1\2", plain_calls(text))
+        text = nested_list(text) or plain_calls(text)
+    if ("(" in text or "\\text" in text) and any(name in text for name in ("max", "min", "gcd", "lcm")):
+        text = _several.sub(r"\\\1\2", text)
     text = _thousands_space.sub(lambda match: re.sub(r"\s", "", match[0]), text)
     text = _times_ten.sub(r"\\times ", text)
     return _strip_end(_without_outer_braces(_space_run.sub(" ", text).strip()))
 
 
 def _without_outer_braces(text: str) -> str:
-    """Return `{1, 2}` as `1, 2`: braces group and are not printed."""
-    while text[:1] == "{" and text[-1:] == "}" and text[-2:] != "\\}":
-        depth = 0
-        for index, character in enumerate(text):
-            if character in "{}" and text[index - 1 : index] != "\\":
-                depth += 1 if character == "{" else -1
-                if depth == 0:
-                    break
-        if index < len(text) - 1:
+    """Return `{1, 2}` as `1, 2`: braces group and are not printed. A few layers are taken off, not thousands."""
+    for _ in range(MAX_BRACES):
+        if text[:1] != "{" or text[-1:] != "}" or closing_brace(text, 1) != len(text) - 1:
             break
         text = text[1:-1].strip()
     return text
@@ -138,7 +136,6 @@ def _plain_latex(text: str) -> str:
     text = _old_font.sub(r"\\text{\1}", text)
     text = _command.sub(_plain_command, text)
     text = _power_in_text.sub(r"\1^\2", text)
-    text = _several.sub(r"\\\1\2", text)
     text = _text.sub(_plain_text, text)
     if "\\text" in text:
         text = _ratio.sub(":", _ordinal.sub("", _unit_fraction.sub(r"\1/\2", text)))

@@ -66,9 +66,15 @@ class Parser(TokenCursor):
             if token == "*":
                 self.at += 1
                 value = times(value, self.signed())
-            elif token in ("/", ":"):
+            elif token == "/":
                 self.at += 1
                 value = ("/", value, self.signed())
+            elif token == ":":  # AB : CD
+                self.at += 1
+                right = self.signed()
+                while self.starts_factor(self.peek()):
+                    right = times(right, self.power())
+                value = ("/", value, right)
             elif self.starts_factor(token):
                 value = times(value, self.power())
             else:

@@ -126,6 +126,8 @@ def split_unit(tokens: list[str]) -> tuple[list[str], str]:
     end = len(tokens)
     while end > 1:
         token = tokens[end - 1]
+        if tokens[end - 2] == "_":  # 1011_\text{two}
+            break
         between = token in ("/", "*") and tokens[end - 2][0] == '"' and end < len(tokens)
         if (
             between

@@ -77,13 +77,14 @@ class Evaluation:
 
     lost_bits: bits that cancelled in sums. spread_bits: how much smaller the smallest term of a sum was than the
     largest; so many further bits are needed for it to count. left_reals: whether a root, a logarithm or a power was
-    taken of a number that is not positive.
+    taken of a number that is not positive. has_steps: whether a number was rounded to an integer.
     """
 
     def __init__(self) -> None:
         self.lost_bits = 0.0
         self.spread_bits = 0.0
         self.left_reals = False
+        self.has_steps = False
         self.num_terms = 0
 
     def value(self, tree: Tree, point: Point) -> Any:
@@ -162,6 +163,7 @@ class Evaluation:
         if name in _TRIGONOMETRIC and argument[0] == "deg":
             x = x * mp.pi / 180
         if name in _INTEGER_FUNCTIONS:
+            self.has_steps = True
             nearest = mp.nint(x)
             if abs(x - nearest) < mp.ldexp(1, SLACK_BITS - mp.prec):
                 return nearest

@@ -12,6 +12,8 @@ _bare_log = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
 _decimal_comma = re.compile(  # 0,125 and 12,05; but 12,050 has thousands, and 3,14 may be two numbers
     r"(-?(?:0(?=,)|\d+(?=,0\d(?!\d(?!\d)))|\d{1,3}(?:\.\d{3})+(?=,))),(\d+)(?![\d,.])(?=[^,;()\[\]]*$)"
 )
+_semicolons = re.compile(r"[(\[](?:[^(),;]|(?<=\d),(?=\d))*;(?:[^(),;]|;|(?<=\d),(?=\d))*[)\]]")  # (0,5; 1)
+_comma_between_digits = re.compile(r"(?<=\d),(?=\d)")
 
 
 def variants(text: str, *, lenient: bool) -> list[str]:
@@ -28,6 +30,8 @@ def variants(text: str, *, lenient: bool) -> list[str]:
         found += [other for variant in found if (other := other_constants(variant)) != variant]
     if lenient and "," in text and (decimal := _decimal_comma.match(text)):
         found.insert(0, decimal[1].replace(".", "") + "." + decimal[2] + text[decimal.end() :])
+    if lenient and ";" in text and _semicolons.fullmatch(text):
+        found.append(_comma_between_digits.sub(".", text))
     return found
 
 
