@@ -17,8 +17,6 @@ from megatron_nft.verify.thinking import PROMPT_OPENS_THINKING, opens_thinking
 
 RESPONSE_COLUMNS = ("response", "text")  # `text` is the column's name in the project's rollout files
 
-PROMPT_COLUMNS = ("prompt_text", "prompt")
-
 
 def rows_to_grade(path: Path) -> Iterator[dict[str, Any]]:
     """Return the rows of a .jsonl or .parquet file in order. Raises RowsError for a file or row that cannot be read."""
@@ -39,13 +37,11 @@ def response_column(row: dict[str, Any], path: Path) -> str:
 
 
 def opens_thinking_in(row: dict[str, Any]) -> bool:
-    """Whether the prompt of a row ends in `<think>`: its column `prompt_opens_thinking` says so, or its prompt does.
-
-    A prompt is looked for in `prompt_text`, as in the project's rollout files, and in `prompt` if that is a text.
-    """
+    """Whether the prompt of a row ends in `<think>`: `prompt_opens_thinking` says so, or a text in `prompt`."""
     if isinstance(said := row.get(PROMPT_OPENS_THINKING), bool):
         return said
-    return any(isinstance(row.get(name), str) and opens_thinking(row[name]) for name in PROMPT_COLUMNS)
+    prompt = row.get("prompt")
+    return isinstance(prompt, str) and opens_thinking(prompt)
 
 
 def as_text(value: Any) -> str | None:

@@ -1,7 +1,7 @@
 """Kinds of answers that users of such graders report as misjudged, each with variations and their right verdicts.
 
 tests/golden/grading_kinds.jsonl   answer, response, expect (correct, or wrong for anything else), kind
-tests/golden/second_reader.jsonl   the same kinds, written by somebody who did not know the grader, before it was changed
+tests/golden/second_reader.jsonl   the same kinds, written by somebody else before the grader was changed
 ../shared/cases/grading.jsonl      rows of the first report
 """
 

@@ -126,15 +126,15 @@ def test_the_pool_tells_its_graders():
 
 
 def test_a_file_is_graded_as_in_training(tmp_path):
-    """The rendered prompt stands in the rollout files; other files may say it in a column of their own."""
+    """A column says that the prompt opens thinking, or the rendered prompt itself does."""
     rows = [
-        {"prompt_text": "Q\n<think>\n", "text": OPENED, "answer": "12"},
-        {"prompt_text": "Q\n", "text": OPENED, "answer": "12"},
+        {"prompt": "Q\n<think>\n", "text": OPENED, "answer": "12"},
+        {"prompt": "Q\n", "text": OPENED, "answer": "12"},
         {"prompt": "Q<think>", "text": OPENED, "answer": "12"},
         {"prompt": [{"role": "user", "content": "<think>"}], "text": OPENED, "answer": "12"},
         {"prompt_opens_thinking": True, "text": OPENED, "answer": "12"},
         {"extra_info": {"prompt_opens_thinking": True}, "text": OPENED, "answer": "12"},
-        {"prompt_opens_thinking": False, "prompt_text": "<think>", "text": OPENED, "answer": "12"},
+        {"prompt_opens_thinking": False, "prompt": "<think>", "text": OPENED, "answer": "12"},
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -31,6 +31,7 @@ _BRACKETS = frozenset(("(", "[", r"\{", r"\langle"))
 _MODULI = (r"\pmod", r"\mod", r"\bmod", '"mod')
 _RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", r"\in", r"\approx", r"\equiv"))
 _choice = re.compile(r"\(?([A-J])\)?[.:)]?$")
+_choices = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|,?\s*and|,?\s*or|&)\s*\(?[A-J]\)?)+$")  # (A) and (C)
 _short_unit = re.compile(rf"(?<![A-Za-z\\])(?:{'|'.join(sorted(SHORT_WORDS))})(?![A-Za-z])")
 _number_sets = frozenset(("Z", "N", "R", "Q", "C"))
 
@@ -281,4 +282,6 @@ def _text(phrase: str) -> Tree:
     choice = _choice.match(phrase)
     if choice:
         return ("s", choice[1])
+    if _choices.match(phrase):
+        return ("list", *(("s", letter) for letter in re.findall("[A-J]", phrase)))
     return ("s", phrase) if len(phrase) == 1 else word_tree(phrase)

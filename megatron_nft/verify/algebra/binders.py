@@ -35,7 +35,7 @@ def binder(parser: Parser, name: str) -> Tree:
             variable, bounds = _variable(parser, "=")
         elif parser.peek() == "^":
             parser.at += 1
-            bounds.append(parser.exponent())
+            bounds.append(_limit(parser))
     if not variable:
         raise NotUnderstood(f"a {name} without a variable")
     return _bound(name, variable, bounds, parser.product())
@@ -64,12 +64,23 @@ def _variable(parser: Parser, sign: str) -> tuple[str, list[Tree]]:
     return name, bounds
 
 
+def _limit(parser: Parser) -> Tree:
+    r"""Read a bound: a group or a single token, because `_0^1` is not a power."""
+    if parser.peek() == "{":
+        return parser.bracketed()
+    token = parser.take()
+    if token.isalpha():
+        return ("s", token)
+    parser.at -= 1
+    return parser.atom()
+
+
 def _integral(parser: Parser) -> Tree:
     r"""Read `_0^1 f(x) dx`, with the differential at the end of a product."""
     bounds: dict[str, Tree] = {}
     while (sign := parser.peek()) in ("_", "^") and sign not in bounds:
         parser.at += 1
-        bounds[sign] = parser.exponent()
+        bounds[sign] = _limit(parser)
     end = _differential(parser)
     variable = parser.tokens[end + 1]
     if end == parser.at:

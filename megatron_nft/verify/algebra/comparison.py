@@ -186,9 +186,10 @@ def _real_if_it_is(result: Any) -> Any:
 def _points(*trees: Tree) -> Iterator[tuple[Point, bool]]:
     """Yield points, and whether they have negative numbers.
 
-    Positive numbers between 0.4 and 2.3, positive integers where a tree is meant for integers. The third point has
-    numbers of both signs, unless letters stand under roots, in logarithms or in powers and no absolute value
-    says that their signs count. Only one point if there is nothing that depends on it.
+    Positive numbers between 0.4 and 2.3, positive integers where a tree is meant for integers. The second point has
+    the letters in the reverse order of size, so that max(a, b) is neither a nor b. The third one has numbers of both
+    signs, unless letters stand under roots, in logarithms or in powers and no absolute value says that their signs
+    count. Only one point if there is nothing that depends on it.
     """
     names = sorted({name for tree in trees for name in symbols(tree)})
     if not names and not any(has(tree, "app") or has(tree, "bind") for tree in trees):
@@ -199,11 +200,12 @@ def _points(*trees: Tree) -> Iterator[tuple[Point, bool]]:
     for number in range(_CANDIDATES):
         point: Point = {}
         for name in names:
-            seed = zlib.crc32(f"{number}{name}".encode(errors="replace"))
+            seed = zlib.crc32(f"{number - (number == 1)}{name}".encode(errors="replace"))
             if discrete:
-                point[name] = mp.mpf(3 + seed % 23 + 7 * number)
+                point[name] = mp.mpf(25 - seed % 23 if number == 1 else 3 + seed % 23 + 7 * number)
             else:
-                point[name] = mp.ldexp(seed % 999983 + 200000, -19)
+                size = 999983 - seed % 999983 if number == 1 else seed % 999983
+                point[name] = mp.ldexp(size + 200000, -19)
                 if number == _MIXED and signs and seed % 3:
                     point[name] = -point[name]
         yield point, number == _MIXED and signs
