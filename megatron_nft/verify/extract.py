@@ -23,6 +23,7 @@ _anchor = re.compile(
     r"""\#\#\#\# | (?:final\s+)?answer\s{0,20}(?:\*\*|__)?\s{0,20}(?:[:=：→⇒➜➡]|[-=]>|\s[-–—]\s)
       | \b(?:answers?|correct\s+(?:option|choice))\s+(?:is|are|must\s+be|should\s+be|equals)\b\s*:?
       | ^[^\w\n]*(?:the\s+)?(?:(?:final\s+)?(?:answer|result)s?|final\s+solution)[^\w\n]*$
+      | ^[^\w\n]*(?:the\s+)?(?:final\s+)?answer(?:\*\*|__)?[ \t]+(?=[-+]?[\d$\\(\[{*])
       | (?:最终|最後の|正确)?答(?:案|え)?\s*(?:应该)?(?:是|为|為|は|[:：])\s*[:：]?
       | \b(?:la\s+respuesta|la\s+réponse|die\s+antwort|a\s+resposta|la\s+risposta)\s+(?:final\s+)?
         (?:es|est|ist|lautet|é|è)\b

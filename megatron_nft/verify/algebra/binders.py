@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_nft.verify.algebra.parse import Parser
 
 BINDERS = frozenset(("sum", "prod", "int", "lim"))
+_SIGNS = frozenset(("<", "<=", ">", ">=", "!=", "|", r"\in"))
 _CLOSING = {"(": ")", r"\{": r"\}", "{": "}", "[": "]"}
 _term = re.compile(r"([+-]?)(\d*)([A-Za-z]?)")
 
@@ -30,6 +31,8 @@ def binder(parser: Parser, name: str) -> Tree:
         variable, bounds = _variable(parser, r"\to")
         return _bound("lim", variable, bounds, parser.product())
     variable, bounds = "", []
+    if chain := _chain(parser):
+        return _bound_chain(name, *chain, parser.product())
     for _ in range(2):
         if parser.peek() == "_" and not variable:
             variable, bounds = _variable(parser, "=")
@@ -64,6 +67,40 @@ def _variable(parser: Parser, sign: str) -> tuple[str, list[Tree]]:
     return name, bounds
 
 
+def _chain(parser: Parser) -> tuple[str, list[str], list[Tree]] | None:
+    r"""Read the condition of `_{d \mid n}`, `_{i \in S}` or `_{1 \le i < j \le n}`; take nothing of other subscripts.
+
+    Returns the signs, the bound variables (the first letter, or those between two signs) and the other sides.
+    """
+    start = parser.at
+    end = next((i for i in range(start, len(parser.tokens)) if parser.tokens[i] == "}"), start)
+    inner = parser.tokens[start + 2 : end]
+    signs = [token for token in inner if token in _SIGNS]
+    if parser.tokens[start : start + 2] != ["_", "{"] or not signs or signs == [">="] or "{" in inner:
+        return None
+    sides: list[list[str]] = [[]]
+    for token in inner:
+        if token in _SIGNS:
+            sides.append([])
+        else:
+            sides[-1].append(token)
+    variables = sides[1:-1] if len(sides) > 2 else sides[:1]
+    if not all(len(side) == 1 and side[0].isalpha() and len(side[0]) == 1 for side in variables):
+        raise NotUnderstood("a sum without a variable")
+    others = [side for side in sides if side not in variables]
+    parser.at = end + 1
+    bounds = [type(parser)(side).parse() for side in others]
+    return " ".join(signs), [side[0] for side in variables], bounds
+
+
+def _bound_chain(kind: str, signs: str, variables: list[str], bounds: list[Tree], body: Tree) -> Tree:
+    """Return nested sums, one for each variable; the bounds stand in the innermost one."""
+    for variable in reversed(variables):
+        body = _bound(f"{kind} {signs}", variable, bounds, body)
+        bounds = []
+    return body
+
+
 def _limit(parser: Parser) -> Tree:
     r"""Read a bound: a group or a single token, because `_0^1` is not a power."""
     if parser.peek() == "{":
@@ -81,6 +118,8 @@ def _integral(parser: Parser) -> Tree:
     while (sign := parser.peek()) in ("_", "^") and sign not in bounds:
         parser.at += 1
         bounds[sign] = _limit(parser)
+    if parser.tokens[parser.at : parser.at + 3] == [r"\frac", "{", "d"]:  # \frac{dx}{x}
+        return _reciprocal(parser, bounds)
     end = _differential(parser)
     variable = parser.tokens[end + 1]
     if end == parser.at:
@@ -94,17 +133,29 @@ def _integral(parser: Parser) -> Tree:
     return _bound("int", variable, given, body)
 
 
+def _reciprocal(parser: Parser, bounds: dict[str, Tree]) -> Tree:
+    parser.at += 3
+    variable = parser.take()
+    parser.expect("}")
+    body: Tree = ("/", ("n", Fraction(1)), parser.argument())
+    return _bound("int", variable, [bounds[sign] for sign in ("_", "^") if sign in bounds], body)
+
+
 def _differential(parser: Parser) -> int:
-    """Return the index of the `d` of the first `dx` outside brackets."""
-    depth = 0
+    """Return the index of the `d` of the `dx` that ends this integral, outside brackets and inner integrals."""
+    depth = inner = 0
     for index in range(parser.at, len(parser.tokens) - 1):
         token = parser.tokens[index]
         depth += (token in _CLOSING) - (token in _CLOSING.values())
         if depth < 0:
             break
         following = parser.tokens[index + 1]
+        if depth == 0 and token == r"\int":
+            inner += 1
         if depth == 0 and token == "d" and ((following.isalpha() and len(following) == 1) or following in _GREEK):
-            return index
+            if not inner:
+                return index
+            inner -= 1
     raise NotUnderstood("an integral without a differential")
 
 

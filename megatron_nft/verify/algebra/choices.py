@@ -11,7 +11,7 @@ _named = re.compile(
     re.IGNORECASE,
 )
 _bracketed = re.compile(r"\(\s*([A-J])\s*\)\s*[.:]?\s*(?=\S|$)")
-_marked = re.compile(r"([A-J])(?:\s?(?:[.:](?!\d)|\))|\s+[-–—]\s+(?=[A-Za-z]{2}))\s*(?=\S|$)")  # noqa: RUF001
+_marked = re.compile(r"([A-J])(?:\s?(?:[.:](?!\d)|\))|\s+[-–—]\s+(?=[A-Za-z]{2})|(?=\s?\([A-Za-z]{3}))\s*(?=\S|$)")  # noqa: RUF001
 
 
 def choice_of(text: str) -> tuple[str, str] | None:

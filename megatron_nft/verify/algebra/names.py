@@ -30,8 +30,9 @@ def is_name(tree: Tree) -> bool:
         of_x = tree[2] in (("s", "x"), ("s", "y"))
         return (tree[1] == "abs" and not of_x and is_name(tree[2])) or (tree[1] in _TRIGONOMETRIC and is_name(tree[2]))
     if kind == "+":
-        plain = [part[1] for part in tree[1:] if part[0] == "s"]
-        return len(set(plain)) == len(tree) - 1 and not _COORDINATES & set(plain)
+        plain = {part[1] for part in tree[1:] if part[0] == "s"} - _COORDINATES
+        segments = {part for part in tree[1:] if part[0] == "*" and all(map(_is_capital, part[1:]))}  # AB + BC
+        return len(plain) + len(segments) == len(tree) - 1
     return _is_segment_squared(tree) or (kind == "^" and tree[1][:2] == ("f", "abs") and is_name(tree[1]))
 
 
@@ -41,7 +42,11 @@ def _is_part_of_ratio(tree: Tree) -> bool:
 
 def _is_segment_squared(tree: Tree) -> bool:
     """Whether a tree is a capital letter with an exponent, as the last factor of AB^2."""
-    return bool(tree[0] == "^" and tree[1][0] == "s" and tree[1][1][:1].isupper() and tree[2][0] == "n")
+    return bool(tree[0] == "^" and _is_capital(tree[1]) and tree[2][0] == "n")
+
+
+def _is_capital(tree: Tree) -> bool:
+    return bool(tree[0] == "s" and tree[1][:1].isupper())
 
 
 def _is_derivative(tree: Tree) -> bool:

@@ -30,6 +30,7 @@ _power_in_text = re.compile(r"(\\text\s*\{[^{}]*)\^\{(-?\d+)\}")  # \text{m s^{-
 _number_in_text = re.compile(r"([-+]?\d[\d.,/:]*)\s*([^\d]*)$")
 _unit = r"\{\s*(\\text\{[^{}]*\}(?:\^\{?\d\}?)?)\s*\}"
 _unit_fraction = re.compile(rf"\\frac\s*{_unit}\s*{_unit}")
+_per_cent = re.compile(r"\bper\s+cent\b")
 _in_base = re.compile(  # 1101 \text{ in base } 2, 1101 (base 2), 1101_{\text{base } 2}
     r"(?:\\text\s*\{\s*)?(?<![\w.])(?P<digits>[0-9A-F]+)\s*(?P<open>[({]|_\s*\{)?\s*(?:\\text\s*\{\s*)?(?:\(\s*)?(?:in\s+)?[Bb]ase[\s-]*"
     r"(?:\}\s*)?\{?(?P<base>\d+|[a-z]+)\b\s*\}?[)}\s]*$"
@@ -46,6 +47,7 @@ _infix = re.compile(r"\{([^{}\\]*)\\(over|choose)(?![A-Za-z])\s*([^{}\\]*)\}")
 _bold_letter = re.compile(r"\\(?:mathbf|boldsymbol|bm|pmb|symbf|mathit)\s*\{\s*([A-Za-z])\s*\}")
 _color = re.compile(r"\\(?:textcolor|color)\s*\{[^{}]*\}")
 _repeating = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))(?![\d\\])")
+_counted = re.compile(r"(?<=[\d}%])\s*([\u4e00-\u9fff]{1,3})[\s.。]*$")  # a Chinese unit
 _currency = re.compile(r"([€£])\s*(\d[\d.,]*)")
 MAX_PERIOD_DIGITS = 100
 MAX_BRACES = 3
@@ -76,6 +78,8 @@ def normalize(text: str) -> str:
         text = _bracketed_base.sub(r"\1", text)
     if "\\" in text or "$" in text or "~" in text or "{,}" in text:
         text = _plain_latex(text)
+    if "cent" in text:
+        text = _per_cent.sub("percent", text)
     if "ase" in text:
         text = _in_base.sub(r"\g<digits>_{\g<base>}", _space_run.sub(" ", text))
     if "(" in text or text[:2] == "[[":
@@ -104,7 +108,7 @@ def without_spaces(text: str) -> str:
 def _plain_characters(text: str) -> str:
     """Replace Unicode characters by LaTeX or ASCII."""
     text = _fraction_characters.sub(_vulgar_fraction, text)
-    text = _currency.sub(r"\2 \1", text)
+    text = _currency.sub(r"\2 \1", _counted.sub(r" \\text{\1}", text))
     text = _superscripts.sub(lambda match: "^{" + "".join(_SUPERSCRIPTS[sign] for sign in match[0]) + "}", text)
     text = _subscripts.sub(lambda match: "_{" + "".join(_SUBSCRIPTS[sign] for sign in match[0]) + "}", text)
     text = "".join(CHARACTERS.get(character, character) for character in text)
@@ -173,7 +177,9 @@ def _plain_command(match: re.Match[str]) -> str:
 def _plain_text(match: re.Match[str]) -> str:
     r"""Write `\text{ and }` as a comma, `\text{e}` as e and `\text{5}` as 5; other words stay marked as words."""
     words = match[1].strip()
-    words = _hours_and.sub("", words)
+    words = without_marks(_hours_and.sub("", words))
+    if words.startswith("\\dollar"):  # \text{\$28}
+        return f" {words} "
     lowered = words.lower().strip(" ,;")
     if lowered in ("and", "or", "&"):
         return ","

@@ -14,7 +14,9 @@ _call = re.compile(
     r"(?<![\w\\.])(?:sp\.|sympy\.)?(factorial|binomial|Rational|Integer|Float|Matrix|FiniteSet|Abs|Pow|Mul|Add|S(?=\(\d)|Eq|Tuple"
     r"|Interval(?:\.open|\.Lopen|\.Ropen)?|Union|Max|Min|root|ImmutableMatrix|Point)\s*\("
 )
-_imaginary = re.compile(r"(?<=\*)\s*I(?![A-Za-z])|(?<![A-Za-z\\])I\s*(?=\*)")
+_imaginary = re.compile(
+    r"(?<=[-+])\s*I(?![A-Za-z_(])|(?<![A-Za-z\\])I(?=\s*[-+])|(?<=\*)\s*I(?![A-Za-z])|(?<![A-Za-z\\])I\s*(?=\*)"
+)
 _euler = re.compile(r"(?<=\*)\s*E(?![A-Za-z])|(?<![A-Za-z\\])E\s*(?=\*|\^)")
 
 
@@ -38,6 +40,12 @@ def _matrix_call(values: list[str]) -> str | None:
     return nested_list(values[0]) or _column(values[0]) if len(values) == 1 else None
 
 
+def _interval(values: list[str]) -> str | None:
+    if len(values) != 2:
+        return None
+    return f"{'(' if values[0] == '-oo' else '['}{values[0]}, {values[1]}{')' if values[1] == 'oo' else ']'}"
+
+
 def _set(values: list[str]) -> str:
     return r"\{" + ", ".join(values) + r"\}"
 
@@ -46,7 +54,7 @@ _WRITTEN: dict[str, Callable[[list[str]], str | None]] = {
     "factorial": _one("(({0})!)"), "binomial": _two(r"\binom{{{0}}}{{{1}}}"), "Rational": _rational,
     "Integer": _one("({0})"), "Float": _one("({0})"), "S": _one("({0})"), "Abs": _one(r"\abs({0})"),
     "Pow": _two("(({0})^{{{1}}})"), "Mul": _joined("*"), "Add": _joined("+"), "Eq": _two("{0} = {1}"),
-    "Matrix": _matrix_call, "ImmutableMatrix": _matrix_call, "FiniteSet": _set, "Interval": _two("[{0}, {1}]"),
+    "Matrix": _matrix_call, "ImmutableMatrix": _matrix_call, "FiniteSet": _set, "Interval": _interval,
     "Interval.open": _two("({0}, {1})"), "Interval.Lopen": _two("({0}, {1}]"), "Interval.Ropen": _two("[{0}, {1})"),
     "Union": r" \cup ".join, "root": _two(r"\sqrt[{1}]{{{0}}}"),
     "Tuple": lambda values: f"({', '.join(values)})", "Point": lambda values: f"({', '.join(values)})",

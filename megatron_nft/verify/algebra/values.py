@@ -57,7 +57,7 @@ def is_discrete(tree: Tree) -> bool:
     """Whether the tree is meant for integers: floors, factorials, sums, (-1)^n."""
     if tree[0] in ("!", "binom") or (tree[0] == "f" and tree[1] in _INTEGER_FUNCTIONS):
         return True
-    if (tree[0] == "bind" and tree[1] in ("sum", "prod")) or (tree[0] == "fn" and tree[1] in ("gcd", "lcm")):
+    if (tree[0] == "bind" and tree[1].startswith(("sum", "prod"))) or (tree[0] == "fn" and tree[1] in ("gcd", "lcm")):
         return True
     if tree[0] == "^" and symbols(tree[2]) and (base := exact(tree[1])) is not None and base < 0:
         return True
@@ -138,7 +138,7 @@ class Evaluation:
         They do not depend on the name of the variable, nor on how the summand is written.
         """
         _, kind, name, *bounds, body = tree
-        inside = (mp.mpf(4), mp.mpf(9)) if kind in ("sum", "prod") else (mp.mpf(11) / 16, mp.mpf(21) / 16)
+        inside = (mp.mpf(4), mp.mpf(9)) if kind.startswith(("sum", "prod")) else (mp.mpf(11) / 16, mp.mpf(21) / 16)
         values = [self.value(bound, point) for bound in bounds]
         values += [self.value(body, {**point, name: sample}) for sample in inside]
         return [mp.nstr(number, 15) for number in values]

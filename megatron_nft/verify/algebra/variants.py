@@ -26,7 +26,7 @@ def variants(text: str, *, lenient: bool) -> list[str]:
         found += [_bare_log.sub(r"\\lg ", variant) for variant in found]
     if lenient and _slash.search(text):
         found += [_slash.sub(r"/(\1 \2)", variant) for variant in found]
-    if lenient and "*" in text and ("I" in text or "E" in text):
+    if lenient and ("I" in text or "E" in text) and "\\" not in text:
         found += [other for variant in found if (other := other_constants(variant)) != variant]
     if lenient and "," in text and (decimal := _decimal_comma.match(text)):
         found.insert(0, decimal[1].replace(".", "") + "." + decimal[2] + text[decimal.end() :])
