@@ -67,10 +67,12 @@ def _is_picture(character: str) -> bool:
 
 def without_marks(text: str) -> str:
     """Return an answer without arrows before it, signs of the end of a proof behind it, and quotation marks around."""
-    if "\\" in text or ">" in text or "Q" in text:
-        text = _before.sub("", text)
-        text = text[:-TAIL_CHARS] + _after.sub("", text[-TAIL_CHARS:])
     text = text.strip()
+    if text[:1] in ("\\", "-", "="):
+        text = _before.sub("", text)
+    tail = text[-TAIL_CHARS:]
+    if any(word in tail for word in ("square", "Box", "qed", "checkmark", "Q")):
+        text = text[:-TAIL_CHARS] + _after.sub("", tail)
     if text[:1] not in _QUOTE_STARTS:
         return text
     for opening, closing in _QUOTES:

@@ -19,6 +19,8 @@ def choice_of(text: str) -> tuple[str, str] | None:
 
     text: a normalised answer. A letter alone is an ordinary symbol, and `A` before a word may be an article.
     """
+    if text[:1].isdigit():
+        return None
     plain = _text.sub(lambda match: match[1], text).strip() if "\\text" in text else text
     for pattern in (_named, _bracketed, _marked):
         match = pattern.match(plain)
