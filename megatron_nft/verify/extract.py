@@ -57,6 +57,7 @@ _concluding = re.compile(
     rf"|^[^\w\n]*{_number.pattern}\s?[A-Za-z]*\W*$",
     re.IGNORECASE,
 )
+_fence = re.compile(r"^\s*```\w*\n")
 _told = re.compile(r"\s*[A-Z][a-z]*\s+[a-z]+\s+\\?\$?[-+]?\d")  # He pays $5
 _tag = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 _markers = " \t*_:=→⇒➜➡|："  # noqa: RUF001
@@ -138,7 +139,7 @@ def _after_anchor(text: str) -> str | None:
     anchors = list(_anchor.finditer(text))
     if not anchors:
         return None
-    rest = text[anchors[-1].end() :].lstrip(_markers)
+    rest = _fence.sub("", text[anchors[-1].end() :].lstrip(_markers).removeprefix("}"))  # \text{Answer: } 73
     if not rest.strip():
         return None
     if rest[:1] == "\n":  # the answer stands on the next line
