@@ -58,6 +58,8 @@ def with_names_of(gold: Tree, found: Tree) -> Tree:
 
     It is returned unchanged where the left sides differ in more than that, or where a letter would get two meanings.
     """
+    if _length_of(gold[2]) == _length_of(found[2]):  # |AB| is AB
+        return (*found[:2], gold[2], *found[3:])
     theirs, ours = _arguments(gold[2]), _arguments(found[2])
     if not theirs or not ours or theirs[0] != ours[0] or len(theirs) != len(ours):
         return found
@@ -67,6 +69,13 @@ def with_names_of(gold: Tree, found: Tree) -> Tree:
     if any(new in symbols(found) and new not in renamed for new in renamed.values()):
         return found
     return rename(found, renamed)
+
+
+def _length_of(side: Tree) -> Tree:
+    """Return AB of |AB|; another tree unchanged."""
+    segment = side[:2] == ("f", "abs") and side[2][0] == "*" and all(map(_is_capital, side[2][1:]))
+    inner: Tree = side[2] if segment else side
+    return inner
 
 
 def _arguments(tree: Tree) -> tuple[str, ...]:
