@@ -33,6 +33,23 @@ class HubError(ValueError):
     """A file that cannot be had from the Hugging Face hub. The message names data set and file."""
 
 
+class JsonFloat(float):
+    """A number of a JSON file, with the digits that it has there: 6.02e23 is not 6.02e+23 to a reader."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> JsonFloat:
+        """Read a number as it is written."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __getnewargs__(self) -> tuple[str]:  # type: ignore[override]  # pickle asks for the arguments of __new__
+        """The arguments that make it again in another process."""
+        return (self.text,)
+
+
 def flush_to_disk(path: Path) -> None:
     """Return once a file's content, or a folder's list of names, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -115,7 +132,8 @@ def sha256_of_file(path: Path, on_bytes: Callable[[int], None] | None = None) ->
 def read_rows(path: Path, *, replace_invalid_text: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, values by column) of every row of a .jsonl (also .json) or .parquet file of any columns.
 
-    In JSONL a row is a line, empty lines are passed over, and integers too long for Python stay text. Text that is not
+    In JSONL a row is a line, empty lines are passed over, integers too long for Python stay text, and other numbers are
+    `JsonFloat`s, which know how they are written. Text that is not
     UTF-8 is refused or, with `replace_invalid_text`, gets replacement characters so that the row is not lost. RowsError
     where the file cannot be read, ends in anything else, or a line holds no JSON object.
     """
@@ -139,7 +157,7 @@ def _read_jsonl(path: Path, errors: str) -> Iterator[tuple[int, dict[str, Any]]]
             where = f"{path}, row {number}"
             try:
                 line = raw.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8", errors)
-                row = json.loads(line, parse_int=_integer) if line.strip() else None
+                row = json.loads(line, parse_int=_integer, parse_float=JsonFloat) if line.strip() else None
             except UnicodeDecodeError as error:
                 position = offset + error.start
                 raise RowsError(f"{where}: not UTF-8 text (byte {position}); save the file as UTF-8") from None

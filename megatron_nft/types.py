@@ -34,6 +34,7 @@ class Prompt:
     answer: str  # ground truth for the grader
     token_ids: np.ndarray  # int32 [P], chat template applied
     extra: dict[str, Any] = field(default_factory=dict)
+    opens_thinking: bool = False  # it ends in `<think>`: the answer begins within the thinking
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class Rollout:
     weight_version_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) where a sync fell inside
     verdict: Verdict | None = None
     extracted: str | None = None  # what the grader read as the answer
+    reason: str = ""  # why the verdict is neither right nor wrong by comparison, as the grader says it
     grader_verdicts: dict[str, Verdict] = field(default_factory=dict)  # by grader, where several were asked
     verify_s: float = 0.0
     ignored: bool = False  # left out of the loss (truncated=drop, graders disagree)

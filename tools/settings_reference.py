@@ -45,7 +45,7 @@ on the command line: `optimizer.lr=2e-6`, `data.train=[a.parquet,b.jsonl]`. Unkn
 are refused before anything starts; `--dry-run` prints all settings as they will be used.
 """
 TYPES = {int: "integer", float: "number", str: "text", Path: "path", Any: "any value"}
-PLURALS = {str: "texts", Path: "paths"}
+PLURALS = {str: "texts", Path: "paths", int: "integers"}
 
 
 def field_texts(section: type[Section]) -> dict[str, str]:
@@ -116,7 +116,8 @@ def values(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
         return "`true`, `false`"
     if origin is list:
         least = [f", at least {m.min_length}" for m in metadata if isinstance(m, annotated_types.MinLen)]
-        return f"list of {PLURALS[arguments[0]]}{''.join(least)}"
+        item, *bounds = typing.get_args(arguments[0]) or (arguments[0],)
+        return ", ".join([f"list of {PLURALS[item]}{''.join(least)}", *_bounds(_flat(bounds))])
     if origin is dict:
         return f"mapping of {TYPES[arguments[0]]} to {TYPES[arguments[1]]}"
     if annotation not in TYPES:

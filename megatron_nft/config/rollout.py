@@ -101,6 +101,9 @@ class RolloutConfig(Section):
     """Most generation batches per step; when they do not fill a step, the run ends with an error."""
     max_response_tokens: PositiveInt = 3584
     """Tokens after which an answer is cut off."""
+    stop_token_ids: list[NonNegativeInt] = Field(default=[])
+    """Further tokens that end an answer, beside those that the model folder names (generation_config.json, config.json
+    and tokenizer). The end token belongs to the answer."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature. The trainer's log-probs are taken at the same temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -7,17 +7,20 @@ messages are used as they stand and whose repeated copies of a question are read
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_nft.data.rows import DataError, read_raw, read_rows
-from megatron_nft.files import HubError, hub_file
-from megatron_nft.verify.boxed import last_box
+from megatron_nft.data.rows import DataError, read_messages, read_raw, read_rows
+from megatron_nft.files import HubError, JsonFloat, hub_file
+from megatron_nft.verify.boxed import last_box, last_boxes
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 """Put under every question that comes without an instruction of its own (Qwen2.5-Math's wording)."""
+
+EXACT_FLOATS = 2.0**53  # below it a whole number of a parquet file is known to its last digit
 
 
 class BenchmarkError(DataError):
@@ -33,6 +36,7 @@ class Question:
     answer: str  # ground truth
     data_source: str  # graders may look at it
     extra: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)  # file and row, for errors found later
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +160,7 @@ def read_prepared(path: Path) -> list[Question]:
         found = [_from_verl(values, str(number), f"{path}, row {number}") for number, values in read_raw(path)]
     else:
         rows = enumerate(read_rows(path), start=1)
-        found = [Question(str(n), row.messages, row.answer, row.data_source, row.extra) for n, row in rows]
+        found = [Question(str(n), row.messages, row.answer, row.data_source, row.extra, row.where) for n, row in rows]
     questions: dict[tuple[Any, ...], Question] = {}
     for question in found:
         key = (*((m["role"], m["content"]) for m in question.messages), question.answer)
@@ -170,7 +174,7 @@ def convert_row(benchmark: Benchmark, values: dict[str, Any], where: str) -> Que
         problem, answer = benchmark.convert(values)
         message = boxed_message(_text(problem, "problem"))
         number = where.rpartition(" ")[2]
-        return Question(_row_id(values, number), (message,), answer_text(answer), benchmark.name, _extra(values))
+        return Question(_row_id(values, number), (message,), answer_text(answer), benchmark.name, _extra(values), where)
     except KeyError as e:
         raise BenchmarkError(f"{where}: no column {e}; it has {', '.join(values)}") from None
     except (TypeError, AttributeError, ValueError) as e:
@@ -182,20 +186,46 @@ def boxed_message(problem: str) -> dict[str, str]:
     return {"role": "user", "content": f"{problem.strip()}\n{BOXED_INSTRUCTION}"}
 
 
+class MissingAnswerError(DataError):
+    """An answer column that holds null, NaN or an infinity. The message lacks file and row."""
+
+
 def answer_text(value: Any) -> str:
-    """Return the ground truth as text: 27.0 -> '27', ['2', '3'] -> '2, 3'. ValueError for null, booleans, mappings."""
+    """Return the ground truth as text: 27.0 -> '27', ['2', '3'] -> '2, 3'.
+
+    A number of a JSON file keeps its digits: 6.02e23 -> '6.02e23', 2.50 -> '2.50'. MissingAnswerError for null, NaN and
+    infinities, ValueError for booleans, mappings and empty texts.
+    """
     if isinstance(value, str) and value.strip():
         return value.strip()
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(int(value)) if float(value).is_integer() else repr(value)
+        return _number_text(value)
+    if value is None:
+        raise MissingAnswerError("the answer is None (null); there is nothing that a response could match")
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         return ", ".join(answer_text(v) for v in value)
     raise ValueError(f"the answer is {value!r} ({type(value).__name__}); a text, a number or a list of them is needed")
 
 
+def _number_text(value: int | float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, JsonFloat):
+        whole, point, zeros = value.text.partition(".")
+        return whole if point and not zeros.strip("0") else value.text
+    if not math.isfinite(value):
+        raise MissingAnswerError(f"the answer is {value} (a number); there is nothing that a response could match")
+    return str(int(value)) if value.is_integer() and abs(value) < EXACT_FLOATS else repr(value)
+
+
 def answer_of_solution(solution: str) -> str:
-    r"""Return the content of the last complete `\boxed{}` of a solution. Raises ValueError if there is none."""
-    answer = last_box(solution)
+    r"""Return what the last complete `\boxed{}` of a solution holds, together with the other boxes of its sentence.
+
+    ValueError if there is none.
+    """
+    answer = last_boxes(solution)
+    if answer is not None and "%" not in (last_box(solution) or ""):
+        answer = answer.removesuffix("\\%")  # stands behind the box, not in it
     if answer is None:
         raise ValueError(f"no complete \\boxed{{}} in {solution[-60:]!r}")
     return answer.strip()
@@ -203,19 +233,23 @@ def answer_of_solution(solution: str) -> str:
 
 def _from_verl(values: dict[str, Any], number: str, where: str) -> Question:
     try:
-        messages = tuple({"role": m["role"], "content": _text(m["content"], "prompt")} for m in values["prompt"])
+        messages = _prompt(values["prompt"])
         answer = answer_text(values["reward_model"]["ground_truth"])
     except KeyError as e:
         raise BenchmarkError(f"{where}: no {e} in prompt or reward_model, as verl's layout has it") from None
     except (TypeError, ValueError) as e:
         raise BenchmarkError(f"{where}: {e}") from None
-    if not messages:
-        raise BenchmarkError(f"{where}: column prompt holds no message")
     extra = values.get("extra_info") or {}
     index = extra.get("index")
-    return Question(
-        number if index is None else str(index), messages, answer, str(values.get("data_source") or ""), extra
-    )
+    source = str(values.get("data_source") or "")
+    return Question(number if index is None else str(index), messages, answer, source, extra, where)
+
+
+def _prompt(value: Any) -> tuple[dict[str, str], ...]:
+    try:
+        return read_messages(value, extra_keys=True)
+    except ValueError as error:
+        raise ValueError(f"column prompt: {error}") from None
 
 
 def _row_id(row: dict[str, Any], number: str) -> str:

@@ -2,7 +2,8 @@
 
 A source row is either of the set's own columns (problem, answer, …) or already in the verl layout. Its problem gets the
 boxed-answer instruction; DAPO's "Answer:" instruction is taken off first. Rows without a usable answer are dropped and
-counted, never guessed.
+counted, never guessed. An answer that is null, NaN or infinite, and copies of a question with different answers, are
+faults of the source and refused unless told otherwise.
 """
 
 from __future__ import annotations
@@ -13,10 +14,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megatron_nft.data.benchmarks import BENCHMARKS, BOXED_INSTRUCTION, HubFile, answer_of_solution, answer_text
-from megatron_nft.data.rows import DataError, read_raw
+from megatron_nft.data.benchmarks import (
+    BENCHMARKS,
+    BOXED_INSTRUCTION,
+    HubFile,
+    MissingAnswerError,
+    answer_of_solution,
+    answer_text,
+)
+from megatron_nft.data.conflicts import Copies, OnConflict
+from megatron_nft.data.rows import DataError, read_messages, read_raw
 from megatron_nft.files import HubError, hub_file, replacing, write_atomically
 
 _DAPO_PROMPT = re.compile(
@@ -76,7 +85,8 @@ class PreparationSummary:
     written: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     first_dropped: dict[str, int] = field(default_factory=dict)  # reason -> row number of the first
-    conflicts: int = 0  # questions that stand with different answers; all are kept
+    conflicts: int = 0  # questions of which copies have different answers
+    conflict_rows: int = 0  # rows of such questions that were left out
 
 
 def prepare(
@@ -87,15 +97,19 @@ def prepare(
     instruction: str = BOXED_INSTRUCTION,
     copies: int = 1,
     limit: int | None = None,
+    conflicts: OnConflict = "refuse",
+    missing: Literal["refuse", "drop"] = "refuse",
 ) -> tuple[list[dict[str, Any]], PreparationSummary]:
     """Return (rows in our layout, what became of the source's rows). DataError if none is usable.
 
     copies: how often each question stands in the result. limit: different questions after which reading stops. where:
-    names the source in errors.
+    names the source in errors. conflicts: what becomes of questions whose copies have different answers; `majority`
+    keeps the answer of most copies and leaves the question out where two answers have the most. missing: what becomes
+    of rows whose answer is null, NaN or infinite.
     """
     source, summary = SETS[name], PreparationSummary()
-    out: list[dict[str, Any]] = []
-    answers: dict[str, str] = {}
+    first: dict[tuple[str, str], tuple[list[dict[str, str]], str, dict[str, Any]]] = {}  # by question and answer
+    found = Copies()
     for number, raw in rows:
         summary.read += 1
         try:
@@ -103,27 +117,63 @@ def prepare(
         except KeyError as e:
             raise DataError(f"{where}, row {number}: no column {e}; columns found: {', '.join(raw)}") from None
         except DataError as e:
-            raise DataError(f"{where}, row {number}: {e}") from None
+            if missing == "refuse" or not isinstance(e, MissingAnswerError):
+                hint = "; --missing drop leaves such rows out" if isinstance(e, MissingAnswerError) else ""
+                raise DataError(f"{where}, row {number}: {e}{hint}") from None
+            _drop(summary, str(e), number)
+            continue
         except (ValueError, TypeError, AttributeError) as e:
-            reason = str(e)
-            summary.dropped[reason] += 1
-            summary.first_dropped.setdefault(reason, number)
+            _drop(summary, str(e), number)
             continue
         key = json.dumps(messages)
-        if answers.get(key) == answer:
-            summary.duplicates += 1
-            continue
-        summary.conflicts += key in answers
-        answers[key] = answer
-        out.append(_row(len(out), messages, answer, data_source, raw))
-        if len(out) == limit:
+        if found.add(key, answer, f"row {number}"):
+            first[key, answer] = (messages, data_source, raw)
+        if len(found) == limit:
             break
+    if conflicts == "refuse":
+        try:
+            found.refuse("--conflicts drop leaves these questions out, --conflicts majority keeps the usual answer")
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+    out = _chosen_rows(found, first, conflicts, summary)
     if not out:
-        reason, count = summary.dropped.most_common(1)[0]
-        raise DataError(f"{where}: none of the {summary.read} rows can be used as {name}; {count} of them: {reason}")
+        raise DataError(f"{where}: none of the {summary.read} rows can be used as {name}; {_main_reason(summary)}")
     out = [row for row in out for _ in range(copies)]
     summary.written = len(out)
     return out, summary
+
+
+def _chosen_rows(
+    found: Copies,
+    first: dict[tuple[str, str], tuple[list[dict[str, str]], str, dict[str, Any]]],
+    conflicts: OnConflict,
+    summary: PreparationSummary,
+) -> list[dict[str, Any]]:
+    """One row per question, in the order in which the source has them; fills in the summary's counts."""
+    out: list[dict[str, Any]] = []
+    summary.conflicts = len(found.conflicts())
+    for key in dict.fromkeys(key for key, _ in first):
+        counts, answer = found.counts(key), found.chosen(key, conflicts)
+        if answer is None:
+            summary.conflict_rows += sum(counts.values())
+            continue
+        summary.conflict_rows += sum(counts.values()) - counts[answer]
+        summary.duplicates += counts[answer] - 1
+        messages, data_source, raw = first[key, answer]
+        out.append(_row(len(out), messages, answer, data_source, raw))
+    return out
+
+
+def _drop(summary: PreparationSummary, reason: str, number: int) -> None:
+    summary.dropped[reason] += 1
+    summary.first_dropped.setdefault(reason, number)
+
+
+def _main_reason(summary: PreparationSummary) -> str:
+    if not summary.dropped:
+        return "their copies have different answers"
+    reason, count = summary.dropped.most_common(1)[0]
+    return f"{count} of them (first: row {summary.first_dropped[reason]}): {reason}"
 
 
 def _question(
@@ -131,7 +181,10 @@ def _question(
 ) -> tuple[list[dict[str, str]], str, str]:
     """(messages, answer, data_source) of a source row."""
     if "prompt" in raw and "reward_model" in raw:
-        messages = [{"role": m["role"], "content": m["content"]} for m in raw["prompt"]]
+        try:
+            messages = [dict(message) for message in read_messages(raw["prompt"], extra_keys=True)]
+        except ValueError as error:
+            raise ValueError(f"the prompt cannot be used: {error}") from None
         content = messages[-1]["content"]
         if _BOXED not in content:  # a prompt that asks for a box already keeps its own words
             match = _DAPO_PROMPT.match(content)

@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
 from megatron_nft.arguments import describe, positive_int
 from megatron_nft.console import show_progress
 from megatron_nft.data.benchmarks import BOXED_INSTRUCTION
+from megatron_nft.data.conflicts import OnConflict
 from megatron_nft.data.prepare import SETS, PreparationSummary, open_source, prepare, write_rows
 from megatron_nft.data.rows import DataError
 from megatron_nft.files import sha256_of_file
@@ -26,7 +27,10 @@ Without --from the set is taken from its place on the Hugging Face hub. --from n
 file on the hub (owner/name/file.parquet), or a data set on the hub (owner/name).
 
 Every question stands once in the output (--copies N: N times, for avg@N during training). Rows without a usable answer
-are dropped and counted; --strict refuses them.
+are dropped and counted; --strict refuses them. An answer that is null, NaN or infinite is refused with its row, unless
+--missing drop counts it among those. Copies of a question that have different answers are refused and listed with their
+rows, unless --conflicts says what to do with them: drop leaves the question out, majority keeps the answer of most
+copies.
 
 sets:
 """
@@ -47,6 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--copies", type=positive_int, default=1, metavar="N", help="write every question N times")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="stop after N different questions")
+    parser.add_argument(
+        "--conflicts",
+        choices=get_args(OnConflict),
+        default="refuse",
+        help="questions whose copies have different answers: refuse the file, drop the question, or keep the answer of "
+        "most copies (default: refuse)",
+    )
+    parser.add_argument(
+        "--missing",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="rows whose answer is null, NaN or infinite: refuse the file or drop them (default: refuse)",
+    )
     parser.add_argument("--strict", action="store_true", help="refuse a file with rows that cannot be used")
 
 
@@ -67,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
             instruction=args.instruction,
             copies=args.copies,
             limit=args.limit,
+            conflicts=args.conflicts,
+            missing=args.missing,
         )
         if args.strict and summary.dropped:
             reason, count = summary.dropped.most_common(1)[0]
@@ -104,6 +123,8 @@ def _report(summary: PreparationSummary, output: Path) -> None:
     for reason, count in summary.dropped.most_common():
         say(f"  dropped {count} (first: row {summary.first_dropped[reason]}): {reason}")
     if summary.conflicts:
-        say(f"  {summary.conflicts} questions stand with more than one answer; all are kept")
+        say(
+            f"  {summary.conflicts} questions have copies with different answers; {summary.conflict_rows} rows left out"
+        )
     digest = sha256_of_file(output)
     say(f"{summary.written} rows written to {output} ({output.stat().st_size} bytes, sha256 {digest})")

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_nft.data.conflicts import refuse_conflicts
 from megatron_nft.data.rows import DataError, QuestionRow, read_rows
 from megatron_nft.types import Prompt
+from megatron_nft.verify.thinking import opens_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,21 +55,86 @@ def load_tokenizer(model_path: Path | str, chat_template: Path | str | None = No
 
 
 def render(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]) -> list[np.ndarray]:
-    """Return the token ids, int32 [P], of each conversation up to where the answer begins.
+    """Return the token ids, int32 [P], of each conversation up to where the answer begins."""
+    return encode(tokenizer, render_texts(tokenizer, conversations))
 
-    With a chat template that is the template with its generation prompt, and nothing else is added. Without one it
-    is the contents, joined by line feeds, and what the tokenizer puts before a text (usually BOS).
+
+def render_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    places: Sequence[str] = (),
+    settings: str = "model.chat_template or model.system_prompt",
+) -> list[str]:
+    """Return each conversation as text up to where the answer begins.
+
+    With a chat template that is the template with its generation prompt, without one the contents, joined by line
+    feeds. places: file and row of each conversation, for errors. settings: what the user may change. DataError where
+    the chat template refuses a conversation.
     """
+    texts: dict[tuple[tuple[str, str], ...], str] = {}
+    keys = [_key(conversation) for conversation in conversations]
+    for number, (key, conversation) in enumerate(zip(keys, conversations), start=1):
+        if key not in texts:  # sets of questions often hold copies
+            place = places[number - 1] if places else f"conversation {number}"
+            texts[key] = _prompt_text(tokenizer, conversation, place, settings)
+    return [texts[key] for key in keys]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the token ids, int32 [P], of each text of `render_texts`.
+
+    A chat template has written all special tokens, and nothing is added. Without one, what the tokenizer puts before a
+    text is added (usually BOS, and only once). What it puts behind a text (EOS, for some) never ends a prompt: the
+    answer goes on there.
+    """
+    unique = list(dict.fromkeys(texts))
     if tokenizer.chat_template is not None:
-        texts = [
-            tokenizer.apply_chat_template(list(c), tokenize=False, add_generation_prompt=True) for c in conversations
-        ]
+        encoded = tokenizer(unique, add_special_tokens=False)["input_ids"]
     else:
-        texts = ["\n".join(m["content"] for m in c) for c in conversations]
-    unique = list(dict.fromkeys(texts))  # sets of questions often hold copies
-    encoded = tokenizer(unique, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+        before, behind = _added_tokens(tokenizer)
+        full = tokenizer(unique, add_special_tokens=True)["input_ids"] if unique else []
+        encoded = [_trimmed(tokens, before, behind) for tokens in full]
     ids = {text: np.asarray(tokens, dtype=np.int32) for text, tokens in zip(unique, encoded)}
     return [ids[text] for text in texts]
+
+
+def _key(conversation: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((m["role"], m["content"]) for m in conversation)
+
+
+def _prompt_text(
+    tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]], place: str, settings: str
+) -> str:
+    if tokenizer.chat_template is None:
+        return "\n".join(m["content"] for m in conversation)
+    try:
+        text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may raise anything: it is a program
+        roles = ", ".join(m["role"] for m in conversation)
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{place}: the chat template refuses this prompt (roles: {roles}): {cause}; "
+            f"change {settings}, or the prompt"
+        ) from None
+    return str(text)
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before and behind a text."""
+    probe = ["1"]
+    [bare] = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    [full] = tokenizer(probe, add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def _trimmed(tokens: list[int], before: list[int], behind: list[int]) -> list[int]:
+    """Without what was added behind the text, and without a second copy of what was added before it."""
+    tokens = tokens[: len(tokens) - len(behind)]
+    doubled = before and tokens[len(before) : 2 * len(before)] == before
+    return tokens[len(before) :] if doubled else tokens
 
 
 class PromptStream:
@@ -78,7 +145,8 @@ class PromptStream:
     num_prompts  questions that are drawn from
     num_dropped  questions left out for being over-long
 
-    DataError for files that cannot be used, and for over-long prompts with `over_long="refuse"`.
+    DataError for files that cannot be used, for copies of a question with different answers, for conversations that the
+    chat template refuses, and for over-long prompts with `over_long="refuse"`.
     """
 
     def __init__(
@@ -97,13 +165,16 @@ class PromptStream:
         rows = [row for path in self.paths for row in read_rows(path)]
         if not rows:
             raise DataError("no question files given: set data.train")
+        refuse_conflicts((_key(row.messages), row.answer, row.where) for row in rows)
         conversations = [_conversation(row, system_prompt) for row in rows]
+        texts = render_texts(tokenizer, conversations, [row.where for row in rows])
         self._prompts: list[Prompt] = []
-        for index, (row, messages, ids) in enumerate(zip(rows, conversations, render(tokenizer, conversations))):
+        for index, (row, messages, text, ids) in enumerate(zip(rows, conversations, texts, encode(tokenizer, texts))):
             if len(ids) == 0:
                 raise DataError(f"{row.where}, column 'prompt': becomes no tokens at all with this tokenizer")
             if len(ids) <= max_prompt_tokens:
-                self._prompts.append(Prompt(index, row.data_source, messages, row.answer, ids, row.extra))
+                opens = opens_thinking(text)
+                self._prompts.append(Prompt(index, row.data_source, messages, row.answer, ids, row.extra, opens))
             elif over_long == "refuse":
                 raise DataError(
                     f"{row.where}, column 'prompt': {len(ids)} tokens, above data.max_prompt_tokens="

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from megatron_nft.files import replacing
 from megatron_nft.types import Prompt, Rollout, RolloutGroup
 
-FATES = ("trained", "surplus", "all_correct", "all_wrong", "too_few", "ignored")
-"""What became of an answer; `ignored` is an answer left out of a group that was otherwise used."""
+FATES = ("trained", "surplus", "all_correct", "all_wrong", "too_few", "ignored", "untrained")
+"""What became of an answer; `ignored` is an answer left out of a group that was otherwise used, `untrained` one of a
+group that could have been trained in a step that failed for want of such groups."""
 
 SCHEMA = pa.schema(
     [
@@ -31,6 +32,7 @@ SCHEMA = pa.schema(
         pa.field("sample_index", pa.int32(), nullable=False),
         pa.field("prompt_index", pa.int64(), nullable=False),
         pa.field("data_source", pa.string(), nullable=False),
+        pa.field("prompt_opens_thinking", pa.bool_()),  # the prompt ends in `<think>`, which grading must know
         pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("answer", pa.string(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
@@ -41,6 +43,7 @@ SCHEMA = pa.schema(
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("verdict", pa.string()),
         pa.field("extracted", pa.string()),
+        pa.field("reason", pa.string()),  # of a verdict that no comparison gave; empty where there is none
         pa.field("grader_verdicts", pa.string()),  # JSON object: grader -> verdict; null with a single grader
         pa.field("verify_s", pa.float32(), nullable=False),
         pa.field("correct_rate", pa.float32(), nullable=False),  # of the group, in [0, 1]
@@ -49,6 +52,9 @@ SCHEMA = pa.schema(
     ],
     metadata={"megatron_nft.rollouts": "1"},
 )
+
+_ADDED = ("reason", "prompt_opens_thinking")
+"""Columns that files of earlier versions lack; they read as null there."""
 
 _STEP_FOLDER = re.compile(r"step_(\d+)$")
 
@@ -97,13 +103,18 @@ def read_rollout_file(path: Path, columns: Sequence[str] | None = None) -> pa.Ta
     try:
         file = pq.ParquetFile(path)
         wanted = list(columns) if columns is not None else SCHEMA.names
-        missing = [name for name in wanted if name not in file.schema_arrow.names]
+        present = file.schema_arrow.names
+        missing = [name for name in wanted if name not in present and name not in _ADDED]
         if missing:
             raise RolloutFileError(
-                f"{path}: no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}. "
+                f"{path}: no column {', '.join(missing)}; it has {', '.join(present)}. "
                 "It was written by another version or is not a rollout file"
             )
-        return file.read(columns=wanted)
+        table = file.read(columns=[name for name in wanted if name in present])
+        for name in (name for name in wanted if name not in present):
+            field = SCHEMA.field(name)
+            table = table.add_column(wanted.index(name), field, pa.nulls(table.num_rows, field.type))
+        return table
     except (pa.ArrowException, OSError) as e:
         raise RolloutFileError(f"{path}: cannot be read as parquet ({e}); remove it or restore it") from None
 
@@ -123,6 +134,7 @@ def _row(group: RolloutGroup, rollout: Rollout, fate: str, step: int) -> dict[st
         "sample_index": rollout.sample_index,
         "prompt_index": prompt.index,
         "data_source": _unicode(prompt.data_source),
+        "prompt_opens_thinking": prompt.opens_thinking,
         "prompt_text": _unicode(prompt_text(prompt)),
         "answer": _unicode(prompt.answer),
         "text": _unicode(rollout.text),
@@ -135,6 +147,7 @@ def _row(group: RolloutGroup, rollout: Rollout, fate: str, step: int) -> dict[st
         "finish_reason": rollout.finish_reason,
         "verdict": None if rollout.verdict is None else str(rollout.verdict),
         "extracted": None if rollout.extracted is None else _unicode(rollout.extracted),
+        "reason": _unicode(rollout.reason),
         "grader_verdicts": json.dumps({k: str(v) for k, v in rollout.grader_verdicts.items()})
         if len(rollout.grader_verdicts) > 1
         else None,

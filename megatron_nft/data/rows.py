@@ -3,7 +3,8 @@
 A row, in either format:
 
     data_source   str, optional                       which set the question is from; graders may look at it
-    prompt        [{"role": str, "content": str}]     or a str, which means one user message
+    prompt        [{"role": str, "content": str}]     or a str, which means one user message; a content in parts
+                                                      ([{"type": "text", "text": str}]) is joined
     reward_model  {"ground_truth": str, "style": …}   or, in its place, `answer`: str
     ability       str, optional                       not used here
     extra_info    mapping, optional                   handed to graders
@@ -99,18 +100,43 @@ def _row(values: dict[str, Any], where: str) -> QuestionRow:
 
 
 def _messages(prompt: Any, where: str) -> tuple[dict[str, str], ...]:
-    where = f"{where}, column 'prompt'"
+    try:
+        return read_messages(prompt)
+    except ValueError as error:
+        raise DataError(f"{where}, column 'prompt': {error}") from None
+
+
+def read_messages(prompt: Any, *, extra_keys: bool = False) -> tuple[dict[str, str], ...]:
+    """Read a prompt of any of the forms above. ValueError, without file and row, for anything else.
+
+    extra_keys: whether messages may have keys beside role and content, as those of published files do.
+    """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:
-        raise DataError(f"{where}: {_kind(prompt)}; write a text or a list of {{role, content}}")
+        raise ValueError(f"{_kind(prompt)}; write a text or a list of {{role, content}}")
+    messages = []
     for message in prompt:
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise DataError(f"{where}: {_kind(message)} in the list; each message has just role and content")
-        for key, value in message.items():
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise ValueError(f"{_kind(message)} in the list; each message has role and content")
+        if len(message) > 2 and not extra_keys:
+            raise ValueError(f"{_kind(message)} in the list; each message has just role and content")
+        found = {"role": message["role"], "content": _joined(message["content"])}
+        for key, value in found.items():
             if not isinstance(value, str) or not value.strip():
-                raise DataError(f"{where}: {key} is {_kind(value)}; it must be a text that is not empty")
-    return tuple({"role": m["role"], "content": m["content"]} for m in prompt)
+                raise ValueError(f"{key} is {_kind(value)}; it must be a text that is not empty")
+        messages.append(found)
+    return tuple(messages)
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content in parts; a content of any other form as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"content has the part {_kind(part)}; only parts of type 'text' can be used")
+    return "".join(part["text"] for part in content)
 
 
 def _answer(values: dict[str, Any], where: str) -> str:
@@ -133,4 +159,5 @@ def _answer(values: dict[str, Any], where: str) -> str:
 def _kind(value: Any) -> str:
     """`value` and its type, short enough for one line."""
     text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    kind = "float" if isinstance(value, float) else type(value).__name__  # a JsonFloat is one to people
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"

@@ -22,9 +22,21 @@ if TYPE_CHECKING:
 class Verifier(Protocol):
     """The part of `verify.VerifierPool` that is used here."""
 
-    def submit(self, response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Future[Graded]:
+    def submit(
+        self,
+        response: str,
+        answer: str,
+        data_source: str,
+        extra: dict[str, Any] | None,
+        *,
+        prompt_opens_thinking: bool,
+    ) -> Future[Graded]:
         """Start to grade an answer."""
         ...
+
+
+CUT_OFF = "cut off at rollout.max_response_tokens"
+"""The reason of an answer that has no end and was not graded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +97,14 @@ class _OpenQuestion:
     def add(self, sample: int, completion: Completion, text: str, verifier: Verifier | None) -> None:
         verdict = None
         if verifier is not None:
-            verdict = verifier.submit(text, self.prompt.answer, self.prompt.data_source, self.prompt.extra)
+            prompt = self.prompt
+            verdict = verifier.submit(
+                text,
+                prompt.answer,
+                prompt.data_source,
+                prompt.extra,
+                prompt_opens_thinking=prompt.opens_thinking,
+            )
         self.answers[sample] = (completion, text, verdict)
 
     @property
@@ -101,10 +120,11 @@ class _OpenQuestion:
         ]
 
 
-def training_sampling(config: Config) -> SamplingParams:
-    """Return how answers for training are drawn."""
+def training_sampling(config: Config, stop_token_ids: Sequence[int] = ()) -> SamplingParams:
+    """Return how answers for training are drawn. stop_token_ids: the tokens that end them (end_tokens.py)."""
     rollout = config.rollout
-    return SamplingParams(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    limits = (rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    return SamplingParams(*limits, stop_token_ids=tuple(stop_token_ids))
 
 
 def generate_groups(
@@ -116,6 +136,7 @@ def generate_groups(
     step: int,
     weight_version: int,
     tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: Sequence[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[RolloutGroup], float]:
     """`rollout.answers_per_question` graded answers to each drawn question, groups in the order of `draws`.
@@ -143,7 +164,7 @@ def generate_groups(
         engine,
         [prompt for _, prompt in draws],
         requests,
-        training_sampling(config),
+        training_sampling(config, stop_token_ids),
         tokenizer,
         verifier,
         grade_truncated=False,
@@ -169,8 +190,9 @@ def _rollout(draw: int, sample: int, answer: GradedAnswer, truncated: str) -> Ro
         weight_version_spans=completion.weight_version_spans,
     )
     if graded is None:
-        rollout.verdict, rollout.ignored = Verdict.WRONG, truncated == "drop"
+        rollout.verdict, rollout.reason, rollout.ignored = Verdict.WRONG, CUT_OFF, truncated == "drop"
         return rollout
     rollout.verdict, rollout.extracted, rollout.verify_s = graded.verdict, graded.extracted, graded.seconds
     rollout.grader_verdicts, rollout.ignored = graded.by_grader, graded.ignored
+    rollout.reason = graded.reason
     return rollout

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_nft.config.engines import ENGINES
-from megatron_nft.engines.engine import Engine, OpenOptions, Ranks
+from megatron_nft.engines.engine import Engine, EngineError, OpenOptions, Ranks
 
 if TYPE_CHECKING:
     from megatron_nft.config import Config, RolloutConfig
@@ -47,5 +47,20 @@ def open_engine(
 
     The other arguments are explained at `engine.OpenOptions`.
     """
+    if load_weights and not (rollout.server.urls or rollout.server.registry):
+        _refuse_wrong_tensors(Path(model_path))
     options = OpenOptions(precision, log_dir, layout, load_weights, allow_version_change)
     return engine_kind(rollout.engine).open(model_path, rollout, options)
+
+
+def _refuse_wrong_tensors(model_path: Path) -> None:
+    """EngineError where the folder's tensors are not those that its config promises: engines would fill the gaps with
+    random numbers. What is not a folder with config and weights at all, the engine refuses itself."""
+    if not (model_path / "config.json").is_file() or not any(model_path.glob("*.safetensors")):
+        return
+    from megatron_nft.weights.hf_check import check_model_folder
+
+    try:
+        check_model_folder(model_path)
+    except ValueError as error:
+        raise EngineError(str(error)) from None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BENCHMARKS = "aime24,aime25,amc23,math500,olympiadbench,minerva"
 DEFAULT_GRADERS = "maths,dapo_boxed"
-OVERRIDABLE = ("rollout.server.", "rollout.embedded_batch_tokens", "verify.")
+OVERRIDABLE = ("rollout.server.", "rollout.embedded_batch_tokens", "rollout.stop_token_ids", "verify.")
 
 
 @dataclass(slots=True)
@@ -74,7 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", action="append", default=[], metavar="URL", help="a server that runs (repeatable)")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and stop")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="rollout.server.*, rollout.embedded_batch_tokens or verify.*"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="rollout.server.*, rollout.embedded_batch_tokens, rollout.stop_token_ids or verify.*",
     )
 
 
@@ -97,28 +100,42 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from megatron_nft.engines.end_tokens import cut_off_note, describe, find_end_tokens, token_ids
     from megatron_nft.evaluate import evaluation
+    from megatron_nft.evaluate.model_folder import inspect_model
     from megatron_nft.evaluate.summary import settings_rows, to_text
     from megatron_nft.evaluate.tasks import load_tasks, make_prompts
 
     _check_numbers(args)
     tasks = load_tasks(_names(args.benchmarks), _data_folder(args.data), samples=args.samples, limit=args.limit)
     config = _config(args)
+    inspect_model(args.model)
+    tokenizer = _tokenizer(args)
+    end_tokens = find_end_tokens(args.model, tokenizer, config.rollout.stop_token_ids)
+    prompts = {t.name: make_prompts(t, tokenizer, args.system_prompt) for t in tasks}
     identity = _identify(args.model)
     preset, sampling = _sampling(args, identity.num_parameters)
-    tokenizer = _tokenizer(args)
     protocol = _protocol(args, config, tasks, preset, sampling, tokenizer, identity)
     for key, value in settings_rows(protocol):
         print(f"{key}: {value}")
+    print(describe(end_tokens))
     if args.dry_run:
         return 0
-    prompts = {t.name: make_prompts(t, tokenizer, args.system_prompt) for t in tasks}
     with evaluation.claim_folder(args.out, protocol):
         answers = evaluation.run_tasks(
-            tasks, prompts, sampling, identity.max_positions, tokenizer, args.out, lambda: _open_parts(args, config)
+            tasks,
+            prompts,
+            sampling,
+            identity.max_positions,
+            tokenizer,
+            args.out,
+            lambda: _open_parts(args, config, token_ids(end_tokens)),
         )
         results = evaluation.make_results(tasks, prompts, answers, protocol)
         evaluation.write_results(args.out, results)
+    for name, benchmark in results["benchmarks"].items():
+        if note := cut_off_note(benchmark["truncated_share"], sampling.max_response_tokens, end_tokens):
+            print(f"\n{name}: {note}")
     print(f"\n{to_text(results)}\n\nwritten: {args.out / 'results.md'}, results.json, results.html, answers/")
     return 0
 
@@ -140,7 +157,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--top-p is {args.top_p}; it must be in (0, 1]")
     for text in args.overrides:
         if not text.startswith(OVERRIDABLE):
-            raise ValueError(f"override {text!r}: eval takes rollout.server.*, rollout.embedded_batch_tokens, verify.*")
+            raise ValueError(
+                f"override {text!r}: eval takes rollout.server.*, rollout.embedded_batch_tokens, "
+                "rollout.stop_token_ids, verify.*"
+            )
 
 
 def _names(text: str) -> list[str]:
@@ -203,9 +223,11 @@ def _tokenizer(args: argparse.Namespace) -> Any:
 
 def _identify(model: Path) -> ModelIdentity:
     from megatron_nft.console import show_progress
-    from megatron_nft.evaluate.model_folder import identify_model, inspect_model, weight_bytes
+    from megatron_nft.evaluate.model_folder import identify_model, weight_bytes
+    from megatron_nft.weights.hf_check import check_model_folder
 
-    inspect_model(model)
+    if note := check_model_folder(model):
+        print(note, file=sys.stderr)
     with show_progress("checksum of the model", weight_bytes(model), in_bytes=True) as progress:
         return identify_model(model, on_bytes=progress.advance)
 
@@ -242,13 +264,14 @@ def _protocol(
             "version": engine_kind(args.engine).version(args.model, server),
             "precision": config.policy.precision,
             "quantization": server.quantization,
+            **({"stop_token_ids": config.rollout.stop_token_ids} if config.rollout.stop_token_ids else {}),
         },
         versions=package_versions(),
     )
 
 
 @contextmanager
-def _open_parts(args: argparse.Namespace, config: Config) -> Iterator[Parts]:
+def _open_parts(args: argparse.Namespace, config: Config, stop_token_ids: tuple[int, ...]) -> Iterator[Parts]:
     """Open engine and verifier; both are closed whatever happens."""
     from megatron_nft.engines.open import open_engine
     from megatron_nft.evaluate.evaluation import Parts
@@ -263,6 +286,6 @@ def _open_parts(args: argparse.Namespace, config: Config) -> Iterator[Parts]:
             layout=_OneRank(_device()),
         )
         try:
-            yield Parts(engine, verifier)
+            yield Parts(engine, verifier, stop_token_ids)
         finally:
             engine.close()

@@ -38,6 +38,7 @@ class Parts:
 
     engine: Any  # engines.engine.Engine
     verifier: Any  # verify.VerifierPool
+    stop_token_ids: tuple[int, ...] = ()  # the tokens that end an answer
 
 
 def answer_path(out: Path, task_name: str) -> Path:
@@ -131,6 +132,7 @@ def _ask(
                 top_p=sampling.top_p,
                 max_tokens=max_tokens,
                 seed=sampling.seed,
+                stop_token_ids=parts.stop_token_ids,
                 on_answer=lambda _: progress.advance(),
                 on_question=keep,
             )

@@ -34,6 +34,7 @@ class Answer:
     extracted: str | None
     grader_verdicts: dict[str, Verdict] = field(default_factory=dict)  # every grader that was asked
     verify_s: float = 0.0
+    reason: str = ""  # why the verdict is none of a comparison, as the grader says it
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +86,11 @@ def evaluate_questions(
     top_p: float,
     max_tokens: int,
     seed: int,
+    stop_token_ids: Sequence[int] = (),
     on_answer: Callable[[Completion], None] | None = None,
     on_question: Callable[[QuestionResult], None] | None = None,
 ) -> EvalResult:
-    """`samples` graded answers to each prompt. Temperature 0 is greedy.
+    """`samples` graded answers to each prompt. Temperature 0 is greedy. stop_token_ids: the tokens that end an answer.
 
     The seed of an answer depends on `seed`, the prompt's index and the sample number alone, so the split of the prompts
     over ranks does not change it. `on_answer` is called as answers arrive, `on_question` as soon as a question is
@@ -97,7 +99,7 @@ def evaluate_questions(
     """
     if samples < 1:
         raise ValueError(f"samples={samples}: at least one answer per question is needed")
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    sampling = SamplingParams(max_tokens, temperature, top_p, stop_token_ids=tuple(stop_token_ids))
     requests = [Request(p.token_ids, samples, (seed, p.index)) for p in prompts]
     results: dict[int, QuestionResult] = {}
     for number, answers in ask_and_grade(
@@ -121,6 +123,7 @@ def _to_answer(answer: GradedAnswer) -> Answer:
         extracted=graded.extracted,
         grader_verdicts=dict(graded.by_grader),
         verify_s=graded.seconds,
+        reason=graded.reason,
     )
 
 

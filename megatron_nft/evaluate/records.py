@@ -109,6 +109,7 @@ def _answer_to_json(answer: Answer) -> dict[str, Any]:
         "extracted": answer.extracted,
         "grader_verdicts": {name: str(verdict) for name, verdict in answer.grader_verdicts.items()},
         "verify_s": answer.verify_s,
+        "reason": answer.reason,
     }
 
 
@@ -121,4 +122,5 @@ def _answer_from_json(line: dict[str, Any]) -> Answer:
         extracted=line["extracted"],
         grader_verdicts={current_name(name): Verdict(verdict) for name, verdict in line["grader_verdicts"].items()},
         verify_s=line["verify_s"],
+        reason=line.get("reason", ""),  # files of earlier versions lack it
     )

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nft.data.benchmarks import BENCHMARKS, BenchmarkError, Question, find_file, read_benchmark, read_prepared
-from megatron_nft.data.prompts import render, with_system_prompt
+from megatron_nft.data.prompts import encode, render_texts, with_system_prompt
 from megatron_nft.evaluate.protocol import Sampling
 from megatron_nft.types import Prompt
+from megatron_nft.verify.thinking import opens_thinking
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,18 @@ def _load(name: str, data: Path | None, samples: int | None, limit: int | None) 
 
 
 def make_prompts(task: Task, tokenizer: Any, system_prompt: str | None) -> list[Prompt]:
-    """Return one prompt per question; `Prompt.index` is the question's place in the task."""
+    """Return one prompt per question; `Prompt.index` is the question's place in the task.
+
+    DataError, with file and row, where the chat template refuses a question.
+    """
     conversations = [with_system_prompt(question.messages, system_prompt) for question in task.questions]
-    ids = render(tokenizer, conversations)
+    places = [question.where or f"{task.title}, question {question.id}" for question in task.questions]
+    texts = render_texts(tokenizer, conversations, places, "--chat-template or --system-prompt")
     return [
-        Prompt(index, q.data_source, messages, q.answer, token_ids, q.extra)
-        for index, (q, messages, token_ids) in enumerate(zip(task.questions, conversations, ids))
+        Prompt(index, q.data_source, messages, q.answer, token_ids, q.extra, opens_thinking(text))
+        for index, (q, messages, text, token_ids) in enumerate(
+            zip(task.questions, conversations, texts, encode(tokenizer, texts))
+        )
     ]
 
 

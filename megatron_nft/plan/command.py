@@ -18,6 +18,7 @@ from megatron_nft.plan.layout import Cluster, LayoutSettings, with_seq_len
 from megatron_nft.plan.plan import make_plan, nearest, search
 from megatron_nft.plan.render import as_dict, as_text, search_table
 from megatron_nft.plan.timing import Workload
+from megatron_nft.policy.positions import check_positions
 
 
 def _share(text: str) -> float:
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         spec = read_architecture(config.model)
         if args.seq_len:
             config = with_seq_len(config, args.seq_len)
+        check_positions(spec, config)
         work = Workload.of(config, args.mean_response_tokens, args.kept_share)
         plan = make_plan(spec, config, LayoutSettings.of(config), cluster, work)
     except (ConfigError, ValueError) as e:

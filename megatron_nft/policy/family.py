@@ -16,23 +16,13 @@ from typing import Any
 from megatron_nft.config import PolicyConfig
 from megatron_nft.policy.families import FAMILIES
 from megatron_nft.policy.families.record import ExpertKeys
-
-LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
+from megatron_nft.policy.rope import RopeScaling as RopeScaling
+from megatron_nft.policy.rope import UnsupportedModelError as UnsupportedModelError
+from megatron_nft.policy.rope import read_rope
 
 _EXPERTS = ("num_experts", "moe_ffn_hidden_size", "num_experts_per_token", "normalize_expert_weights")
 _FLAT = ("rope_theta", "add_qkv_bias", "qk_layernorm", *_EXPERTS)
 """Properties that stand beside the fields in the flat form."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's `rope_type: llama3`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -140,19 +130,24 @@ def read_family(model_path: Path | str) -> ModelSpec:
     try:
         return spec_from_config(config)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
 
 
 def spec_from_config(config: dict[str, Any]) -> ModelSpec:
     """The ModelSpec of a parsed config.json, written by transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
-    ValueError for an unknown family, a missing or wrong size, and a value that the code would not honour.
+    UnsupportedModelError for an unknown family and for a value that the code would not honour, ValueError for a missing
+    or wrong size and for places that contradict each other.
     """
     name = config.get("model_type")
     if name not in FAMILIES:
-        raise ValueError(f"model_type is {name!r}; allowed: {', '.join(sorted(FAMILIES))}")
+        raise UnsupportedModelError(f"model_type is {name!r}; allowed: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[name]
-    family.refuse_unknown_values(config)
+    rope = read_rope(config)
+    try:
+        family.refuse_unknown_values(config)
+    except ValueError as error:
+        raise UnsupportedModelError(str(error)) from None
     heads, hidden = _positive(config, "num_attention_heads"), _positive(config, "hidden_size")
     if config.get("head_dim") is None and hidden % heads:
         raise ValueError(f"num_attention_heads ({heads}) must divide hidden_size ({hidden}) where head_dim is absent")
@@ -167,7 +162,7 @@ def spec_from_config(config: dict[str, Any]) -> ModelSpec:
         vocab_size=_positive(config, "vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        rope=_rope(config),
+        rope=(rope.theta, rope.scaling()),
         max_position_embeddings=_positive(config, "max_position_embeddings"),
         experts=None if family.experts is None else _experts(config, family.experts),
     )
@@ -265,28 +260,3 @@ def _positive(config: dict[str, Any], key: str, default: int | None = None) -> i
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{key} is {value!r}; it must be a positive whole number")
     return value
-
-
-def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = config.get(key) or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{key} is {rope!r}; it must be an object or null")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise ValueError(f"rope_theta is {theta!r}; it must be a positive number")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise ValueError(f"{key}.rope_type is {kind!r}; allowed: 'default', 'llama3'")
-    missing = [name for name in LLAMA3_ROPE_KEYS if not isinstance(rope.get(name), int | float)]
-    if missing:
-        raise ValueError(f"{key} of rope_type llama3 lacks the number(s) {', '.join(missing)}")
-    if not rope["high_freq_factor"] > rope["low_freq_factor"]:
-        raise ValueError(
-            f"{key}.high_freq_factor ({rope['high_freq_factor']}) must exceed "
-            f"low_freq_factor ({rope['low_freq_factor']})"
-        )
-    return float(theta), RopeScaling(*(rope[name] for name in LLAMA3_ROPE_KEYS))

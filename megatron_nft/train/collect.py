@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,14 @@ from megatron_nft.data.prompts import PromptStream
 from megatron_nft.data.rollout_file import rollout_path, write_rollouts
 from megatron_nft.distributed import gather_objects, route
 from megatron_nft.engines.answers import generate_groups
+from megatron_nft.engines.end_tokens import EndToken, cut_off_note
 from megatron_nft.engines.engine import Engine
 from megatron_nft.metrics import Metrics
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.train import record
 from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle, StopSignals
+from megatron_nft.train.reasons import Outcomes
 from megatron_nft.train.schedule import GroupFacts, SampleKey, StepPlan
 from megatron_nft.types import Prompt, RolloutGroup, TrainingSample
 from megatron_nft.verify import VerifierPool
@@ -58,10 +60,12 @@ def collect(
     stream: PromptStream,
     algorithm: Algorithm,
     stop: StopSignals,
+    end_tokens: Sequence[EndToken] = (),
 ) -> Collected:
     """Draw questions and `ask` them until enough groups are kept. Collective.
 
-    EmptyBatchError when the bound on generation batches is reached first, Interrupted after a stop signal.
+    EmptyBatchError when the bound on generation batches is reached first, Interrupted after a stop signal. end_tokens:
+    of the model, for the message of that error.
     """
     needed = config.train.questions_per_step
     stream.cursor = state.cursor
@@ -71,6 +75,7 @@ def collect(
         (f for part in gather_objects(surplus_facts(layout.rank, held), layout.world_gloo) for f in part), key=_draw
     )
     seen: Counter[str] = Counter()
+    outcomes = Outcomes()
     for _ in range(config.rollout.max_generation_batches):
         if len(found.kept) >= needed:
             return found
@@ -86,17 +91,29 @@ def collect(
             found.fates.append(fate)
             facts.append(GroupFacts(group.draw, layout.rank, fate, step, _sizes(kept)))
         found.groups += groups
-        answers = gather_objects((stop.signum, facts), layout.world_gloo)
-        if signum := max(s for s, _ in answers):
+        answers = gather_objects((stop.signum, facts, Outcomes.of(groups)), layout.world_gloo)
+        if signum := max(s for s, _, _ in answers):
             raise Interrupted(signum)
-        all_facts = [f for _, part in answers for f in part]
+        all_facts = [f for _, part, _ in answers for f in part]
+        for _, _, part in answers:
+            outcomes.add(part)
         seen.update(f.fate for f in all_facts)
         record.add_groups(metrics, layout.rank, all_facts)
         found.kept += sorted((f for f in all_facts if f.fate == "kept"), key=_draw)
         found.cursor = stream.cursor
     if len(found.kept) >= needed:
         return found
-    raise EmptyBatchError(record.why_empty(len(found.kept), needed, config.rollout.max_generation_batches, seen))
+    write_failed_step(config.run_dir, step, found, layout)
+    limit, batches = config.rollout.max_response_tokens, config.rollout.max_generation_batches
+    cut_off = cut_off_note(outcomes.share("cut_off"), limit, end_tokens)
+    raise EmptyBatchError(record.why_empty(len(found.kept), needed, batches, seen, outcomes, cut_off))
+
+
+def write_failed_step(run_dir: Path, step: int, found: Collected, layout: ParallelLayout) -> None:
+    """Write the rollouts of a step that trains nothing; returns when every rank has written its own. Collective."""
+    written = ["untrained" if fate == "kept" else fate for fate in found.fates]
+    write_rollouts(rollout_path(run_dir, step, layout.rank), found.groups, written, step=step)
+    gather_objects(None, layout.world_gloo)  # the first rank to fail ends the others: all have written by then
 
 
 def _draw(facts: GroupFacts) -> int:
@@ -126,6 +143,7 @@ def generate(
     life: Lifecycle,
     step: int,
     weight_version: int,
+    stop_token_ids: Sequence[int] = (),
 ) -> list[RolloutGroup]:
     """Answers of the engine to this rank's questions, graded. Interrupted at the first one after a stop signal."""
     total = len(draws) * config.rollout.answers_per_question
@@ -138,6 +156,7 @@ def generate(
             step=step,
             weight_version=weight_version,
             tokenizer=tokenizer,
+            stop_token_ids=stop_token_ids,
             on_progress=on_progress,
         )
     record.add_rollouts(metrics, groups, verify_wait_s)

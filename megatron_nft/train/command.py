@@ -33,6 +33,25 @@ def rank_plan(config: Config, world_size: int) -> str:
     return "\n".join(lines)
 
 
+def _dry_run(config: Config, plan: str) -> int:
+    """Print what would be done; return 2 where the model or the questions on this machine would be refused."""
+    print(dump_config(config), end="")
+    print(plan)
+    try:
+        if (config.model.path / "config.json").is_file():
+            from megatron_nft.policy.family import read_family
+            from megatron_nft.policy.positions import check_positions
+
+            check_positions(read_family(config.model.path), config)
+        from megatron_nft.train.preview import first_prompt
+
+        print(first_prompt(config))
+    except (ValueError, OSError) as e:
+        print(f"megatron-nft train: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Exit status of the command; see cli.py."""
     try:
@@ -44,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"megatron-nft train: settings cannot be used:\n{e}", file=sys.stderr)
         return 2
     if args.dry_run:
-        print(dump_config(config), end="")
-        print(plan)
-        return 0
+        return _dry_run(config, plan)
     if launch.joined():
         from megatron_nft.train.rank import run_rank
 

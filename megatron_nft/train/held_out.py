@@ -68,6 +68,7 @@ def evaluate_held_out(
     config: Config,
     world: World,
     life: Lifecycle,
+    stop_token_ids: Sequence[int] = (),
 ) -> dict[str, float]:
     """Held-out accuracy under names `eval/…`, each rank asking its share; the same on every rank. Collective.
 
@@ -92,6 +93,7 @@ def evaluate_held_out(
                 top_p=settings.top_p,
                 max_tokens=settings.max_response_tokens or config.rollout.max_response_tokens,
                 seed=config.seed,
+                stop_token_ids=stop_token_ids,
                 on_answer=on_answer,
             )
             counts = result.counts()

@@ -11,6 +11,7 @@ from functools import partial
 
 from megatron_nft.console import step_line
 from megatron_nft.distributed import largest
+from megatron_nft.engines.end_tokens import cut_off_note, token_ids
 from megatron_nft.metrics import Metrics
 from megatron_nft.policy import checkpoint as policy_checkpoint
 from megatron_nft.policy.policy import StepReport
@@ -75,6 +76,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
             stream=parts.questions.stream,
             algorithm=parts.algorithm,
             stop=parts.life.stop,
+            end_tokens=parts.questions.end_tokens,
         )
         release_engine(parts.engine, layout)
     with phases("exchange"):
@@ -137,6 +139,7 @@ def ask_engine(parts: Parts, state: RunState, metrics: Metrics) -> Ask:
         life=parts.life,
         step=state.step + 1,
         weight_version=state.weight_version,
+        stop_token_ids=token_ids(parts.questions.end_tokens),
     )
 
 
@@ -174,9 +177,16 @@ def finish_step(parts: Parts, state: RunState) -> None:
             config,
             parts.layout,
             parts.life,
+            token_ids(parts.questions.end_tokens),
         )
     written = parts.recorder.write(step, evaluation)
     parts.life.console.say(step_line(step, config.train.num_steps, written))
+    for share, limit in (
+        ("length/truncated", config.rollout.max_response_tokens),
+        ("eval/truncated_share", config.eval.max_response_tokens or config.rollout.max_response_tokens),
+    ):
+        if note := cut_off_note(written.get(share, 0.0), limit, parts.questions.end_tokens):
+            parts.life.console.say(f"{share}: {note}")
 
 
 def save(parts: Parts, state: RunState) -> None:

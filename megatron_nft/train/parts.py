@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_nft.algorithms import Algorithm, open_algorithm
 from megatron_nft.config import Config
 from megatron_nft.data.prompts import PromptStream, load_tokenizer
+from megatron_nft.engines.end_tokens import EndToken, describe, find_end_tokens
 from megatron_nft.engines.engine import Engine
 from megatron_nft.engines.open import create_engine
 from megatron_nft.engines.sync import open_weight_sync
@@ -44,6 +45,7 @@ class Questions:
     """What is asked, and how text becomes tokens."""
 
     tokenizer: PreTrainedTokenizerBase
+    end_tokens: tuple[EndToken, ...]  # what ends an answer
     stream: PromptStream  # training questions in the order in which they are drawn
     held_out: HeldOut
 
@@ -80,6 +82,7 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
         f"{config.data.max_prompt_tokens} tokens were dropped), {len(questions.held_out.prompts)} held out"
     )
     memory_notes = check_memory(config, spec, layout.device, stage=layout.pp.rank, world_size=layout.world_size)
+    say(describe(questions.end_tokens))
     for note in [spec.padding_note(layout.tp.size), *memory_notes]:
         if note:
             say(note)
@@ -123,7 +126,7 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
 
 
 def load_questions(config: Config) -> Questions:
-    """Tokenizer, training and held-out questions. DataError for files or prompts that cannot be used."""
+    """Tokenizer, end tokens, training and held-out questions. ValueError for files or prompts that cannot be used."""
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     data, system_prompt = config.data, config.model.system_prompt
     stream = PromptStream(
@@ -143,7 +146,8 @@ def load_questions(config: Config) -> Questions:
         seed=config.seed,
         system_prompt=system_prompt,
     )
-    return Questions(tokenizer, stream, held_out)
+    end_tokens = find_end_tokens(config.model.path, tokenizer, config.rollout.stop_token_ids)
+    return Questions(tokenizer, end_tokens, stream, held_out)
 
 
 def _identity(config: Config, spec: ModelSpec, layout: ParallelLayout) -> dict[str, object]:

@@ -13,17 +13,39 @@ from megatron_nft.data.prompts import TOKENIZER_FILES
 def check_inputs(config: Config) -> None:
     """Raises ValueError or OSError with one clear line for the first problem found."""
     _check_files(config)
-    _check_questions([*config.data.train, *config.eval.data])
     _check_writable(config.run_dir)
     _check_graders(config.verify.grader)
     _check_tokenizer(config.model.path)
     from megatron_nft.policy.family import check_layout, read_family
+    from megatron_nft.policy.positions import check_positions
     from megatron_nft.policy.precision import check_sizes
+    from megatron_nft.weights.hf_check import check_folder
+    from megatron_nft.weights.hf_folder import HFFolder
 
     spec = read_family(config.model.path)
     check_layout(spec, config.policy)
     check_sizes(spec, config.policy)
     _check_architecture(config.model)
+    _check_prompts(config)
+    check_positions(spec, config)
+    check_folder(HFFolder(config.model.path), spec)
+
+
+def _check_prompts(config: Config) -> None:
+    """Every prompt as each rank will make it: what the chat template refuses is one line now, not one from each."""
+    from megatron_nft.data.prompts import PromptStream, load_tokenizer
+    from megatron_nft.engines.end_tokens import find_end_tokens
+
+    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    find_end_tokens(config.model.path, tokenizer, config.rollout.stop_token_ids)
+    for paths in (config.data.train, *([path] for path in config.eval.data)):
+        PromptStream(
+            paths,
+            tokenizer,
+            config.data.max_prompt_tokens,
+            config.data.over_long,
+            system_prompt=config.model.system_prompt,
+        )
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -53,14 +75,6 @@ def _check_files(config: Config) -> None:
             raise ValueError(f"{key}: {path} is not a file")
         if path.stat().st_size == 0:
             raise ValueError(f"{key}: {path} is empty")
-
-
-def _check_questions(paths: list[Path]) -> None:
-    """Every row, as each rank will read them: better one line now than one from every rank."""
-    from megatron_nft.data.rows import read_rows
-
-    for path in paths:
-        read_rows(path)
 
 
 def _check_writable(run_dir: Path) -> None:

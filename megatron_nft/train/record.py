@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_nft.metrics import Metrics
+from megatron_nft.train.reasons import REASONS, Outcomes, reason_group
 from megatron_nft.train.schedule import GroupFacts, StepPlan
 from megatron_nft.types import RolloutGroup, TrainingSample, Verdict
 
@@ -41,6 +42,9 @@ def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s
     verdicts = Counter(r.verdict for r in answers)
     for verdict in Verdict:
         metrics.mean(f"verdict/{verdict.value}", verdicts[verdict], n)
+    reasons = Counter(reason_group(r.reason) for r in answers)
+    for reason in REASONS:
+        metrics.sum(f"reason/{reason}", reasons[reason])
     metrics.mean("length/mean", sum(lengths), n)
     metrics.max("length/max", max(lengths, default=0))
     metrics.mean("length/truncated", sum(r.finish_reason == "length" for r in answers), n)
@@ -132,12 +136,41 @@ def add_memory(metrics: Metrics, phases: dict[str, tuple[int, int]]) -> None:
         metrics.max(f"memory/{name}_device_bytes", held)
 
 
-def why_empty(kept: int, needed: int, batches: int, fates: Counter[str]) -> str:
-    """The message for a step that found too few groups to train."""
+def why_empty(
+    kept: int, needed: int, batches: int, fates: Counter[str], outcomes: Outcomes, cut_off: str | None = None
+) -> str:
+    """The message for a step that found too few groups to train. `cut_off` is the note on answers without an end."""
     dropped = ", ".join(f"{n} {fate.replace('_', ' ')}" for fate, n in fates.most_common() if fate != "kept")
     return (
         f"{kept} of {needed} groups were kept after {batches} generation batches (rollout.max_generation_batches), "
-        f"{sum(fates.values())} questions in all; dropped: {dropped or 'none'}. A group is kept when its answers are "
-        "neither all right nor all wrong: use questions nearer to what the model can do, more answers per question "
-        "(rollout.answers_per_question), fewer groups per step (train.questions_per_step), or raise the bound"
+        f"{sum(fates.values())} questions in all; dropped: {dropped or 'none'}; {outcomes}. "
+        f"{cut_off or _advice(outcomes)}"
     )
+
+
+def _advice(outcomes: Outcomes) -> str:
+    """What to do about groups that cannot be trained, by what most of their answers have in common."""
+    main, count = max(outcomes.reasons.items(), key=lambda item: item[1], default=("", 0))
+    if 2 * count > outcomes.answers:
+        if main == "grader_failed":
+            said = " ".join(outcomes.failures.most_common(1)[0][0].split())
+            return f"Grading failed, which says nothing of the answers: {said}. Mend the grader (verify.grader)"
+        if main in _ADVICE:
+            return _ADVICE[main]
+    return (
+        "A group is kept when its answers are neither all right nor all wrong: use questions nearer to what the model "
+        "can do, more answers per question (rollout.answers_per_question), fewer groups per step "
+        "(train.questions_per_step), or raise the bound"
+    )
+
+
+_ADVICE = {
+    "timeout": "Grading took too long: raise verify.timeout_s or verify.workers",
+    "memory": "Grading needed too much memory: raise verify.memory_bytes",
+    "reference": "The reference answers cannot be used: look at `reason` in the rollout file, and at the data",
+    "no_answer": "The grader found no answer in the texts: ask for the form that it looks for (a box, usually), or "
+    "choose another one (verify.grader)",
+    "unfinished": "Most answers end within their thinking or a box: see rollout.stop_token_ids, or give more tokens "
+    "(rollout.max_response_tokens)",
+    "cut_off": "Most answers were cut off: raise rollout.max_response_tokens, or see rollout.stop_token_ids",
+}

@@ -5,32 +5,50 @@ A box is complete when its brace is closed; escaped braces do not count, and `\b
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 
 Span = tuple[int, int]  # start and end in the text
 
 MAX_BOXES = 20  # only this many boxes, complete or not, are looked at, from the end
+MAX_BETWEEN_CHARS = 300  # boxes further apart are not one sentence
 
 _box = re.compile(r"\\(?:boxed|fbox|framebox)\s*(\{?)")
 _brace = re.compile(r"\\[{}\\]|[{}]")
+_torn_command = re.compile(r"\\(?:b|bo|box|boxe|boxed|fb|fbo|fbox|framebox)\s*$")
 _between_boxes = re.compile(
     r"""[\s$.,;&]* (?:\\[\])])? [\s$.,;&]*
         (?:and|or|\\text\s*\{\s*(?:and|or)\s*\}|\\quad)? [\s$\\(\[]* (?:[a-zA-Z](?:_\{?\d\}?)?\s*=\s*)?""",
     re.VERBOSE,
 )
+_ends_sentence = re.compile(r"\n|[!?](?!\d)|\.(?=\s|$|\\)|\\\\")
+_joint = re.compile(r"(?<![A-Za-z])(?:and|or|by|while|whereas)(?![A-Za-z])|[,;&]|\\q?quad", re.IGNORECASE)
+_goes_on = re.compile(  # the first box led to the second one, or was corrected by it
+    r"""(?<![A-Za-z])
+    (?: wait | no | not | actually | correct\w* | instead | rather | but | mistake\w* | errors? | should | becomes? | so
+      | thus | hence | therefore | then | gives? | giving | which | because | since | impl\w+ | equal\w* | equivalent\w*
+      | that\sis | i\.e | same | simplif\w+ | round\w* | approx\w* | however | again | final\w* | answer | earlier
+      | before | previous\w* | chang\w+ | to | from | after | Rightarrow | now | later | yield\w* | mean\w* | oops
+      | sorry | hmm | let | substitut\w+ | using | with | when | if | where | for\sa\stotal | total\w* | altogether
+    ) (?![A-Za-z]) | [→⇒] | [-=]>""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_name = re.compile(r"=[\s$({\\\[]*$")
 _percent_after = re.compile(r"[\s$]*(?:\\?%|percent\b)")
 
 
 def last_box(text: str) -> str | None:
     """Return the content of the last complete box, with its spaces; None if there is no complete box."""
-    spans = _boxes(text)
-    return text[slice(*spans[0][1])] if spans else None
+    spans = next(_boxes(text), None)
+    return text[slice(*spans[1])] if spans else None
 
 
 def last_boxes(text: str) -> str | None:
     r"""Return the last complete box together with those joined to it, without repetitions: `\boxed{1} and \boxed{3}`.
 
-    The contents are separated by commas; a percent sign behind the last box is kept.
+    Boxes of one sentence are joined unless its words say that one leads to the next or corrects it. The contents are
+    separated by commas; a percent sign behind the last box is kept.
     """
     contents: list[str] = []
     start = len(text)
@@ -40,7 +58,7 @@ def last_boxes(text: str) -> str | None:
         if contents and box_end >= start:  # a box around the previous one
             start = box_start
             continue
-        if contents and not _between_boxes.fullmatch(text[box_end:start]):
+        if contents and not _are_joined(text[box_end:start]):
             break
         if inner not in contents:
             contents.append(inner)
@@ -53,33 +71,60 @@ def last_boxes(text: str) -> str | None:
     return answer + percent_sign(text, end, answer)
 
 
+def has_box(text: str) -> bool:
+    """Whether a text has a box, complete or not."""
+    return next(_commands(text), None) is not None
+
+
+def is_cut_off(text: str) -> bool:
+    """Whether the text ends within a box: the last one is not closed."""
+    match = next(_commands(text), None)
+    if match is not None and (closing_brace(text, match.end()) < 0 if match[1] else not text[match.end() :].strip()):
+        return True
+    return bool(_torn_command.search(text[-20:]))
+
+
 def percent_sign(text: str, end: int, answer: str) -> str:
     r"""Return `\%` if a percent sign follows at `end` of `text` and `answer` does not hold one, else ""."""
     return r"\%" if _percent_after.match(text, end) and "%" not in answer else ""
 
 
-def _boxes(text: str) -> list[tuple[Span, Span]]:
-    """Return the spans of the last complete boxes and of their contents, the last box first."""
-    found: list[tuple[Span, Span]] = []
+def _are_joined(between: str) -> bool:
+    r"""Whether the text between two boxes makes them one answer: ` \text{ and } `, ` cats and `, `, y = `."""
+    if len(between) > MAX_BETWEEN_CHARS:
+        return False
+    if _between_boxes.fullmatch(between):
+        return True
+    if _ends_sentence.search(between) or _goes_on.search(between):
+        return False
+    if "=" in between and (not _name.search(between) or between.count("=") > 1):
+        return False
+    return bool(_joint.search(between))
+
+
+def _commands(text: str) -> Iterator[re.Match[str]]:
+    """Yield the box commands of a text, the last one first."""
     stop = len(text)
-    for _ in range(MAX_BOXES):
-        at = max(text.rfind(name, 0, stop) for name in ("\\boxed", "\\fbox", "\\framebox"))
-        if at < 0:
-            break
+    while (at := text.rfind("box", 0, stop)) >= 0:
+        start = text.rfind("\\", max(0, at - len("\\frame")), at)
         stop = at
-        match = _box.match(text, at)
-        if match is None:
-            continue
+        match = _box.match(text, start) if start >= 0 else None
+        if match is not None:
+            yield match
+
+
+def _boxes(text: str) -> Iterator[tuple[Span, Span]]:
+    """Yield the spans of the last complete boxes and of their contents, the last box first."""
+    for match in itertools.islice(_commands(text), MAX_BOXES):
         if match[1]:
-            end = _closing_brace(text, match.end())
+            end = closing_brace(text, match.end())
         else:  # \boxed 5
             end = match.end() + 1 if match.end() < len(text) and text[match.end()].isalnum() else -1
         if end >= 0:
-            found.append(((at, end + (1 if match[1] else 0)), (match.end(), end)))
-    return found
+            yield (match.start(), end + (1 if match[1] else 0)), (match.end(), end)
 
 
-def _closing_brace(text: str, start: int) -> int:
+def closing_brace(text: str, start: int) -> int:
     """Return the index of the brace that closes the one before `start`; -1 if it is missing."""
     depth = 1
     for match in _brace.finditer(text, start):

@@ -11,20 +11,30 @@ from typing import Any
 
 from megatron_nft.types import Verdict
 from megatron_nft.verify.algebra.normalize import normalize, without_spaces
-from megatron_nft.verify.boxed import last_box
+from megatron_nft.verify.boxed import is_cut_off, last_box
 from megatron_nft.verify.outcome import Outcome
+from megatron_nft.verify.thinking import NoAnswer, answer_part, is_opened
 
 _answer_line = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 
 
 def grade_boxed(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
     r"""Grade the content of the last `\boxed{}` against the reference, as normalised strings."""
-    return _same_string(last_box(response), answer, r"no \boxed{} in the response")
+    try:
+        text = answer_part(response, opened=is_opened(extra))
+    except NoAnswer as error:
+        return Outcome(Verdict.UNPARSEABLE, reason=str(error))
+    if is_cut_off(text):
+        return Outcome(Verdict.UNPARSEABLE, reason="the last box is cut off")
+    return _same_string(last_box(text), answer, r"no \boxed{} in the response")
 
 
 def grade_minerva(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
     """Grade what follows the last "Answer:" on its line against the reference, as normalised strings."""
-    lines = _answer_line.findall(response)
+    try:
+        lines = _answer_line.findall(answer_part(response, opened=is_opened(extra)))
+    except NoAnswer as error:
+        return Outcome(Verdict.UNPARSEABLE, reason=str(error))
     return _same_string(lines[-1] if lines else None, answer, 'no "Answer:" line in the response')
 
 

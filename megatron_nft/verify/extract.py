@@ -3,10 +3,11 @@ r"""Find the final answer in a response.
 The first of these that exists is the answer; none of them is tried against the reference:
 
 1. the last `\boxed{}` and those joined to it ("\boxed{1} and \boxed{3}");
-2. the last of `#### n`, "Answer: x" and "the answer is x";
+2. the last of `#### n`, "Answer: x", "the answer is x" and a heading "Answer" with x below it;
 3. the whole response, if it is short and not a sentence;
-4. the last formula;
-5. the last number of the last lines.
+4. a bold answer below the last formula, or a number there in a concluding line;
+5. the last formula;
+6. the last number of the last lines.
 """
 
 from __future__ import annotations
@@ -14,12 +15,24 @@ from __future__ import annotations
 import itertools
 import re
 
-from megatron_nft.verify.boxed import last_boxes, percent_sign
+from megatron_nft.verify.boxed import has_box, is_cut_off, last_boxes, percent_sign
+from megatron_nft.verify.markup import plain_lines
+from megatron_nft.verify.thinking import NoAnswer, answer_part
 
 _anchor = re.compile(
-    r"""\#\#\#\# | (?:final\s+)?answer\s*(?:\*\*)?\s*[:=]
-      | \b(?:answers?|correct\s+(?:option|choice))\s+(?:is|are|must\s+be|should\s+be|equals)\b\s*:?""",
-    re.IGNORECASE | re.VERBOSE,
+    r"""\#\#\#\# | (?:final\s+)?answer\s{0,20}(?:\*\*|__)?\s{0,20}(?:[:=：→⇒➜➡]|[-=]>|\s[-–—]\s)
+      | \b(?:answers?|correct\s+(?:option|choice))\s+(?:is|are|must\s+be|should\s+be|equals)\b\s*:?
+      | ^[^\w\n]*(?:the\s+)?(?:(?:final\s+)?(?:answer|result)s?|final\s+solution)[^\w\n]*$
+      | ^[^\w\n]*(?:the\s+)?(?:final\s+)?answer(?:\*\*|__)?[ \t]+(?=[-+]?[\d$\\(\[{*])
+      | (?:最终|最後の|正确)?答(?:案|え)?\s*(?:应该)?(?:是|为|為|は|[:：])\s*[:：]?
+      | \b(?:la\s+respuesta|la\s+réponse|die\s+antwort|a\s+resposta|la\s+risposta)\s+(?:final\s+)?
+        (?:es|est|ist|lautet|é|è)\b
+      | \b(?:respuesta|réponse|antwort|resposta|risposta|ответ)\s*(?:\*\*)?\s*[:：]""",  # noqa: RUF001
+    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
+)
+_anchor_words = (  # one of them stands in every anchor
+    *("nswer", "NSWER", "####", "orrect ", "inal ", "INAL ", "esult", "RESULT"),
+    *("答", "espuesta", "éponse", "ntwort", "esposta", "isposta", "твет"),
 )
 _math = re.compile(
     r"""\$\$(?P<display>.+?)\$\$ | \\\[(?P<brackets>(?:(?!\\\[).)+?)\\\] | \\\((?P<parentheses>(?:(?!\\\().)+?)\\\)
@@ -35,26 +48,52 @@ _listed = re.compile(rf"{_number.pattern}(?:\s*,\s*{_number.pattern})*\s*,?\s+(?
 _subject = re.compile(
     r"(?:the|it|this|that|there|so|thus|he|she|they|we)\b[^\d$\\]*\b(?:is|are|was|were|equals)\s+", re.IGNORECASE
 )
+_bold = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
+_bold_answer = re.compile(r"[^\w\n]*(?:[A-Za-z]\w{0,3}\s*=\s*)?[-+(\[$\\]*(?:\d.*|[A-J][).]?)$")
+_concluding = re.compile(
+    r"\s*(?:so|thus|hence|therefore|then|in total|altogether|finally|in conclusion|this means)\b"
+    r"|(?:\b(?:is|are|was|were|equals?|has|have|had|gets?|got|costs?|needs?|takes?|gives?|makes?|totals?|totall?ing)"
+    rf"|[=:→])\s*(?:exactly\s+)?{_number.pattern}[^\d]*$"
+    rf"|^[^\w\n]*{_number.pattern}\s?[A-Za-z]*\W*$",
+    re.IGNORECASE,
+)
+_fence = re.compile(r"^\s*```\w*\n")
+_told = re.compile(r"\s*[A-Z][a-z]*\s+[a-z]+\s+\\?\$?[-+]?\d")  # He pays $5
 _tag = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
-_thinking = "</think>"
+_markers = " \t*_:=→⇒➜➡|："  # noqa: RUF001
 SHORT_CHARS = 300  # a response of at most this length may be nothing but an answer
 TAIL_LINES = 3  # a bare number is looked for in this many last lines
 TAIL_CHARS = 20_000  # anything but a box is looked for in this many last characters
 
 
-def find_answer(response: str) -> str | None:
-    """Return the text of the final answer; None if there is none.
+def find_answer(response: str, *, opened: bool = False) -> str | None:
+    """Return the text of the final answer; None if there is none. See `final_answer`."""
+    try:
+        return final_answer(response, opened=opened)
+    except NoAnswer:
+        return None
 
-    What follows `</think>`, or stands in the last `<answer>`, takes precedence over everything else.
+
+def final_answer(response: str, *, opened: bool = False) -> str:
+    """Return the text of the final answer. Raises NoAnswer, which says why there is none.
+
+    Only what follows `</think>` counts, and the last `<answer>` takes precedence over everything else. opened: the
+    prompt ends in `<think>`.
     """
-    at = response.rfind(_thinking)
-    if at >= 0 and response[at + len(_thinking) :].strip():
-        response = response[at + len(_thinking) :]
+    response = answer_part(response, opened=opened)
     if "<answer>" in response[-TAIL_CHARS:]:
         response = _tag.findall(response[response.rfind("<answer>") :])[-1]
-    if "\\boxed" in response or "\\fbox" in response or "\\framebox" in response:
-        return last_boxes(response)  # an unfinished box is not an answer
-    response = response[-TAIL_CHARS:]
+    if is_cut_off(response):
+        raise NoAnswer("the last box is cut off")
+    answer = last_boxes(response)
+    if answer is None and not has_box(response):
+        answer = _without_box(plain_lines(response[-TAIL_CHARS:]))
+    if answer is None:
+        raise NoAnswer("no answer found in the response")
+    return answer
+
+
+def _without_box(response: str) -> str | None:
     anchored = _after_anchor(response)
     if anchored is not None:
         return anchored
@@ -65,29 +104,46 @@ def find_answer(response: str) -> str | None:
         return text
     formula = last_formula(response)
     if formula is not None:
-        return formula
-    lines = [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+        return _below_formula(response) or formula
+    return _last_number([line for line in text.splitlines() if line.strip()][-TAIL_LINES:])
+
+
+def _last_number(lines: list[str]) -> str | None:
+    """Return the last number of the lines, with those listed before it: `the two numbers are 3 and 7`."""
     for line in reversed(lines):
         numbers = _number.findall(line)
         if numbers:
-            *_, listed = ["", *(match[0] for match in _listed.finditer(line))]  # the two numbers are 3 and 7
+            *_, listed = ["", *(match[0] for match in _listed.finditer(line))]
             last = numbers[-1].strip().rstrip(",")
             return listed.strip() if listed.endswith(last) else last
     return None
 
 
+def _below_formula(text: str) -> str | None:
+    """Return a bold answer behind the last formula, or the number of a concluding line below it; None without."""
+    *_, last = _formulas(text)
+    rest = text[last.end() :]
+    for match in reversed(list(_bold.finditer(rest))):
+        content = (match[1] or match[2]).strip().rstrip(".,;")
+        if _bold_answer.match(content) and not _prose.search(content):
+            return content
+    lines = [line for line in rest.split("\n")[1:] if line.strip()]
+    concluding = [line for line in lines if _concluding.search(line)]
+    return _last_number(concluding[-1:])
+
+
 def _after_anchor(text: str) -> str | None:
-    """Return what follows the last "Answer:", "the answer is" or "####"; None if there is none of them."""
-    if not any(word in text for word in ("nswer", "NSWER", "####", "orrect ")):
+    """Return what follows the last "Answer:", "the answer is", heading "Answer" or "####"; None without any of them."""
+    if not any(word in text for word in _anchor_words):
         return None
     anchors = list(_anchor.finditer(text))
     if not anchors:
         return None
-    rest = text[anchors[-1].end() :].lstrip(" \t*_:=")
+    rest = _fence.sub("", text[anchors[-1].end() :].lstrip(_markers).removeprefix("}"))  # \text{Answer: } 73
     if not rest.strip():
         return None
     if rest[:1] == "\n":  # the answer stands on the next line
-        rest = rest.lstrip()
+        rest = rest.lstrip().lstrip(_markers)
     display = _math.match(rest)
     line = rest[: display.end()] + rest[display.end() :].split("\n", 1)[0] if display else rest.split("\n", 1)[0]
     formula = last_formula(line, first_run=True)
@@ -101,12 +157,15 @@ def _after_anchor(text: str) -> str | None:
     return line[subject.end() :].strip() if subject and subject.end() < len(line) else line or None
 
 
+def _formulas(text: str) -> list[re.Match[str]]:
+    """Return the formulas of a text; "$18 and the rest is $" is money."""
+    return [match for match in _math.finditer(text) if not (match["dollars"] and _prose.search(match["dollars"]))]
+
+
 def last_formula(text: str, *, first_run: bool = False) -> str | None:
     """Return the last formula between dollars or brackets, with those joined to it; if `first_run`, the first one."""
     runs: list[list[re.Match[str]]] = []
-    for match in _math.finditer(text):
-        if match["dollars"] and _prose.search(match["dollars"]):  # "$18 and the rest is $" is money
-            continue
+    for match in _formulas(text):
         between = text[runs[-1][-1].end() : match.start()] if runs else None
         if between is not None and _joins.fullmatch(between):
             runs[-1].append(match)
@@ -129,4 +188,4 @@ def _content(match: re.Match[str]) -> str:
 def _is_sentence(text: str) -> bool:
     """Whether a short text is more than an answer: "She has 18 eggs."."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", _math.sub(" ", text))
-    return len(words) >= 3 or (bool(_math.search(text)) and len(words) >= 1)
+    return len(words) >= 3 or bool(_told.match(text)) or (bool(_math.search(text)) and len(words) >= 1)

@@ -22,7 +22,7 @@ from megatron_nft.console import show_progress
 from megatron_nft.files import RowsError, sha256_of_file
 from megatron_nft.types import Verdict
 from megatron_nft.verify.grade_report import Tally, disagree
-from megatron_nft.verify.grade_rows import as_text, response_column, rows_to_grade, write_rows
+from megatron_nft.verify.grade_rows import as_text, opens_thinking_in, response_column, rows_to_grade, write_rows
 from megatron_nft.verify.graders import split_names
 from megatron_nft.verify.outcome import Graded
 from megatron_nft.verify.pool import VerifierPool
@@ -133,7 +133,11 @@ def _submissions(path: Path, done: int, pool: VerifierPool) -> Iterator[Future[G
             extra = row.get("extra_info")
             source = row.get("data_source")
             yield pool.submit(
-                response, answer, source if isinstance(source, str) else "", extra if isinstance(extra, dict) else None
+                response,
+                answer,
+                source if isinstance(source, str) else "",
+                extra if isinstance(extra, dict) else None,
+                prompt_opens_thinking=opens_thinking_in(row),
             )
 
 

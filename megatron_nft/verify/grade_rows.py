@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_nft.files import RowsError, read_rows, replacing
+from megatron_nft.verify.thinking import PROMPT_OPENS_THINKING, opens_thinking
 
 RESPONSE_COLUMNS = ("response", "text")  # `text` is the column's name in the project's rollout files
 
@@ -33,6 +34,14 @@ def response_column(row: dict[str, Any], path: Path) -> str:
         columns = ", ".join(map(repr, row)) or "none"
         raise RowsError(f"{path}, row 1: column {missing} is missing; columns found: {columns}")
     return name
+
+
+def opens_thinking_in(row: dict[str, Any]) -> bool:
+    """Whether the prompt of a row ends in `<think>`: `prompt_opens_thinking` says so, or a text in `prompt`."""
+    if isinstance(said := row.get(PROMPT_OPENS_THINKING), bool):
+        return said
+    prompt = row.get("prompt")
+    return isinstance(prompt, str) and opens_thinking(prompt)
 
 
 def as_text(value: Any) -> str | None:

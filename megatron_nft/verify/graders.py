@@ -5,6 +5,7 @@ A worker process calls a grader as `grade(response, answer, data_source, extra)`
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import time
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 from megatron_nft.types import Verdict
 from megatron_nft.verify.outcome import Graded, Outcome, combine, shorten
+from megatron_nft.verify.thinking import with_opened
 
 Grader = Callable[[str, str, str, dict[str, Any] | None], Outcome]
 
@@ -99,7 +101,8 @@ def _adapt(name: str, function: Callable[..., Any]) -> Grader:
     def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
         result = function(response, answer, data_source, extra)
         if isinstance(result, Outcome):
-            return result
+            silent = result.verdict not in (Verdict.CORRECT, Verdict.WRONG) and not result.reason
+            return dataclasses.replace(result, reason=f"said by {name}") if silent else result
         if isinstance(result, Verdict):
             return Outcome(result, reason="" if result in (Verdict.CORRECT, Verdict.WRONG) else f"said by {name}")
         if isinstance(result, bool):
@@ -132,11 +135,15 @@ def grade_one(
     data_source: str = "",
     extra: dict[str, Any] | None = None,
     on_disagreement: str = "trust_first",
+    prompt_opens_thinking: bool = False,
 ) -> Graded:
     """Grade in this process, without the limits on time and memory that `VerifierPool` enforces.
 
-    grader: one or several names, comma-separated, as in `verify.grader`.
+    grader: one or several names, comma-separated, as in `verify.grader`. prompt_opens_thinking: as in
+    `VerifierPool.submit`.
     """
+    if prompt_opens_thinking:
+        extra = with_opened(extra)
     names = split_names(grader)
     graders = [load(name) for name in names]
     start = time.perf_counter()

@@ -1,5 +1,6 @@
 """The grader `math_verify_plain`: the math-verify package and nothing else, as its README uses it.
 
+Only unfinished thinking and a box that is cut off are refused before it is asked, as by all graders here.
 For comparison with published results and with the default grader `maths`; docs/verify.md compares what the two accept.
 """
 
@@ -11,7 +12,9 @@ from typing import Any
 from math_verify import parse, verify
 
 from megatron_nft.types import Verdict
+from megatron_nft.verify.boxed import is_cut_off
 from megatron_nft.verify.outcome import Outcome
+from megatron_nft.verify.thinking import NoAnswer, answer_part, is_opened
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # its own timeouts are off: the worker is killed instead
 
@@ -25,7 +28,13 @@ def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | 
     gold = parse(answer if "\\boxed" in answer else f"\\boxed{{{answer}}}", parsing_timeout=None)
     if not gold:
         return Outcome(Verdict.UNPARSEABLE, reason="math-verify cannot read the reference answer")
-    found = parse(response, parsing_timeout=None)
+    try:
+        text = answer_part(response, opened=is_opened(extra))
+    except NoAnswer as error:
+        return Outcome(Verdict.UNPARSEABLE, reason=str(error))
+    if is_cut_off(text):
+        return Outcome(Verdict.UNPARSEABLE, reason="the last box is cut off")
+    found = parse(text, parsing_timeout=None)
     if not found:
         return Outcome(Verdict.UNPARSEABLE, reason="math-verify finds no answer in the response")
     correct = verify(gold, found, timeout_seconds=None)

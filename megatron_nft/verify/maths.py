@@ -2,7 +2,7 @@ r"""The default grader `maths`: whether the final answer of a response is mathem
 
 1. Find the answer (extract.py) and put it into one spelling (algebra/normalize.py). Equal spellings are equal answers.
 2. Read both answers as trees (algebra/answer.py) and compare them by structure and value (algebra/equality.py): exactly
-   for rational numbers, at random points to 25 digits for expressions. This decides nearly all answers, in well under a
+   for rational numbers, at random points for expressions. This decides nearly all answers, in well under a
    millisecond.
 3. Only where our algebra cannot decide (integrals, sums, limits and the like) ask the math-verify package, which works
    symbolically.
@@ -26,8 +26,9 @@ from megatron_nft.verify.algebra.units import is_unit, scale_of
 from megatron_nft.verify.algebra.values import OutOfRange, Undecided
 from megatron_nft.verify.algebra.wording import is_words, same_wording, word_tree
 from megatron_nft.verify.boxed import last_boxes
-from megatron_nft.verify.extract import find_answer
+from megatron_nft.verify.extract import final_answer
 from megatron_nft.verify.outcome import Outcome
+from megatron_nft.verify.thinking import NoAnswer, is_opened
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # its own timeouts are off: the worker is killed instead
 
@@ -61,9 +62,10 @@ def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | 
     gold = gold_text(answer)
     if not gold:
         return Outcome(Verdict.UNPARSEABLE, reason="the reference answer is empty")
-    extracted = find_answer(response)
-    if extracted is None:
-        return Outcome(Verdict.UNPARSEABLE, reason="no answer found in the response")
+    try:
+        extracted = final_answer(response, opened=is_opened(extra))
+    except NoAnswer as error:
+        return Outcome(Verdict.UNPARSEABLE, reason=str(error))
     if len(extracted) > MAX_CHARS:
         return Outcome(Verdict.UNPARSEABLE, extracted, f"the answer has {len(extracted)} characters")
     found = normalize(extracted)

@@ -12,12 +12,14 @@ from typing import Any
 
 from megatron_nft.types import Verdict
 from megatron_nft.verify.algebra.answer import read
+from megatron_nft.verify.algebra.comparison import value_at_a_point
 from megatron_nft.verify.algebra.normalize import normalize
 from megatron_nft.verify.algebra.tree import NotUnderstood, Tree
-from megatron_nft.verify.algebra.values import Undecided, values_at_points
-from megatron_nft.verify.extract import find_answer
+from megatron_nft.verify.algebra.values import Undecided, symbols
+from megatron_nft.verify.extract import final_answer
 from megatron_nft.verify.maths import gold_text
 from megatron_nft.verify.outcome import Outcome
+from megatron_nft.verify.thinking import NoAnswer, is_opened
 
 DEFAULT_TOLERANCE = 1e-3
 
@@ -38,9 +40,10 @@ def grade(
     gold = _number(gold_text(answer))
     if gold is None:
         return Outcome(Verdict.UNPARSEABLE, reason=f"the reference answer {answer!r:.80} is not a number")
-    extracted = find_answer(response)
-    if extracted is None:
-        return Outcome(Verdict.UNPARSEABLE, reason="no answer found in the response")
+    try:
+        extracted = final_answer(response, opened=is_opened(extra))
+    except NoAnswer as error:
+        return Outcome(Verdict.UNPARSEABLE, reason=str(error))
     found = _number(normalize(extracted))
     if found is None:
         return Outcome(Verdict.UNPARSEABLE, extracted, "the answer is not a number")
@@ -60,5 +63,4 @@ def _value(tree: Tree) -> Any:
         return _value(tree[1])
     if tree[0] == "rel" and set(tree[1]) <= {"=", r"\approx"}:
         return _value(tree[-1])
-    values = values_at_points(tree)[0]
-    return values[0] if len(values) == 1 else None  # several points: it has symbols
+    return None if symbols(tree) else value_at_a_point(tree)

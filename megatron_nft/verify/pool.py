@@ -19,6 +19,7 @@ from megatron_nft.verify.dispatch import START_TIMEOUT_S, Dispatcher
 from megatron_nft.verify.graders import split_names
 from megatron_nft.verify.inbox import Inbox, PendingAnswer, VerifierError
 from megatron_nft.verify.outcome import Graded
+from megatron_nft.verify.thinking import with_opened
 
 if TYPE_CHECKING:
     from megatron_nft.config import VerifyConfig
@@ -43,11 +44,19 @@ class VerifierPool:
         self._thread.start()
 
     def submit(
-        self, response: str, answer: str, data_source: str = "", extra: dict[str, Any] | None = None
+        self,
+        response: str,
+        answer: str,
+        data_source: str = "",
+        extra: dict[str, Any] | None = None,
+        *,
+        prompt_opens_thinking: bool = False,
     ) -> Future[Graded]:
         """Queue one answer for grading.
 
         response: the model's whole text. answer: the reference. data_source, extra: handed to the graders.
+        prompt_opens_thinking: the prompt ends in `<think>` (see `thinking.opens_thinking`), so that the response counts
+        only from its `</think>`; the graders find this in `extra`.
 
         Raises TypeError unless both texts are strings, pickle's error for an `extra` that cannot be sent to another
         process, and VerifierError once the pool is closed.
@@ -56,6 +65,8 @@ class VerifierPool:
             raise TypeError(
                 f"response and answer must be strings, not {type(response).__name__} and {type(answer).__name__}"
             )
+        if prompt_opens_thinking:
+            extra = with_opened(extra)
         row = PendingAnswer(next(self._ids), pickle.dumps((response, answer, data_source, extra)), Future())
         self._inbox.put(row)
         return row.future

@@ -33,11 +33,13 @@ DTYPES = {
 class HFFolder:
     """Names, shapes and dtypes of all tensors of a folder, from the file headers; data are read on demand.
 
-    ValueError where the folder has no safetensors, a file is damaged, or the index and the files disagree.
+    ValueError where the folder has no safetensors, lacks a file of its index or has a damaged one, or where the index
+    and the files disagree.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        listed = self._read_index()
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             found = sorted(p.name for p in self.path.glob("*.bin"))
@@ -49,7 +51,9 @@ class HFFolder:
         self.dtypes: dict[str, torch.dtype] = {}
         for file in files:
             self._read_header(file)
-        self._check_index()
+        wrong = [name for name, file in listed.items() if name not in self._files or self._files[name].name != file]
+        if wrong:
+            raise ValueError(f"{self.path / INDEX_NAME} lists tensors that its files do not hold: {name_list(wrong)}")
 
     def _read_header(self, file: Path) -> None:
         try:
@@ -72,17 +76,23 @@ class HFFolder:
             if name != "__metadata__":
                 self._offsets[name] = 8 + size + entry["data_offsets"][0]
 
-    def _check_index(self) -> None:
+    def _read_index(self) -> dict[str, str]:
+        """Return the file of every tensor by the index, {} without one. ValueError where files are not there, which a
+        download that stopped half-way leaves."""
         index = self.path / INDEX_NAME
-        if not index.exists():
-            return
+        if not index.is_file():
+            return {}
         try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            listed: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            missing = sorted(file for file in set(listed.values()) if not (self.path / file).is_file())
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{index} is no index of safetensors: {type(error).__name__}: {error}") from None
-        wrong = [name for name, file in listed.items() if name not in self._files or self._files[name].name != file]
-        if wrong:
-            raise ValueError(f"{index} lists tensors that its files do not hold: {name_list(wrong)}")
+        if missing:
+            raise ValueError(
+                f"model folder {self.path} is incomplete: {len(missing)} of {len(set(listed.values()))} weight files "
+                f"are missing ({name_list(missing, 4)}); download or export it again"
+            )
+        return listed
 
     def __contains__(self, name: str) -> bool:
         return name in self._files

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from megatron_nft.policy.parallel import ParallelLayout
-from megatron_nft.weights.hf_folder import HFFolder, name_list
-from megatron_nft.weights.names import Geometry, Kind, hf_shapes
+from megatron_nft.weights.hf_check import check_folder
+from megatron_nft.weights.hf_folder import HFFolder
+from megatron_nft.weights.names import Geometry, Kind
 from megatron_nft.weights.placement import Held, held_parameters, split_of
 from megatron_nft.weights.splits import merge, region
 
@@ -25,30 +26,6 @@ def load_hf(chunks: Sequence[torch.nn.Module], model_path: Path | str, spec: Geo
     check_folder(folder, spec)
     for held in held_parameters(chunks, spec, layout):
         held.parameter.copy_(_local_value(held, folder, spec, layout))
-
-
-def check_folder(folder: HFFolder, geometry: Geometry) -> None:
-    """Compare a folder's tensors with what its config promises; ValueError names every difference."""
-    expected, found = hf_shapes(geometry), dict(folder.shapes)
-    if geometry.tied and "lm_head.weight" in found:
-        del found["lm_head.weight"]  # some folders store the tied output layer a second time
-        if "model.embed_tokens.weight" in found and not folder.equal("lm_head.weight", "model.embed_tokens.weight"):
-            raise ValueError(
-                f"{folder.path}: config.json says tie_word_embeddings, "
-                "but lm_head.weight differs from model.embed_tokens.weight"
-            )
-    problems = []
-    if missing := expected.keys() - found.keys():
-        problems.append(f"lacks {name_list(missing)}")
-    if unknown := found.keys() - expected.keys():
-        problems.append(f"holds tensors that family {geometry.family!r} does not know: {name_list(unknown)}")
-    problems += [
-        f"{name} has shape {list(found[name])}, but config.json makes it {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ][:10]
-    if problems:
-        raise ValueError(f"{folder.path} " + "; ".join(problems))
 
 
 def _local_value(held: Held, folder: HFFolder, geometry: Geometry, layout: ParallelLayout) -> torch.Tensor:

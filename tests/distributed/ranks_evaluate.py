@@ -41,7 +41,7 @@ class Engine:
 class Verifier:
     """Right are the answers to questions with an even ground truth."""
 
-    def submit(self, response: str, answer: str, data_source: str = "", extra: dict | None = None) -> Future:
+    def submit(self, response, answer, data_source="", extra=None, *, prompt_opens_thinking=False) -> Future:
         future: Future = Future()
         verdict = Verdict.WRONG if int(answer) % 2 else Verdict.CORRECT
         future.set_result(SimpleNamespace(verdict=verdict, extracted=response, by_grader={}, seconds=0.0))

@@ -25,7 +25,8 @@ def start(tmp_path_factory) -> dict:
         "run_dir": str(folder / "run"),
         "model": {"path": str(write_model(folder / "model"))},
         "policy": {"precision": "fp32"},
-        "data": {"train": [str(train)]},
+        "data": {"train": [str(train)], "max_prompt_tokens": 64},
+        "rollout": {"max_response_tokens": 64},
     }
 
 

@@ -99,8 +99,8 @@ def test_question_files_of_our_own(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": [{"role": "user"}]}, "row 1: no 'content' in prompt or reward_model"),
-        ({"prompt": []}, "row 1: column prompt holds no message"),
+        ({"prompt": [{"role": "user"}]}, r"row 1: column prompt: .* each message has role and content"),
+        ({"prompt": []}, r"row 1: column prompt: \[\] \(list\); write a text or a list"),
         ({"prompt": None}, "row 1: .*NoneType"),
         ({"reward_model": {"style": "rule"}}, "row 1: no 'ground_truth'"),
         ({"reward_model": {"ground_truth": None}}, "row 1: the answer is None"),
@@ -196,11 +196,11 @@ def test_answers_of_any_type_become_text(value, text):
         ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
         ("\\fbox{3}", "3"),
         ("\\boxed{4} and \\boxed{5", "4"),  # the last complete one
-        ("\\boxed{1} and \\boxed{3}", "3"),  # the last one alone, without those joined to it
+        ("\\boxed{1} and \\boxed{3}", "1, 3"),  # boxes of one sentence are one answer
         ("\\boxed{ 10 }\\%", "10"),
     ],
 )
-def test_the_answer_of_a_solution_is_its_last_box(text, inside):
+def test_the_answer_of_a_solution_is_in_its_last_boxes(text, inside):
     assert answer_of_solution(text) == inside
 
 

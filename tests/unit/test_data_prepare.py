@@ -62,7 +62,7 @@ def verl(problem, answer, **changes):
     ],
 )
 def test_public_files(name, file, rows, first, last, tmp_path):
-    made, summary = prepare(name, read_raw(PUBLIC / file), file)
+    made, summary = prepare(name, read_raw(PUBLIC / file), file, missing="drop")
     module.write_rows(made, tmp_path / "q.parquet")
     back = read_rows(tmp_path / "q.parquet")  # all of it is what training reads
     assert len(back) == rows == summary.written
@@ -86,7 +86,8 @@ def test_amc_answers_are_whole_numbers_in_text():
 @needs_public
 def test_the_tool_from_another_directory(tmp_path):
     (tmp_path / "a folder").mkdir()
-    done = run("math_train", "out/q.jsonl", "--from", PUBLIC / "train/math.jsonl", cwd=tmp_path / "a folder")
+    arguments = ("--missing", "drop", "--from", PUBLIC / "train/math.jsonl")
+    done = run("math_train", "out/q.jsonl", *arguments, cwd=tmp_path / "a folder")
     assert done.returncode == 0, done.stderr
     assert "7474 rows read, 0 copies left out, 4 dropped" in done.stderr
     assert "dropped 2 (first: row 887): the answer is None" in done.stderr
@@ -96,7 +97,9 @@ def test_the_tool_from_another_directory(tmp_path):
     checked = subprocess.run(["sha256sum", out], capture_output=True, text=True, check=True).stdout
     assert checked.split()[0] == digest
     assert len(read_rows(out)) == 7470 and not list(out.parent.glob("*.partial"))
-    strict = run("math_train", "out/s.jsonl", "--strict", "--from", PUBLIC / "train/math.jsonl", cwd=tmp_path)
+    refused = run("math_train", "out/q.jsonl", "--from", PUBLIC / "train/math.jsonl", cwd=tmp_path)
+    assert refused.returncode == 1 and "math.jsonl, row 887: the answer is None" in refused.stderr
+    strict = run("math_train", "out/s.jsonl", "--strict", *arguments, cwd=tmp_path)
     assert strict.returncode == 1 and "4 rows cannot be used" in strict.stderr
     assert not (tmp_path / "out").exists()
 
@@ -108,14 +111,16 @@ def test_dapo_prompts_lose_their_answer_line_and_copies():
         verl("Compute. Put it in \\boxed{}.", "7", data_source=None),
         verl(DAPO.format("What is $1+1$?\n\nThink."), "3"),
     ]
-    made, summary = prepare("dapo_math_17k", enumerate(rows, 1), "x")
+    with pytest.raises(DataError, match=r"x: 1 question has copies with .* '2' at row 1, row 2 but '3' at row 4"):
+        prepare("dapo_math_17k", enumerate(rows, 1), "x")
+    made, summary = prepare("dapo_math_17k", enumerate(rows, 1), "x", conflicts="majority")
     assert [r["prompt"][0]["content"] for r in made] == [
         f"What is $1+1$?\n\nThink.\n{BOXED_INSTRUCTION}",
         "Compute. Put it in \\boxed{}.",
-        f"What is $1+1$?\n\nThink.\n{BOXED_INSTRUCTION}",
     ]
-    assert [r["data_source"] for r in made] == ["math_dapo", "dapo_math_17k", "math_dapo"]
-    assert (summary.duplicates, summary.conflicts, summary.read) == (1, 1, 4)
+    assert [r["reward_model"]["ground_truth"] for r in made] == ["2", "7"]
+    assert [r["data_source"] for r in made] == ["math_dapo", "dapo_math_17k"]
+    assert (summary.duplicates, summary.conflicts, summary.conflict_rows, summary.read) == (1, 1, 1, 4)
     assert made[0]["extra_info"] == {"index": 0, "source_id": "abc"}
 
 
@@ -130,7 +135,7 @@ def test_instruction_copies_and_limit(tmp_path):
 
 def test_math_solutions_and_olympiad_lists():
     made, _ = prepare("math_train", [(1, {"problem": "p", "solution": r"so \boxed{1} or \boxed{\frac{1}{2}}"})], "x")
-    assert made[0]["reward_model"]["ground_truth"] == r"\frac{1}{2}"
+    assert made[0]["reward_model"]["ground_truth"] == r"1, \frac{1}{2}"  # boxes of one sentence are one answer
     made, _ = prepare("olympiadbench", [(1, {"question": "p", "final_answer": ["2", "3"], "context": "Let."})], "x")
     assert made[0]["reward_model"]["ground_truth"] == "2, 3"
     assert made[0]["prompt"][0]["content"].startswith("Let.\n\np\n")

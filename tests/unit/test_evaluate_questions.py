@@ -49,7 +49,7 @@ class Late(Future):
 class Slow:
     """A verifier that is always behind; what it says is math-verify's."""
 
-    def submit(self, response, answer, data_source, extra):
+    def submit(self, response, answer, data_source, extra, *, prompt_opens_thinking):
         return Late(response, answer)
 
 

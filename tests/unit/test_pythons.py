@@ -1,7 +1,7 @@
 """The Pythons that pyproject.toml allows, beside the one that runs the tests.
 
-Level 1 compiles every source file; level 2 runs what needs no torch. What needs torch is run on another Python by giving
-`PYTHON=python3.12` to tests/run.sh.
+Level 1 compiles every source file; level 2 runs what needs no torch. What needs torch is run on another Python by
+giving `PYTHON=python3.12` to tests/run.sh.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ import pytest
 from megatron_nft.types import Verdict
 from megatron_nft.verify import Outcome, grade_one, graders, maths
 from megatron_nft.verify.algebra.answer import read
+from megatron_nft.verify.algebra.comparison import same_value
 from megatron_nft.verify.algebra.equality import same
+from megatron_nft.verify.algebra.exact import exact
 from megatron_nft.verify.algebra.normalize import normalize, without_spaces
 from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, read_number
 from megatron_nft.verify.algebra.units import canonical
-from megatron_nft.verify.algebra.values import OutOfRange, Undecided, exact, same_value
+from megatron_nft.verify.algebra.values import OutOfRange, Undecided
 from megatron_nft.verify.boxed import last_box, last_boxes
 from megatron_nft.verify.extract import find_answer
 from megatron_nft.verify.outcome import combine, shorten

@@ -5,7 +5,7 @@ Every rank holds a full copy of the weights, so it refuses a model for which the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,17 @@ def end_tokens(generation_config: Any) -> frozenset[int]:
     return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
 
 
+def refuse_gaps(model_path: Path, found: Mapping[str, Iterable[str]]) -> None:
+    """EngineError where transformers did not find tensors of the model, which it would fill with random numbers.
+
+    found: its loading info.
+    """
+    missing = sorted(found.get("missing_keys", ()))
+    if missing:
+        names = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise EngineError(f"model folder {model_path} lacks {names}")
+
+
 class EmbeddedEngine:
     """Decodes with a transformers model and its KV cache. See `engine.Engine`."""
 
@@ -114,7 +125,11 @@ class EmbeddedEngine:
         check_memory(path, hf_config, torch_dtype, device, num_copies)
         options = {"dtype": torch_dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
         if load_weights:
-            model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, local_files_only=True, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+            )
+            model, found = loaded  # the stubs know only the model
+            refuse_gaps(path, found)
         else:
             with no_init_weights():
                 model = _empty_model(hf_config, **options)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import re
 
+from megatron_nft.verify.algebra.choices import choice_of
 from megatron_nft.verify.algebra.normalize import without_spaces
 from megatron_nft.verify.algebra.parse import Parser
 from megatron_nft.verify.algebra.presentation import strip_presentation
@@ -20,6 +21,7 @@ from megatron_nft.verify.algebra.units import (
     scale_of,
     split_unit,
 )
+from megatron_nft.verify.algebra.variants import variants
 from megatron_nft.verify.algebra.wording import is_filler, is_words, word_tree
 
 MAX_CHARS = 10_000
@@ -28,13 +30,8 @@ _CLOSING = frozenset((")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil", r
 _BRACKETS = frozenset(("(", "[", r"\{", r"\langle"))
 _MODULI = (r"\pmod", r"\mod", r"\bmod", '"mod')
 _RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", r"\in", r"\approx", r"\equiv"))
-_thousands = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-_slash = re.compile(r"/\s?([A-Za-z](?:_\{?\w+\}?)?)\s?([A-Za-z](?:_\{?\w+\}?)?)(?![A-Za-z(_^])")
-_bare_log = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
 _choice = re.compile(r"\(?([A-J])\)?[.:)]?$")
-_choice_start = re.compile(
-    r"(?:\\text\{\s*)(?:\(([A-J])\)|([A-J])[.:)])\s*\}\s*(?=\S)|(?:\(([A-J])\)|([A-J])[.:)])\s*(?=\S)"
-)
+_choices = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|,?\s*and|,?\s*or|&)\s*\(?[A-J]\)?)+$")  # (A) and (C)
 _short_unit = re.compile(rf"(?<![A-Za-z\\])(?:{'|'.join(sorted(SHORT_WORDS))})(?![A-Za-z])")
 _number_sets = frozenset(("Z", "N", "R", "Q", "C"))
 
@@ -51,12 +48,12 @@ def read(text: str, *, lenient: bool = True) -> tuple[Tree, ...]:
         raise TooMuch(f"longer than {MAX_CHARS} characters")
     readings: list[Tree] = []
     error: NotUnderstood | None = None
-    choice = _choice_start.match(text)
+    choice = choice_of(text)
     if is_words(text):
         readings.append(word_tree(text))
     text = strip_presentation(text)
     vocabularies = [UNIT_WORDS] if not _short_unit.search(text) else [UNIT_WORDS, UNIT_WORDS - SHORT_WORDS]
-    for variant, unit_words in itertools.product(_variants(text, lenient), vocabularies):
+    for variant, unit_words in itertools.product(variants(text, lenient=lenient), vocabularies):
         try:
             readings.append(_item_or_list(tokenize(variant, unit_words)))
         except NotUnderstood as caught:
@@ -64,43 +61,14 @@ def read(text: str, *, lenient: bool = True) -> tuple[Tree, ...]:
         except RecursionError:
             raise TooMuch("nested too deeply") from None
     if choice:
-        readings.append(("s", next(filter(None, choice.groups()))))
-        with contextlib.suppress(NotUnderstood):
-            readings.extend(read(text[choice.end() :], lenient=lenient))
+        letter, content = choice
+        readings.append(("s", letter))
+        if content and not choice_of(f"({content})"):  # E is not the answer in `(D) E`
+            with contextlib.suppress(NotUnderstood):
+                readings.extend(read(content, lenient=lenient))
     if not readings:
         raise error or NotUnderstood("empty")
     return tuple(readings)
-
-
-def _variants(text: str, lenient: bool) -> list[str]:
-    r"""Return the ways in which the text can be meant: `1,200` as one number or two, `\log` to base e or to base 10.
-
-    If `lenient`, `t/RC` can also mean t/(RC).
-    """
-    variants = _with_thousands(text, lenient)
-    if _bare_log.search(text):
-        variants += [_bare_log.sub(r"\\lg ", variant) for variant in variants]
-    if lenient and _slash.search(text):
-        variants += [_slash.sub(r"/(\1 \2)", variant) for variant in variants]
-    return variants
-
-
-def _with_thousands(text: str, lenient: bool) -> list[str]:
-    """Return the text with `1,200` as one number outside brackets, if `lenient` also inside them, and unchanged."""
-    if "," not in text or not _thousands.search(text):
-        return [text]
-
-    def outside_brackets(match: re.Match[str]) -> str:
-        before = text[: match.start()]
-        depth = sum(map(before.count, "([")) - sum(map(before.count, ")]")) + before.count(r"\{") - before.count(r"\}")
-        return match[0] if depth else match[0].replace(",", "")
-
-    variants = [_thousands.sub(outside_brackets, text)]
-    if lenient:
-        variants.append(_thousands.sub(lambda match: match[0].replace(",", ""), text))
-    if lenient or not re.search(r"\d,0", text):  # 40,000 is not a list of 40 and 000
-        variants.append(text)
-    return list(dict.fromkeys(variants))
 
 
 def _item_or_list(tokens: list[str]) -> Tree:
@@ -109,6 +77,8 @@ def _item_or_list(tokens: list[str]) -> Tree:
         raise NotUnderstood("empty")
     if r"\Rightarrow" in tokens:
         tokens = tokens[len(tokens) - tokens[::-1].index(r"\Rightarrow") :]
+    if groups := _groups(tokens):
+        return groups
     parts = _split(tokens, (",", ";"))
     parts = [part for part in parts if part]  # `1, and 2` has two separators
     if not parts:
@@ -121,6 +91,17 @@ def _item_or_list(tokens: list[str]) -> Tree:
         items.extend(item[1:] if item[0] == "list" else [item])
     kept = [item for item in items if not _is_number_set(item)]  # k \pi, k \in \mathbb{Z}
     return ("list", *kept) if len(kept) > 1 else kept[0] if kept else items[0]
+
+
+def _groups(tokens: list[str]) -> Tree | None:
+    """Read `p = 3, q = 8; p = 5, q = 1` as a list of points; None for lists of another kind."""
+    if ";" not in tokens or "," not in tokens:
+        return None
+    groups = [[part for part in _split(group, (",",)) if part] for group in _split(tokens, (";",)) if group]
+    sizes = {len(group) for group in groups}
+    if len(groups) < 2 or len(sizes) != 1 or sizes == {1}:
+        return None
+    return ("list", *(("tuple", "(", ")", *map(_item, group)) for group in groups))
 
 
 def _is_number_set(item: Tree) -> bool:
@@ -173,8 +154,14 @@ def _relation(tokens: list[str]) -> Tree:
         return _braced(tokens) or _quantity(tokens)
     if not parts[0] and signs in (["="], [r"\approx"]):  # `= 5`
         return _item(parts[1])
-    sides = tuple(_braced(part) or _quantity(part) for part in parts)
-    return ("rel", tuple(signs), *sides)
+    first: Tree
+    try:
+        first = _braced(parts[0]) or _quantity(parts[0])
+    except NotUnderstood:
+        if set(signs) != {"="}:
+            raise
+        first = ("prose", without_spaces("".join(parts[0])))  # P(A | B) = 1/6: only a name
+    return ("rel", tuple(signs), first, *(_braced(part) or _quantity(part) for part in parts[1:]))
 
 
 def _braced(tokens: list[str]) -> Tree | None:
@@ -295,4 +282,6 @@ def _text(phrase: str) -> Tree:
     choice = _choice.match(phrase)
     if choice:
         return ("s", choice[1])
+    if _choices.match(phrase):
+        return ("list", *(("s", letter) for letter in re.findall("[A-J]", phrase)))
     return ("s", phrase) if len(phrase) == 1 else word_tree(phrase)

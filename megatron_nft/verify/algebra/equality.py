@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from megatron_nft.verify.algebra.quantity import same_quantity
+from megatron_nft.verify.algebra.comparison import proportional
+from megatron_nft.verify.algebra.names import by_name, is_name, points_of, with_names_of
+from megatron_nft.verify.algebra.quantity import is_rounded, same_quantity
 from megatron_nft.verify.algebra.regions import FLIPPED, ORDERS, combine_inequalities, region, variable
 from megatron_nft.verify.algebra.tree import Tree
-from megatron_nft.verify.algebra.values import OutOfRange, Undecided, close, symbols, values_at_points
+from megatron_nft.verify.algebra.values import OutOfRange, symbols
 
 _MAX_ITEMS = 200
 _MAX_SIGNS = 6
@@ -46,7 +48,7 @@ def _same_structure(gold: Tree, found: Tree) -> bool:
         other = gold if found[0] == "reals" else found
         return other[0] == "tuple" and other[3:] == (("-", ("inf",)), ("inf",))
     if kinds == ("tuple", "tuple"):
-        return _same_brackets(gold, found) and _in_order(gold[3:], found[3:])
+        return _same_brackets(gold, found) and _in_order(gold[3:], found[3:], rounded=True)
     if kinds == ("union", "union"):
         return _in_any_order(gold[1:], found[1:])
     if "union" in kinds:  # (1, 2), (3, 4) for the union of both
@@ -56,6 +58,8 @@ def _same_structure(gold: Tree, found: Tree) -> bool:
         listed = gold if found[0] == "tuple" else found
         ordered = gold if gold[0] == "tuple" else found
         plain = ordered[1:3] in (("(", ")"), (r"\langle", r"\rangle"), ("", ""))
+        if listed[0] == "list":  # y = 3, x = 2 is (2, 3)
+            gold, found = by_name(gold), by_name(found)
         return plain and listed[0] in ("list", "set") and _in_order(gold[-_count(gold) :], found[-_count(found) :])
     if kinds == ("list", "list") or kinds == ("set", "set"):
         return _in_any_order(gold[1:], found[1:])
@@ -86,8 +90,11 @@ def _is_vector_of(matrix: Tree, other: Tree) -> bool:
     return _in_order([cell for row in rows for cell in row], other[-_count(other) :])
 
 
-def _in_order(gold: Sequence[Tree], found: Sequence[Tree]) -> bool:
-    return len(gold) == len(found) and all(same(g, f) for g, f in zip(gold, found, strict=True))
+def _in_order(gold: Sequence[Tree], found: Sequence[Tree], *, rounded: bool = False) -> bool:
+    """Whether both have the same elements in the same order; if `rounded`, decimals of three places are enough."""
+    if len(gold) != len(found):
+        return False
+    return all(same(g, f) or (rounded and is_rounded(g, f)) for g, f in zip(gold, found, strict=True))
 
 
 def _in_any_order(gold: Sequence[Tree], found: Sequence[Tree]) -> bool:
@@ -127,7 +134,7 @@ def _expand(tree: Tree, linked: bool = True) -> Tree:
         return ("list", *((*tree[:3], *point) for point in itertools.product(*choices)))
     if tree[0] in ("list", "set"):
         items: list[Tree] = []
-        for item in tree[1:]:
+        for item in points_of(tree)[1:]:
             expanded = _expand(item, linked)
             items.extend(expanded[1:] if expanded[0] == "list" else [expanded])
         found = (tree[0], *items)
@@ -163,7 +170,7 @@ def _same_relation(gold: Tree, found: Tree) -> bool:
     signs = relation[1]
     if signs == (r"\in",) or signs[0] in ORDERS or signs == ("!=",):
         values = [region(relation)]
-    elif gold[0] == "rel" and not _is_name(gold[2]):
+    elif gold[0] == "rel" and not is_name(gold[2]):
         values = []  # 0 is not an answer to 2x + 3y = 0
     elif set(signs) <= {"=", r"\approx", r"\equiv"}:
         values = [relation[-1]]
@@ -179,11 +186,12 @@ def _same_relation(gold: Tree, found: Tree) -> bool:
 
 def _same_relations(gold: Tree, found: Tree) -> bool:
     """Compare two relations: equations up to a factor, inequalities as sets of numbers."""
+    found = with_names_of(gold, found)
     gold_signs, found_signs = set(gold[1]), set(found[1])
     if gold_signs == found_signs == {"="}:
-        if _is_name(gold[2]) and _is_name(found[2]) and gold[2] != found[2] and len(gold) == len(found) == 4:
+        if is_name(gold[2]) and is_name(found[2]) and gold[2] != found[2] and len(gold) == len(found) == 4:
             return _proportional(gold, found, sign_matters=False)
-        if _is_name(gold[2]) and gold[2] == found[2]:
+        if is_name(gold[2]) and gold[2] == found[2]:
             return same(gold[-1], found[-1])
         return len(gold) == len(found) == 4 and _proportional(gold, found, sign_matters=False)
     first, second = region(gold), region(found)
@@ -198,19 +206,6 @@ def _same_relations(gold: Tree, found: Tree) -> bool:
     return gold[1] == found[1] and _in_order(gold[2:], found[2:])
 
 
-def _is_name(tree: Tree) -> bool:
-    """Whether a left side is only the name of what the right side gives: x, f(x), m_{max}, ABC."""
-    if tree[0] == "*":
-        return all(part[0] in ("s", "app") for part in tree[1:])
-    if tree[0] == "tuple":  # (x, y)
-        return all(part[0] == "s" for part in tree[3:])
-    return tree[0] in ("s", "app", "text", "unit") or (tree[0] == "/" and bool(symbols(tree)) and _is_derivative(tree))
-
-
-def _is_derivative(tree: Tree) -> bool:
-    return all(side[0] == "*" and side[1] == ("s", "d") for side in tree[1:])
-
-
 def _proportional(gold: Tree, found: Tree, *, sign_matters: bool) -> bool:
     """Whether the differences of the two sides are equal up to a constant factor, positive if `sign_matters`."""
     if any(side[0] in _STRUCTURES | {"text", "prose", "unit"} for side in (*gold[2:], *found[2:])):
@@ -220,13 +215,5 @@ def _proportional(gold: Tree, found: Tree, *, sign_matters: bool) -> bool:
     names = [symbols(difference) for difference in differences]
     if names[0] != names[1] or not names[0]:
         return False
-    ratios = []
-    for gold_value, found_value in zip(*values_at_points(*differences), strict=True):
-        if gold_value is None or found_value is None:
-            continue
-        if found_value == 0 or gold_value == 0:
-            return False
-        ratios.append(gold_value / found_value)
-    if len(ratios) < 2:
-        raise Undecided("an equation that cannot be evaluated")
-    return all(close(ratio, ratios[0]) for ratio in ratios) and (not sign_matters or ratios[0] > 0)
+    sign = proportional(*differences)
+    return sign > 0 or (sign < 0 and not sign_matters)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from megatron_nft.verify.algebra.sympy_spelling import nested_list, plain_calls
 from megatron_nft.verify.algebra.vocabulary import CHARACTERS, COMMANDS, DROPPED, TEXTS
+from megatron_nft.verify.boxed import closing_brace
+from megatron_nft.verify.markup import without_marks, without_signs
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
@@ -27,6 +30,15 @@ _power_in_text = re.compile(r"(\\text\s*\{[^{}]*)\^\{(-?\d+)\}")  # \text{m s^{-
 _number_in_text = re.compile(r"([-+]?\d[\d.,/:]*)\s*([^\d]*)$")
 _unit = r"\{\s*(\\text\{[^{}]*\}(?:\^\{?\d\}?)?)\s*\}"
 _unit_fraction = re.compile(rf"\\frac\s*{_unit}\s*{_unit}")
+_per_cent = re.compile(r"\bper\s+cent\b")
+_in_base = re.compile(  # 1101 \text{ in base } 2, 1101 (base 2), 1101_{\text{base } 2}
+    r"(?:\\text\s*\{\s*)?(?<![\w.])(?P<digits>[0-9A-F]+)\s*(?P<open>[({]|_\s*\{)?\s*(?:\\text\s*\{\s*)?(?:\(\s*)?(?:in\s+)?[Bb]ase[\s-]*"
+    r"(?:\}\s*)?\{?(?P<base>\d+|[a-z]+)\b\s*\}?[)}\s]*$"
+)
+_decimal_brace = re.compile(r"(?<![\d,.])(\d+)\{,\}(?!\d{3}(?!\d))(\d+)(?![\d,{])")  # 3{,}14, but not 10{,}080
+_decimal_zero = re.compile(r"(?<![\d,.])0\{,\}(\d+)(?![\d,{])")
+_quad = re.compile(r"(?<==)([^=,;]{1,200}?)\\q?quad(?![A-Za-z])(?=\s*(?!\\text|\\left|\(|\\q?quad)[^=,;]{1,200}=)")
+_several = re.compile(r"\\text\s*\{\s*(gcd|lcm|max|min)\s*\}\s*(?=[({]|\\\{)|(?<![A-Za-z\\])(gcd|lcm|max|min)(?=\()")
 _bracketed_base = re.compile(r"\((\d+)\)(?=\s*_)")  # (204)_5
 _hours_and = re.compile(r"(?<=\w)\s+and$")
 _ordinal = re.compile(r"\^\s*\{?\s*\\text\{(?:st|nd|rd|th)\}\s*\}?")
@@ -35,8 +47,10 @@ _infix = re.compile(r"\{([^{}\\]*)\\(over|choose)(?![A-Za-z])\s*([^{}\\]*)\}")
 _bold_letter = re.compile(r"\\(?:mathbf|boldsymbol|bm|pmb|symbf|mathit)\s*\{\s*([A-Za-z])\s*\}")
 _color = re.compile(r"\\(?:textcolor|color)\s*\{[^{}]*\}")
 _repeating = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))(?![\d\\])")
+_counted = re.compile(r"(?<=[\d}%])\s*([\u4e00-\u9fff]{1,3})[\s.。]*$")  # a Chinese unit
 _currency = re.compile(r"([€£])\s*(\d[\d.,]*)")
 MAX_PERIOD_DIGITS = 100
+MAX_BRACES = 3
 _digits_of_fraction = re.compile(r"\\frac\s*(\d)\s*(\d)")  # TeX takes one digit each: \frac12
 _digit_argument = re.compile(r"(\\frac|\\sqrt)\s*(\d)")
 _times_ten = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
@@ -44,7 +58,7 @@ _trailing = re.compile(r"(?:[\s.,;:]|\\\\|\\$)+$")
 _inner_trailing = re.compile(r"[\s.,;:]+\}$")
 _double_backslash = re.compile(r"\\\\(?=[A-Za-z])")
 _space_run = re.compile(r"\s+")
-_space = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|(?<=[\d.]) (?=[\d.]))| ")
+_space = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|(?<=[\d.]) (?=[\d.]|[eE][+-]\d))| ")
 _python_power = re.compile(r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({+-])")
 _old_font = re.compile(r"\{\s*\\(?:rm|bf|it|sf|tt)\b([^{}]*)\}")
 _markdown = re.compile(r"\*\*|__(?=\S)|`")
@@ -57,15 +71,33 @@ def normalize(text: str) -> str:
             return text
     else:
         text = _plain_characters(text)
+    text = without_marks(text)
     if "**" in text or "`" in text:
         text = _markdown.sub("", _python_power.sub("^", text))
     if ")_" in text:
         text = _bracketed_base.sub(r"\1", text)
     if "\\" in text or "$" in text or "~" in text or "{,}" in text:
         text = _plain_latex(text)
+    if "cent" in text:
+        text = _per_cent.sub("percent", text)
+    if "ase" in text:
+        text = _in_base.sub(r"\g<digits>_{\g<base>}", _space_run.sub(" ", text))
+    if "(" in text or text[:2] == "[[":
+        text = nested_list(text) or plain_calls(text)
+    if ("(" in text or "\\text" in text) and any(name in text for name in ("max", "min", "gcd", "lcm")):
+        text = _several.sub(r"\\\1\2", text)
     text = _thousands_space.sub(lambda match: re.sub(r"\s", "", match[0]), text)
     text = _times_ten.sub(r"\\times ", text)
-    return _strip_end(_space_run.sub(" ", text).strip())
+    return _strip_end(_without_outer_braces(_space_run.sub(" ", text).strip()))
+
+
+def _without_outer_braces(text: str) -> str:
+    """Return `{1, 2}` as `1, 2`: braces group and are not printed. A few layers are taken off, not thousands."""
+    for _ in range(MAX_BRACES):
+        if text[:1] != "{" or text[-1:] != "}" or closing_brace(text, 1) != len(text) - 1:
+            break
+        text = text[1:-1].strip()
+    return text
 
 
 def without_spaces(text: str) -> str:
@@ -76,12 +108,12 @@ def without_spaces(text: str) -> str:
 def _plain_characters(text: str) -> str:
     """Replace Unicode characters by LaTeX or ASCII."""
     text = _fraction_characters.sub(_vulgar_fraction, text)
-    text = _currency.sub(r"\2 \1", text)
+    text = _currency.sub(r"\2 \1", _counted.sub(r" \\text{\1}", text))
     text = _superscripts.sub(lambda match: "^{" + "".join(_SUPERSCRIPTS[sign] for sign in match[0]) + "}", text)
     text = _subscripts.sub(lambda match: "_{" + "".join(_SUBSCRIPTS[sign] for sign in match[0]) + "}", text)
     text = "".join(CHARACTERS.get(character, character) for character in text)
     text = _unicode_root.sub(r"\\sqrt{\1}", text)
-    text = unicodedata.normalize("NFKC", text)  # full-width digits, mathematical letters
+    text = without_signs(unicodedata.normalize("NFKC", text))  # full-width digits, mathematical letters
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
@@ -95,6 +127,10 @@ def _plain_latex(text: str) -> str:
     if "matrix" not in text and "array" not in text and "cases" not in text:
         text = _double_backslash.sub(r"\\", text)
     text = text.replace(r"\$", r"\dollar ").replace("$", " ")
+    if "{,}" in text:
+        text = _decimal_brace.sub(r"\1.\2", _decimal_zero.sub(r"0.\1", text))
+    if "quad" in text:
+        text = _quad.sub(r"\1 , ", text)
     for bracket in (r"\(", r"\)", r"\[", r"\]"):  # the delimiters of formulas
         text = text.replace(bracket, " ")
     text = _bold_letter.sub(r" \1 ", _color.sub(" ", text))
@@ -141,7 +177,9 @@ def _plain_command(match: re.Match[str]) -> str:
 def _plain_text(match: re.Match[str]) -> str:
     r"""Write `\text{ and }` as a comma, `\text{e}` as e and `\text{5}` as 5; other words stay marked as words."""
     words = match[1].strip()
-    words = _hours_and.sub("", words)
+    words = without_marks(_hours_and.sub("", words))
+    if words.startswith("\\dollar"):  # \text{\$28}
+        return f" {words} "
     lowered = words.lower().strip(" ,;")
     if lowered in ("and", "or", "&"):
         return ","

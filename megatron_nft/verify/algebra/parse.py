@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from megatron_nft.verify.algebra.binders import BINDERS, binder, canonical_index
 from megatron_nft.verify.algebra.cursor import TokenCursor
+from megatron_nft.verify.algebra.functions import SEVERAL, function, several
 from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, Tree, negate, read_number, times
-from megatron_nft.verify.algebra.vocabulary import ACCENTS, FUNCTIONS, TAKEN
+from megatron_nft.verify.algebra.vocabulary import ACCENTS, FUNCTIONS, TAKEN, words
 from megatron_nft.verify.algebra.wording import NUMBER_WORDS
 
 MAX_DEPTH = 100
 _OPEN = {"(": ")", "[": "]", "{": "}"}
 _ROUND = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil")}
 _PREFIXES = frozenset((r"\angle", r"\triangle"))
+_STARTS = frozenset(words(r"\frac \binom \sqrt \cbrt \lfloor \lceil \sum \prod \int \lim"))
 _FUNCTION_LETTERS = frozenset("fghFGHPQuI")  # single letters that are functions: f(2) is not 2 f
 
 
@@ -63,9 +66,15 @@ class Parser(TokenCursor):
             if token == "*":
                 self.at += 1
                 value = times(value, self.signed())
-            elif token in ("/", ":"):
+            elif token == "/":
                 self.at += 1
                 value = ("/", value, self.signed())
+            elif token == ":":  # AB : CD
+                self.at += 1
+                right = self.signed()
+                while self.starts_factor(self.peek()):
+                    right = times(right, self.power())
+                value = ("/", value, right)
             elif self.starts_factor(token):
                 value = times(value, self.power())
             else:
@@ -80,7 +89,7 @@ class Parser(TokenCursor):
         if token[0] == '"':
             return True
         if token[0] == "\\":
-            return token[1:] not in TAKEN or token in (r"\frac", r"\binom", r"\sqrt", r"\cbrt", r"\lfloor", r"\lceil")
+            return (token[1:].isalpha() and token[1:] not in TAKEN) or token in _STARTS
         return token[0].isalpha() or token in _OPEN
 
     def signed(self) -> Tree:
@@ -184,7 +193,7 @@ class Parser(TokenCursor):
             base = str(NUMBER_WORDS.get(base, base))
             if not base.isdigit():
                 raise NotUnderstood(f"{token} with the subscript {base}")
-            return ("n", value) if base == "10" else ("base", token.lstrip("0"), base)
+            return ("base", token.lstrip("0"), base)
         if token.isdigit() and (
             self.peek() == r"\frac" or (self.peek().isdigit() and self.tokens[self.at + 1 : self.at + 2] == ["/"])
         ):
@@ -212,7 +221,7 @@ class Parser(TokenCursor):
             name += self.take()
         if self.peek() == "_":
             self.at += 1
-            name += "_" + self.subscript()
+            name += "_" + canonical_index(self.subscript())
         while self.peek() == "'":
             name += self.take()
         if self.peek() == "^" and self.tokens[self.at + 1 : self.at + 2] in (["'"], ["{"]):
@@ -269,12 +278,16 @@ class Parser(TokenCursor):
             return ("inf",)
         if name == "dollar":
             return self.atom()
+        if name in SEVERAL:
+            return several(self, name)
+        if name in BINDERS:
+            return binder(self, name)
         if token in _ROUND:
             tree = self.sum()
             self.expect(_ROUND[token][0])
             return ("f", _ROUND[token][1], tree)
         if name in FUNCTIONS:
-            return self.function(name)
+            return function(self, name)
         if name in ("abs", "floor", "ceil"):
             return ("f", name, self.bracketed())
         if token in ACCENTS:
@@ -286,28 +299,3 @@ class Parser(TokenCursor):
         if not name.isalpha() or name in TAKEN:
             raise NotUnderstood(f"unexpected {token!r}")
         return self.symbol(token)
-
-    def function(self, name: str) -> Tree:
-        r"""Read a named function: `\sin^2 x`, `\log_{10} 2`, `\cos(2t)`, `\sin 2\omega t`."""
-        base = power = None
-        for _ in range(2):
-            if self.peek() == "_" and name == "log" and base is None:
-                self.at += 1
-                is_number = self.peek()[:1].isdigit()  # in \log_2 8 and \log_2 3/4 the base is just 2
-                base = ("n", read_number(self.take())) if is_number else self.exponent()
-            elif self.peek() == "^" and power is None:
-                self.at += 1
-                power = self.exponent()
-        if self.peek() in ("(", "{", "["):
-            value = self.bracketed()
-        else:
-            value = self.signed() if self.peek() == "-" else self.power()
-            while self.starts_factor(self.peek()) and self.peek()[1:] not in FUNCTIONS and self.peek() != "(":
-                value = times(value, self.power())
-        if name == "lg" or base is not None:
-            tree: Tree = ("log", base or ("n", Fraction(10)), value)
-        else:
-            tree = ("f", "ln" if name == "log" else name, value)
-        if power == ("n", Fraction(-1)) and not name.startswith("arc"):
-            return ("f", f"arc{name}", value)
-        return tree if power is None else ("^", tree, power)

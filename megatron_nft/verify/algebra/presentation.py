@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from megatron_nft.verify.algebra.units import is_unit
+
 _environment = re.compile(
     r"\\begin\s*\{(aligned|align\*?|gathered|split|cases|array)\}(?:\{[lcr|\s]*\})?(.*)\\end\s*\{\1\}", re.DOTALL
 )
@@ -19,6 +21,7 @@ _condition = re.compile(
         \s*(?:\\text\s*\{[^{}=<>\d]*\})?$""",
     re.VERBOSE,
 )
+_unit_in_brackets = re.compile(r"(?<=[\d}%])\s*\(\s*([A-Za-z]{3,}(?:\s+[A-Za-z]{2,}){0,4}|[ckm]?m|k?g|in|ft)\s*\)$")
 _membership = re.compile(r"\s*\(\s*([A-Za-z](?:\s*,\s*[A-Za-z])*\s*\\in\s*(?:\\mathbb\s*\{?[ZNRQC]\}?|[ZNRQ]))\s*\)$")
 _outward_bracket = re.compile(r"(^|\\cup|\\in)(\s*)([\[\](])([^\[\]()]*[,;][^\[\]()]*)([\[\])])(?=\s*(?:\\cup|$))")
 
@@ -32,6 +35,8 @@ def strip_presentation(text: str) -> str:
         if condition and condition.start():
             text = text[: condition.start()]
         text = _membership.sub(r" , \1", text)
+    if text.endswith(")") and (noun := _unit_in_brackets.search(text)) and is_unit(noun[1]):  # 73 (residents)
+        text = f"{text[: noun.start()]} \\text{{{noun[1]}}}"
     if text.count("[") != text.count("]") or text.lstrip().startswith("]"):
         text = _outward_bracket.sub(_inward, text)
     return text

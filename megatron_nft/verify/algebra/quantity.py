@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from megatron_nft.verify.algebra.tree import Tree
+from megatron_nft.verify.algebra.comparison import same_value, value_at_a_point
+from megatron_nft.verify.algebra.exact import exact
+from megatron_nft.verify.algebra.tree import MAX_DIGITS, Tree
 from megatron_nft.verify.algebra.units import canonical
-from megatron_nft.verify.algebra.values import exact, same_value, symbols, values_at_points
+from megatron_nft.verify.algebra.values import symbols
 
 _LETTER_UNITS = frozenset("mgshJNWVKL")
 _PI: Tree = ("s", "\\pi")
 MIN_DIGITS = 6  # from this many significant digits on, a decimal stands for the number that rounds to it
+MIN_PLACES = 3  # likewise in a point or an interval
+_NUMBERS = frozenset(("s", "/", "root", "+", "*", "-", "^", "f", "log"))
 
 
 def same_quantity(gold: Tree, found: Tree) -> bool:
@@ -101,25 +105,38 @@ def _same_number(gold: Tree, found: Tree) -> bool:
     return same_value(gold, found) or _rounds_to(gold, found) or _rounds_to(found, gold)
 
 
-def _rounds_to(value: Tree, decimal: Tree) -> bool:
-    """Whether `value` is a constant that rounds to `decimal`, a decimal number of at least MIN_DIGITS digits."""
+def is_rounded(gold: Tree, found: Tree) -> bool:
+    """Whether `found` is the decimal to which the fraction or root `gold` rounds, to MIN_PLACES places or more.
+
+    For the coordinates of points and the ends of intervals, which are rounded where the same number alone is not.
+    """
+    gold, found = _without_unit(gold), _without_unit(found)
+    is_decimal = gold[0] == "-" and gold[1][0] == "n"
+    return gold[0] in _NUMBERS and not is_decimal and _rounds_to(gold, found, digits=MIN_PLACES, places=MIN_PLACES)
+
+
+def _rounds_to(value: Tree, decimal: Tree, digits: int = MIN_DIGITS, places: int = 0) -> bool:
+    """Whether `value` is a constant that rounds to `decimal`, which has so many digits and decimal places at least."""
     number = exact(decimal)
     if number is None or number == 0 or number.denominator == 1 or symbols(value):
         return False
-    digits, places = _decimal_digits(number)
-    if digits < MIN_DIGITS:
+    found_digits, found_places = _decimal_digits(number)
+    if found_digits < digits or found_places < places:
         return False
-    number_of_value = values_at_points(value)[0][0]
+    number_of_value = value_at_a_point(value)
     if number_of_value is None:
         return False
     from_exact = exact(value)
     if from_exact is not None:
-        return abs(from_exact - number) <= Fraction(1, 2 * 10**places)
-    return bool(abs(number_of_value * 10**places - int(number * 10**places)) <= 0.5)
+        return abs(from_exact - number) <= Fraction(1, 2 * 10**found_places)
+    return bool(abs(number_of_value * 10**found_places - int(number * 10**found_places)) <= 0.5)
 
 
 def _decimal_digits(number: Fraction) -> tuple[int, int]:
-    """Return the significant digits and decimal places of a number; (0, 0) for one such as 1/3 that does not end."""
+    """Return the significant digits and decimal places of a number.
+
+    They are (0, 0) for a number such as 1/3, whose decimals do not end, and for one of too many digits.
+    """
     places = 0
     denominator = number.denominator
     for prime in (2, 5):
@@ -128,6 +145,6 @@ def _decimal_digits(number: Fraction) -> tuple[int, int]:
             denominator //= prime
             power += 1
         places = max(places, power)
-    if denominator != 1:
+    if denominator != 1 or abs(number) * 10**places >= 10**MAX_DIGITS:
         return 0, 0
     return len(str(abs(int(number * 10**places)))), places

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from megatron_nft.verify.algebra.comparison import value_at_a_point
+from megatron_nft.verify.algebra.names import is_name
 from megatron_nft.verify.algebra.tree import Tree
-from megatron_nft.verify.algebra.values import Undecided, mp, symbols, values_at_points
+from megatron_nft.verify.algebra.values import Undecided, mp, symbols
 
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 ORDERS = frozenset(("<", ">", "<=", ">="))
@@ -15,24 +17,29 @@ _INFINITY: Tree = ("inf",)
 
 
 def variable(relation: Tree) -> Tree:
-    """Return the symbol that a chain of inequalities, or a membership, is about; ("s", "") if there is none."""
-    return next((side for side in relation[2:] if side[0] == "s"), ("s", ""))
+    """Return the name that a chain of inequalities, or a membership, is about; ("s", "") if there is none."""
+    return next((side for side in relation[2:] if _is_variable(side)), ("s", ""))
+
+
+def _is_variable(side: Tree) -> bool:
+    """Whether a side is what a relation says something about: x, f(x), |AB|."""
+    return is_name(side) and bool(symbols(side)) and side[0] not in ("tuple", "prose", "text", "unit")
 
 
 def region(relation: Tree) -> Tree | None:
     r"""Return the set of numbers that `x \in [1, 2)`, `1 <= x < 2`, `x > 3` or `x \ne 3` allow; None for others."""
     signs, sides = relation[1], relation[2:]
     if signs == (r"\in",):
-        return sides[1] if sides[0][0] == "s" else None
+        return sides[1] if _is_variable(sides[0]) else None
     if signs == ("!=",):
-        if sides[0][0] != "s" or symbols(sides[1]) or sides[1][0] not in ("n", "-", "/", "*", "+", "root", "^"):
+        if not _is_variable(sides[0]) or symbols(sides[1]) or sides[1][0] not in ("n", "-", "/", "*", "+", "root", "^"):
             return None
         return ("union", ("tuple", "(", ")", _MINUS_INFINITY, sides[1]), ("tuple", "(", ")", sides[1], _INFINITY))
     if not set(signs) <= ORDERS or len({sign[0] for sign in signs}) > 1:
         return None
     if signs[0][0] == ">":  # turn it round, so that it ascends
         signs, sides = tuple(FLIPPED[sign] for sign in reversed(signs)), tuple(reversed(sides))
-    names = [index for index, side in enumerate(sides) if side[0] == "s" and side[1] not in ("e", "i", "\\pi")]
+    names = [index for index, side in enumerate(sides) if _is_variable(side)]
     if len(names) != 1 or any(symbols(side) for index, side in enumerate(sides) if index != names[0]):
         return None
     at = names[0]
@@ -56,7 +63,7 @@ def combine_inequalities(items: tuple[Tree, ...]) -> Tree | None:
     if len(intervals) < len(items) or len({variable(item) for item in items}) > 1:
         return None
     try:
-        ends = [(values_at_points(i[3])[0][0], values_at_points(i[4])[0][0]) for i in intervals]
+        ends = [(value_at_a_point(i[3]), value_at_a_point(i[4])) for i in intervals]
     except Undecided:
         return None
     if not all(isinstance(end, mp.mpf) for pair in ends for end in pair):

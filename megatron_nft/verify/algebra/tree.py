@@ -6,6 +6,7 @@ A tree is a nested tuple, so that equal trees are equal answers and trees can be
     ("+", a, b, ...)             sum                       ("*", a, b, ...)     product
     ("/", a, b)  ("^", a, b)     quotient, power           ("-", a)             minus a
     ("f", name, a)               sin, ln, abs, floor ...   ("log", base, a)  ("root", n, a)  ("binom", n, k)
+    ("fn", name, a, ...)         gcd, lcm, max, min        ("bind", kind, variable, bounds ..., body)  binders.py
     ("app", name, a, ...)        an uninterpreted function: u(t), \delta(t), f(x, y)
     ("!", a)  ("deg", a)  ("pct", a)  ("pm", a, b)  ("mp", a, b)  ("inf",)  ("base", digits, base)
 

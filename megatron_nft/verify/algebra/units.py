@@ -18,7 +18,7 @@ _SYNONYMS = {
     "s": "second sec", "min": "minute", "h": "hour hr", "d": "day", "wk": "week", "yr": "year", "mo": "month",
     "l": "liter litre", "ml": "milliliter millilitre", "gal": "gallon", "J": "joule", "kJ": "kilojoule", "N": "newton",
     "W": "watt", "kW": "kilowatt", "V": "volt", "A": "ampere amp", "K": "kelvin", "Hz": "hertz", "Pa": "pascal",
-    "mol": "mole", "eV": "electronvolt", "deg": "degree \\degrees", "rad": "radian", "$": "dollar usd buck",
+    "mol": "mole", "eV": "electronvolt", "deg": "degree \\degrees", "rad": "radian", "$": "dollar usd buck \\dollar",
     "cent": "cent ¢", "eur": "euro", "gbp": "pound_sterling", "unit": "unit", "mph": "mph", "kmph": "kmph kph",
     "angstrom": "Å", "erg": "erg", "ohm": "ohm \\Omega", "T": "tesla", "C": "coulomb", "F": "farad", "acre": "acre",
     "person": "people", "child": "children", "man": "men", "woman": "women",
@@ -43,6 +43,7 @@ _NOT_UNITS = frozenset(
     """
     )
 )
+_SIGNS = (r"\Omega", r"\dollar")
 _RING = [r"\circ", "}"]  # the end of ^{\circ}
 _word = re.compile(r"[^\W\d_]+|\\[A-Za-z]+|[$¢%]")
 _power = re.compile(r"\^\{?(-?\d+)\}?")
@@ -125,8 +126,15 @@ def split_unit(tokens: list[str]) -> tuple[list[str], str]:
     end = len(tokens)
     while end > 1:
         token = tokens[end - 1]
+        if tokens[end - 2] == "_":  # 1011_\text{two}
+            break
         between = token in ("/", "*") and tokens[end - 2][0] == '"' and end < len(tokens)
-        if between or is_unit_token(token) or token == r"\Omega" or (token == r"\mu" and end < len(tokens)):
+        if (
+            between
+            or is_unit_token(token)
+            or token in (r"\Omega", r"\dollar")
+            or (token == r"\mu" and end < len(tokens))
+        ):
             end -= 1
         elif token in ("C", "F") and (tokens[end - 2] in (r"\circ", r"\degrees") or tokens[end - 3 : end - 1] == _RING):
             end -= 1  # 25^\circ C

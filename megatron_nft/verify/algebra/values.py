@@ -1,29 +1,27 @@
-"""Whether two trees have the same value: exactly for rational numbers, otherwise at a few points to 25 digits.
-
-Two different elementary expressions agree at random points with a probability of about zero, so equality at these
-points is taken for equality (the idea of the Schwartz-Zippel lemma). Unlike symbolic simplification this takes
-microseconds and cannot hang.
-"""
+"""Numerical values of trees, to as many digits as `mp.workprec` sets, and a record of what rounding may have hidden."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 from mpmath.ctx_mp import MPContext
 
+from megatron_nft.verify.algebra.exact import exact, of_integers
 from megatron_nft.verify.algebra.tree import Tree
 from megatron_nft.verify.algebra.vocabulary import words
 
 mp = MPContext()  # our own, because sympy uses the global one
-mp.dps = 40
-_TOLERANCE = mp.mpf(10) ** -25  # relative
-_ZERO = mp.mpf(10) ** -30  # absolute, for terms that cancel
-MAX_BITS = 20_000  # numerator and denominator of an exact value together
+BASE_BITS = 136  # 40 digits
+mp.prec = BASE_BITS
+SLACK_BITS = 50  # this many of the last bits may be rounding
 MAX_LOG2 = 1e12  # logarithm of a power beyond which its 40 digits mean nothing
+MAX_TERMS = 1000  # of all sums and products of a tree together
 CONSTANTS = frozenset(("e", "i", "\\pi"))
+Point = dict[str, Any]  # the value of each symbol
+
 _INTEGER_FUNCTIONS = frozenset(("floor", "ceil"))
 _TRIGONOMETRIC = frozenset(words("sin cos tan cot sec csc"))
 _FUNCTIONS = {
@@ -42,209 +40,181 @@ class OutOfRange(Undecided):
     """A value has too many digits to be computed."""
 
 
-def exact(tree: Tree) -> Fraction | None:
-    """Return the exact value of a rational expression of moderate size; None for any other."""
-    kind = tree[0]
-    if kind == "n":
-        number: Fraction = tree[1]
-        return number
-    if kind in _EXACT:
-        values = [exact(part) for part in tree[1:]]
-        if None in values:
-            return None
-        try:
-            value = _EXACT[kind](*values)
-        except ZeroDivisionError:
-            return None
-        if value is not None and value.numerator.bit_length() + value.denominator.bit_length() <= MAX_BITS:
-            return value
-    return None
-
-
-def _sum(*values: Fraction) -> Fraction:
-    return sum(values, Fraction(0))
-
-
-def _product(*values: Fraction) -> Fraction:
-    result = Fraction(1)
-    for value in values:
-        result *= value
-    return result
-
-
-def _power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    if exponent.denominator != 1:
-        return None
-    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-    return base ** int(exponent) if bits * abs(exponent) <= MAX_BITS else None
-
-
-def _factorial(n: Fraction) -> Fraction | None:
-    return _product(*(Fraction(k) for k in range(2, int(n) + 1))) if n.denominator == 1 and 0 <= n <= 1000 else None
-
-
-def _binomial(n: Fraction, k: Fraction) -> Fraction | None:
-    if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= 1000:
-        return None
-    result = Fraction(1)
-    for i in range(min(int(k), int(n - k))):
-        result = result * (n - i) / (i + 1)
-    return result
-
-
-_EXACT: dict[str, Callable[..., Fraction | None]] = {
-    "+": _sum,
-    "*": _product,
-    "/": lambda top, bottom: top / bottom,
-    "-": lambda number: -number,
-    "pct": lambda number: number / 100,
-    "^": _power,
-    "!": _factorial,
-    "binom": _binomial,
-}
-
-
-def same_value(first: Tree, second: Tree) -> bool:
-    """Whether both trees are the same function of their symbols. Raises Undecided where that cannot be computed."""
-    if first == second:
-        return True
-    exact_first, exact_second = exact(first), exact(second)
-    if exact_first is not None and exact_second is not None:
-        return exact_first == exact_second
-    compared = 0
-    for first_value, second_value in zip(*values_at_points(first, second), strict=True):
-        if first_value is None or second_value is None:
-            continue
-        if not close(first_value, second_value):
-            return False
-        compared += 1
-    if not compared:
-        raise Undecided("no value at any point")
-    return True
-
-
-def values_at_points(*trees: Tree) -> list[list[Any]]:
-    """Return, for each tree, its values at the same points (mpmath numbers).
-
-    A value is None where the tree has none. At the point with negative numbers all values are None unless all of them
-    are real, because roots and logarithms are meant for real arguments.
-    """
-    names = sorted({name for tree in trees for name in symbols(tree)})
-    discrete = any(_is_discrete(tree) for tree in trees)
-    points = _points(names, discrete) if names or any(_has(tree, "app") for tree in trees) else [{}]
-    columns = []
-    for point in points:
-        values = [_value_or_none(tree, point) for tree in trees]
-        if point.get("") == "mixed signs" and any(isinstance(value, mp.mpc) for value in values):
-            values = [None] * len(values)  # outside the real domain: roots and logarithms of negative numbers
-        columns.append(values)
-    return [list(row) for row in zip(*columns, strict=True)]
-
-
-def close(first: Any, second: Any) -> bool:
-    """Whether two mpmath numbers agree to 25 digits."""
-    if mp.isinf(first) or mp.isinf(second):
-        return bool(first == second)
-    difference = abs(first - second)
-    return bool(difference <= _ZERO or difference <= _TOLERANCE * max(abs(first), abs(second)))
-
-
-def _points(names: list[str], discrete: bool) -> Iterator[dict[str, Any]]:
-    """Yield two points of positive numbers and one of both signs; if `discrete`, three points of positive integers."""
-    for number in range(3):
-        point: dict[str, Any] = {}
-        for name in names:
-            seed = zlib.crc32(f"{number}{name}".encode(errors="replace"))
-            if discrete:
-                point[name] = mp.mpf(3 + seed % 23 + 7 * number)
-            else:
-                point[name] = mp.mpf(seed % 999983 + 200000) / 500000  # 0.4 to 2.4
-                if number == 2 and seed % 3:
-                    point[name] = -point[name]
-        if number == 2 and not discrete:
-            point[""] = "mixed signs"
-        yield point
-
-
 def symbols(tree: Tree) -> set[str]:
-    """Return the names of the symbols in a tree, without the constants e, i and pi."""
+    """Return the names of the free symbols in a tree, without the constants e, i and pi."""
     if tree[0] == "s":
         return set() if tree[1] in CONSTANTS else {tree[1]}
-    return set().union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
+    found = set().union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
+    return found - {tree[2]} if tree[0] == "bind" else found
 
 
-def _has(tree: Tree, kind: str) -> bool:
-    return tree[0] == kind or any(_has(part, kind) for part in tree[1:] if isinstance(part, tuple))
+def has(tree: Tree, kind: str) -> bool:
+    """Whether a node of this kind occurs in the tree."""
+    return tree[0] == kind or any(has(part, kind) for part in tree[1:] if isinstance(part, tuple))
 
 
-def _is_discrete(tree: Tree) -> bool:
-    """Whether the tree is meant for integers: floors, factorials, (-1)^n."""
+def is_discrete(tree: Tree) -> bool:
+    """Whether the tree is meant for integers: floors, factorials, sums, (-1)^n."""
     if tree[0] in ("!", "binom") or (tree[0] == "f" and tree[1] in _INTEGER_FUNCTIONS):
+        return True
+    if (tree[0] == "bind" and tree[1].startswith(("sum", "prod"))) or (tree[0] == "fn" and tree[1] in ("gcd", "lcm")):
         return True
     if tree[0] == "^" and symbols(tree[2]) and (base := exact(tree[1])) is not None and base < 0:
         return True
-    return any(_is_discrete(part) for part in tree[1:] if isinstance(part, tuple))
+    return any(is_discrete(part) for part in tree[1:] if isinstance(part, tuple))
 
 
-def _value_or_none(tree: Tree, point: dict[str, Any]) -> Any:
-    """Return the value at a point, without an imaginary part that is only rounding; None if there is no value."""
-    try:
-        result = value(tree, point)
-    except (ZeroDivisionError, ValueError):
-        return None
-    if mp.isnan(result):
-        return None
-    if isinstance(result, mp.mpc) and abs(result.imag) <= _ZERO * (1 + abs(result.real)):
-        return result.real
-    return result
-
-
-def value(tree: Tree, point: dict[str, Any]) -> Any:
+def value(tree: Tree, point: Point) -> Any:
     """Return the value of `tree` as an mpmath number, where `point` gives the value of each symbol.
 
     Raises OutOfRange where it is too large, Undecided for what has no value, such as words.
     """
-    kind = tree[0]
-    if kind == "n":
-        return mp.mpf(tree[1].numerator) / tree[1].denominator
-    if kind == "s":
-        return _constant(tree[1]) if tree[1] in CONSTANTS else point[tree[1]]
-    if kind == "inf":
-        return mp.inf
-    if kind == "app":
-        return _opaque(tree, point)
-    if kind == "base":  # a numeral in another base equals only itself
-        return mp.mpf(zlib.crc32(f"{tree[1]}_{tree[2]}".encode()) + 1) / 1000003
-    if kind == "f":
-        return _function(tree[1], tree[2], point)
-    if kind in _OPERATIONS:
-        return _OPERATIONS[kind](*(value(part, point) for part in tree[1:]))
-    raise Undecided(f"{kind} has no value")
+    return Evaluation().value(tree, point)
+
+
+class Evaluation:
+    """Computes values and records what may spoil a comparison at the present precision.
+
+    lost_bits: bits that cancelled in sums. spread_bits: how much smaller the smallest term of a sum was than the
+    largest; so many further bits are needed for it to count. left_reals: whether a root, a logarithm or a power was
+    taken of a number that is not positive. has_steps: whether a number was rounded to an integer.
+    """
+
+    def __init__(self) -> None:
+        self.lost_bits = 0.0
+        self.spread_bits = 0.0
+        self.left_reals = False
+        self.has_steps = False
+        self.num_terms = 0
+
+    def value(self, tree: Tree, point: Point) -> Any:
+        """Return the value of `tree` at `point`; see the function of the same name."""
+        kind = tree[0]
+        if kind == "n":
+            return mp.mpf(tree[1].numerator) / tree[1].denominator
+        if kind == "s":
+            name = tree[1]  # the i of a sum over i is in `point`
+            return _constant(name) if name in CONSTANTS and name not in point else point[name]
+        if kind == "+":
+            return self._sum([self.value(part, point) for part in tree[1:]])
+        if kind in ("^", "root", "log"):
+            first, second = self.value(tree[1], point), self.value(tree[2], point)
+            return self._power(first, second) if kind == "^" else self._root_or_log(kind, first, second)
+        if kind in _OPERATIONS:
+            return _OPERATIONS[kind](*(self.value(part, point) for part in tree[1:]))
+        if kind == "f":
+            return self._function(tree[1], tree[2], point)
+        if kind in ("app", "fn", "bind", "base", "inf"):
+            return self._special(tree, point)
+        raise Undecided(f"{kind} has no value")
+
+    def _special(self, tree: Tree, point: Point) -> Any:
+        if tree[0] == "inf":
+            return mp.inf
+        if tree[0] == "base":  # a numeral in another base equals only itself
+            number = exact(tree)
+            return _arbitrary(f"{tree[1]}_{tree[2]}") if number is None else mp.mpf(int(number))
+        if tree[0] == "bind":
+            terms = self._terms(tree, point)
+            if terms is not None:
+                return self._sum(terms) if tree[1] == "sum" else _product_of(mp.mpf(1), *terms)
+            return _arbitrary(f"{tree[1]}{self._samples(tree, point)}")
+        arguments = [self.value(part, point) for part in tree[2:]]
+        return _of_several(tree[1], arguments) if tree[0] == "fn" else _opaque(tree[1], arguments)
+
+    def _terms(self, tree: Tree, point: Point) -> list[Any] | None:
+        """Return the terms of a sum or the factors of a product between moderate integers; None for other binders."""
+        if tree[1] not in ("sum", "prod") or len(tree) != 6:
+            return None
+        first, last = (self.value(bound, point) for bound in tree[3:5])
+        if not (mp.isint(first) and mp.isint(last)) or abs(last - first) > MAX_TERMS - self.num_terms:
+            return None
+        self.num_terms += max(0, int(last - first) + 1)
+        return [self.value(tree[5], {**point, tree[2]: mp.mpf(k)}) for k in range(int(first), int(last) + 1)]
+
+    def _samples(self, tree: Tree, point: Point) -> list[str]:
+        """Return the bounds of a sum, an integral and the like, and what is summed at a few values of its variable.
+
+        They do not depend on the name of the variable, nor on how the summand is written.
+        """
+        _, kind, name, *bounds, body = tree
+        inside = (mp.mpf(4), mp.mpf(9)) if kind.startswith(("sum", "prod")) else (mp.mpf(11) / 16, mp.mpf(21) / 16)
+        values = [self.value(bound, point) for bound in bounds]
+        values += [self.value(body, {**point, name: sample}) for sample in inside]
+        return [mp.nstr(number, 15) for number in values]
+
+    def _sum(self, values: list[Any]) -> Any:
+        total = mp.fsum(values)
+        sizes = [mp.mag(term) for term in values if term]
+        if sizes and mp.isfinite(total):
+            largest = max(sizes)
+            self.spread_bits = max(self.spread_bits, largest - min(sizes))
+            self.lost_bits += max(0, largest - mp.mag(total)) if total else mp.prec
+        return total
+
+    def _see_small(self, x: Any) -> None:
+        """Record a small argument: cos(x) and 2^x differ from 1 by its size or its square."""
+        if x and mp.isfinite(x):
+            self.spread_bits = max(self.spread_bits, -2 * mp.mag(x))
+
+    def _function(self, name: str, argument: Tree, point: Point) -> Any:
+        """Return the value of a named function; a trigonometric function of degrees is converted."""
+        x = self.value(argument, point)
+        if name in _TRIGONOMETRIC and argument[0] == "deg":
+            x = x * mp.pi / 180
+        if name in _INTEGER_FUNCTIONS:
+            self.has_steps = True
+            nearest = mp.nint(x)
+            if abs(x - nearest) < mp.ldexp(1, SLACK_BITS - mp.prec):
+                return nearest
+            return mp.floor(x) if name == "floor" else mp.ceil(x)
+        if name not in ("ln", "abs") and abs(x) > MAX_LOG2:
+            raise OutOfRange(f"{name} of a number beyond {MAX_LOG2:g}")
+        if name == "ln":
+            self.left_reals = self.left_reals or not _is_positive(x)
+        elif name != "abs":
+            self._see_small(x)
+        return _FUNCTIONS[name](x)
+
+    def _power(self, base: Any, exponent: Any) -> Any:
+        if not mp.isint(exponent):
+            self.left_reals = self.left_reals or not (base == 0 or _is_positive(base))
+            self._see_small(exponent)
+        return _to_power(base, exponent)
+
+    def _root_or_log(self, kind: str, first: Any, second: Any) -> Any:
+        self.left_reals = self.left_reals or not (second == 0 or _is_positive(second))
+        return _root(first, second) if kind == "root" else mp.ln(second) / mp.ln(first)
+
+
+def _is_positive(x: Any) -> bool:
+    return isinstance(x, mp.mpf) and x > 0
 
 
 def _constant(name: str) -> Any:
     return {"e": +mp.e, "i": mp.j, "\\pi": +mp.pi}[name]
 
 
-def _opaque(tree: Tree, point: dict[str, Any]) -> Any:
+def _arbitrary(key: str) -> Any:
+    """Return a number between 0.38 and 2.3 that depends on `key` and on nothing else, exact at every precision."""
+    return mp.ldexp(zlib.crc32(key.encode(errors="replace")) % 999983 + 200000, -19)
+
+
+def _opaque(name: str, arguments: list[Any]) -> Any:
     """Return a value for an uninterpreted u(t) that depends on the value of t and on nothing else."""
-    arguments = [mp.nstr(value(part, point), 15) for part in tree[2:]]
-    return mp.mpf(zlib.crc32(f"{tree[1]}({arguments})".encode(errors="replace")) % 999983 + 200000) / 500000
+    return _arbitrary(f"{name}({[mp.nstr(argument, 15) for argument in arguments]})")
 
 
-def _function(name: str, argument: Tree, point: dict[str, Any]) -> Any:
-    """Return the value of a named function; a trigonometric function of degrees is converted."""
-    x = value(argument, point)
-    if name in _TRIGONOMETRIC and argument[0] == "deg":
-        x = x * mp.pi / 180
-    if name in _INTEGER_FUNCTIONS:
-        nearest = mp.nint(x)
-        if abs(x - nearest) < _TOLERANCE:
-            return nearest
-        return mp.floor(x) if name == "floor" else mp.ceil(x)
-    if name not in ("ln", "abs") and abs(x) > MAX_LOG2:
-        raise OutOfRange(f"{name} of a number beyond {MAX_LOG2:g}")
-    return _FUNCTIONS[name](x)
+def _of_several(name: str, arguments: list[Any]) -> Any:
+    """Return gcd, lcm, max or min, whatever the order of the arguments."""
+    if not all(isinstance(argument, mp.mpf) and mp.isfinite(argument) for argument in arguments):
+        raise Undecided(f"{name} of numbers that have no order")
+    if name in ("max", "min"):
+        return max(arguments) if name == "max" else min(arguments)
+    if all(mp.isint(argument) and mp.mag(argument) < mp.prec for argument in arguments):
+        result = of_integers(name, [Fraction(int(argument)) for argument in arguments])
+        return mp.mpf(result.numerator) if result is not None else mp.nan
+    return _opaque(name, sorted(arguments))
 
 
 def _to_power(base: Any, exponent: Any) -> Any:
@@ -281,13 +251,9 @@ def _product_of(*values: Any) -> Any:
 
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
-    "+": lambda *values: mp.fsum(values),
     "*": _product_of,
     "/": lambda top, bottom: top / bottom,
     "-": lambda x: -x,
-    "^": _to_power,
-    "root": _root,
-    "log": lambda base, x: mp.ln(x) / mp.ln(base),
     "!": _gamma_bounded,
     "binom": _choose,
     "deg": lambda x: x,

@@ -17,6 +17,8 @@ CHARACTERS = {
     "′": "'", "’": "'", "‘": "'", "″": "''", "“": '"', "”": '"', "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ",
     "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ", "€": r"\text{euros}", "£": r"\text{pounds}",
     "∠": r"\angle ", "△": r"\triangle ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ı": "i", "ℏ": r"\hbar ",
+    "→": r"\to ", "⟶": r"\to ", "⇒": r"\Rightarrow ", "⟹": r"\Rightarrow ", "℃": r"^\circ C", "℉": r"^\circ F",
+    "。": ".", "、": ", ", "！": " ", "▲": r"\triangle ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ",
 }  # fmt: skip
 GREEK = words(
     """
@@ -64,7 +66,7 @@ NAMES = {name: f"\\{name}" for name in FUNCTIONS} | {
     "Pi": "\\pi", "infinity": "\\infty", "inf": "\\infty", "oo": "\\infty", "abs": "\\abs", "floor": "\\floor",
     "ceil": "\\ceil", "binom": "\\binom", "frac": "\\frac", "theta": "\\theta", "alpha": "\\alpha", "beta": "\\beta",
     "gamma": "\\gamma", "lambda": "\\lambda", "omega": "\\omega", "phi": "\\phi", "and": ",", "or": ",",
-    "percent": "\\%", "degrees": "\\degrees", "degree": "\\degrees", "union": "\\cup",
+    "percent": "\\%", "pct": "\\%", "degrees": "\\degrees", "degree": "\\degrees", "union": "\\cup",
 }  # fmt: skip
 # Commands that put a mark or another typeface on a letter: `\vec{v}` is a symbol of its own.
 ACCENTS = frozenset(

@@ -23,6 +23,7 @@ _FILLER = frozenset(
         """
     )
 )
+MAX_WORDS_CHARS = 2000  # longer answers are not words
 _SYNONYMS = {"dne": "doenotexist", "limitdoenotexist": "doenotexist"}
 _REALS = frozenset(words("allrealnumber allreal realnumber setofallrealnumber setofrealnumber allrealvalue"))
 _EMPTY = frozenset(words("emptyset nullset"))
@@ -35,7 +36,7 @@ _point = re.compile(r"(?<!\d)[.,]|[.,](?!\d)")
 
 def is_words(text: str) -> bool:
     """Whether a normalised answer consists of words and punctuation, such as `no solution`."""
-    return bool(_words_only.match(text))
+    return len(text) <= MAX_WORDS_CHARS and bool(_words_only.match(text))
 
 
 def is_filler(phrase: str) -> bool:

@@ -12,6 +12,7 @@ from megatron_nft.console import SILENT, Progress
 from megatron_nft.files import publish_folder
 from megatron_nft.policy.family import ModelSpec, read_family
 from megatron_nft.weights.buckets import Bucket, TensorMeta
+from megatron_nft.weights.hf_check import check_folder
 from megatron_nft.weights.hf_folder import HFFolder
 from megatron_nft.weights.hf_writer import (
     carry_files,
@@ -21,7 +22,6 @@ from megatron_nft.weights.hf_writer import (
     split_into_files,
     write_file,
 )
-from megatron_nft.weights.import_hf import check_folder
 from megatron_nft.weights.names import Kind, Place, all_places
 from megatron_nft.weights.offline.megatron_reader import HF_FILES, MegatronCheckpoint, MegatronWeights, megatron_shape
 from megatron_nft.weights.offline.megatron_writer import StoredBox, StoredTensor, TargetLayout, boxes, write_checkpoint

@@ -1,0 +1,125 @@
+"""The spelling of sympy and of Python lists, in the notation that the parser reads.
+
+`Rational(7, 3)` becomes `((7)/(3))`, `factorial(5)` becomes `(5)!` and `[[1, 0], [0, 1]]` a matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+MAX_CALLS = 50  # more calls than these are left as they are
+
+_call = re.compile(
+    r"(?<![\w\\.])(?:sp\.|sympy\.)?(factorial|binomial|Rational|Integer|Float|Matrix|FiniteSet|Abs|Pow|Mul|Add|S(?=\(\d)|Eq|Tuple"
+    r"|Interval(?:\.open|\.Lopen|\.Ropen)?|Union|Max|Min|root|ImmutableMatrix|Point)\s*\("
+)
+_imaginary = re.compile(
+    r"(?<=[-+])\s*I(?![A-Za-z_(])|(?<![A-Za-z\\])I(?=\s*[-+])|(?<=\*)\s*I(?![A-Za-z])|(?<![A-Za-z\\])I\s*(?=\*)"
+)
+_euler = re.compile(r"(?<=\*)\s*E(?![A-Za-z])|(?<![A-Za-z\\])E\s*(?=\*|\^)")
+
+
+def _joined(sign: str) -> Callable[[list[str]], str | None]:
+    return lambda values: "(" + sign.join(f"({value})" for value in values) + ")" if values else None
+
+
+def _two(pattern: str) -> Callable[[list[str]], str | None]:
+    return lambda values: pattern.format(*values) if len(values) == 2 else None
+
+
+def _one(pattern: str) -> Callable[[list[str]], str | None]:
+    return lambda values: pattern.format(*values) if len(values) == 1 else None
+
+
+def _rational(values: list[str]) -> str | None:
+    return f"(({values[0]})/({values[1]}))" if len(values) == 2 else f"({values[0]})" if len(values) == 1 else None
+
+
+def _matrix_call(values: list[str]) -> str | None:
+    return nested_list(values[0]) or _column(values[0]) if len(values) == 1 else None
+
+
+def _interval(values: list[str]) -> str | None:
+    if len(values) != 2:
+        return None
+    return f"{'(' if values[0] == '-oo' else '['}{values[0]}, {values[1]}{')' if values[1] == 'oo' else ']'}"
+
+
+def _set(values: list[str]) -> str:
+    return r"\{" + ", ".join(values) + r"\}"
+
+
+_WRITTEN: dict[str, Callable[[list[str]], str | None]] = {
+    "factorial": _one("(({0})!)"), "binomial": _two(r"\binom{{{0}}}{{{1}}}"), "Rational": _rational,
+    "Integer": _one("({0})"), "Float": _one("({0})"), "S": _one("({0})"), "Abs": _one(r"\abs({0})"),
+    "Pow": _two("(({0})^{{{1}}})"), "Mul": _joined("*"), "Add": _joined("+"), "Eq": _two("{0} = {1}"),
+    "Matrix": _matrix_call, "ImmutableMatrix": _matrix_call, "FiniteSet": _set, "Interval": _interval,
+    "Interval.open": _two("({0}, {1})"), "Interval.Lopen": _two("({0}, {1}]"), "Interval.Ropen": _two("[{0}, {1})"),
+    "Union": r" \cup ".join, "root": _two(r"\sqrt[{1}]{{{0}}}"),
+    "Tuple": lambda values: f"({', '.join(values)})", "Point": lambda values: f"({', '.join(values)})",
+    "Max": lambda values: rf"\max({', '.join(values)})", "Min": lambda values: rf"\min({', '.join(values)})",
+}  # fmt: skip
+
+
+def plain_calls(text: str) -> str:
+    """Return a text in which calls of sympy's functions are written as mathematics, from the innermost out."""
+    for _ in range(MAX_CALLS):
+        *_, last = [None, *(match for match in _call.finditer(text) if match[1] in _WRITTEN)]
+        end = _closing(text, last.end()) if last is not None else -1
+        if last is None or end < 0:
+            return text
+        written = _WRITTEN[last[1]](split_arguments(text[last.end() : end]))
+        if written is None:
+            return text
+        text = text[: last.start()] + written + text[end + 1 :]
+    return text
+
+
+def nested_list(text: str) -> str | None:
+    r"""Write `[[1, 0], [0, 1]]` as a matrix in LaTeX; None for anything else."""
+    rows = _elements(text)
+    cells = [_elements(row) for row in rows or []]
+    if not cells or not all(cells):
+        return None
+    return r"\begin{pmatrix}" + r" \\ ".join(" & ".join(row or []) for row in cells) + r"\end{pmatrix}"
+
+
+def other_constants(text: str) -> str:
+    """Return `2*I` as `2*i` and `2*E` as `2*e`: letters of a product that is written as in Python."""
+    return _euler.sub("e", _imaginary.sub("i", text))
+
+
+def _column(text: str) -> str | None:
+    cells = _elements(text)
+    return r"\begin{pmatrix}" + r" \\ ".join(cells) + r"\end{pmatrix}" if cells else None
+
+
+def _elements(text: str) -> list[str] | None:
+    """Return the elements of a list in square brackets; None for anything else."""
+    text = text.strip()
+    if not text.startswith("[") or _closing(text, 1) != len(text) - 1:
+        return None
+    return split_arguments(text[1:-1])
+
+
+def split_arguments(text: str) -> list[str]:
+    """Split at the commas outside brackets; no parts at all of an empty text."""
+    parts, depth, start = [], 0, 0
+    for index, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append(text[start:index].strip())
+            start = index + 1
+    last = text[start:].strip()
+    return [*parts, last] if last else parts
+
+
+def _closing(text: str, start: int) -> int:
+    """Return the index of the bracket that closes the one before `start`; -1 if there is none."""
+    depth = 1
+    for index in range(start, len(text)):
+        depth += (text[index] in "([{") - (text[index] in ")]}")
+        if depth == 0:
+            return index
+    return -1

@@ -1,0 +1,83 @@
+"""Marks beside an answer that say nothing: HTML, quotation marks, block quotes, emoji, arrows, table rows.
+
+`plain_lines` works on a whole response, `without_marks` on an answer.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+
+_html_tag = re.compile(
+    r"</?(?:a|b|big|blockquote|br|center|code|details|div|em|font|h[1-6]|hr|i|li|mark|ol|p|pre|small|span|strong|summary"
+    r"|table|tbody|td|th|thead|tr|tt|u|ul)(?:\s[^<>]{0,200})?/?>",
+    re.IGNORECASE,
+)
+_bold_tag = re.compile(r"</?(?:b|strong|mark)>", re.IGNORECASE)
+_line_tag = re.compile(r"<(?:br|hr)\s*/?>|</(?:p|div|li|h[1-6]|tr|blockquote|pre)>", re.IGNORECASE)
+_raised = re.compile(r"<(su[pb])>([^<>]{1,40})</\1>", re.IGNORECASE)
+_entity = re.compile(
+    r"&(?:nbsp|thinsp|lt|gt|le|ge|ne|amp|minus|times|divide|middot|pi|radic|deg|infin|plusmn|frac\d\d|quot|#\d{1,6}"
+    r"|#x[0-9a-fA-F]{1,5});"
+)
+_quote = re.compile(r"^[ \t]*(?:>[ \t]?)+(?=\S)", re.MULTILINE)
+_table_row = re.compile(r"^[ \t]*\|(.*)\|[ \t]*$", re.MULTILINE)
+_before = re.compile(r"^\s*(?:(?:\\(?:to|rightarrow|Rightarrow|longrightarrow|implies)(?![A-Za-z])|[-=]>)\s*)+")
+_after = re.compile(
+    r"(?:\s*(?:\\(?:blacksquare|square|Box|qed|qedsymbol|checkmark)(?![A-Za-z])|(?:(?<=\s)|^)Q\.?E\.?D\.?))+\s*$"
+)
+_QUOTES = (('"', '"'), ("''", "''"), ("``", "''"), ("'", "'"), ("«", "»"), ("„", '"'), ("「", "」"))
+_QUOTE_STARTS = frozenset(opening[0] for opening, _ in _QUOTES)
+TAIL_CHARS = 200  # marks behind an answer are looked for in this many last characters
+KEPT_SIGNS = frozenset("°△▵∠")
+
+
+def plain_lines(text: str) -> str:
+    """Return a response without HTML tags, block-quote signs and the bars of table rows; bold tags become `**`."""
+    if "<" in text:
+        text = _raised.sub(lambda match: ("^" if match[1].lower() == "sup" else "_") + f"{{{match[2]}}}", text)
+        text = _html_tag.sub(" ", _line_tag.sub("\n", _bold_tag.sub("**", text)))
+    if "&" in text:
+        text = _entity.sub(lambda match: html.unescape(match[0]), text)
+    if ">" in text:
+        text = _quote.sub("", text)
+    if "|" in text:
+        text = _table_row.sub(_as_line, text)
+    return text
+
+
+def _as_line(match: re.Match[str]) -> str:
+    """Write the table row `| Answer | 73 |` as `Answer: 73`; others are kept."""
+    cells = [cell.strip() for cell in match[1].split("|")]
+    return f"{cells[0].strip('*_ :')}: {cells[1]}" if len(cells) == 2 and cells[0] else match[0]
+
+
+def without_signs(text: str) -> str:
+    """Return `text` without emoji, ticks, boxes and other characters that are pictures."""
+    return "".join(character for character in text if character.isascii() or not _is_picture(character))
+
+
+def _is_picture(character: str) -> bool:
+    if character in KEPT_SIGNS:
+        return False
+    kind = unicodedata.category(character)
+    return kind in ("So", "Sk", "Me", "Cn") or character in "\N{VARIATION SELECTOR-16}\N{END OF PROOF}"
+
+
+def without_marks(text: str) -> str:
+    """Return an answer without arrows before it, signs of the end of a proof behind it, and quotation marks around."""
+    text = text.strip()
+    if text[:1] in ("\\", "-", "="):
+        text = _before.sub("", text)
+    tail = text[-TAIL_CHARS:]
+    if any(word in tail for word in ("square", "Box", "qed", "checkmark", "Q")):
+        text = text[:-TAIL_CHARS] + _after.sub("", tail)
+    if text[:1] not in _QUOTE_STARTS:
+        return text
+    for opening, closing in _QUOTES:
+        if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
+            inner = text[len(opening) : -len(closing)]
+            if closing not in inner:
+                return inner.strip()
+    return text

@@ -1,0 +1,53 @@
+"""Which part of a response may hold its answer: what stands outside `<think>` and behind `</think>`.
+
+Thinking that was not finished, or with nothing behind it, gives no answer, whatever it boxes. A prompt that ends in
+`<think>` has opened it. The graders learn of that from their `extra`, under the key `PROMPT_OPENS_THINKING`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PROMPT_OPENS_THINKING = "prompt_opens_thinking"
+_OPEN = "<think>"
+_CLOSE = "</think>"
+
+
+class NoAnswer(ValueError):
+    """The response holds no final answer; the message says why."""
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a rendered prompt ends in `<think>`, so that the response starts within it."""
+    return prompt.rstrip().endswith(_OPEN)
+
+
+def is_opened(extra: dict[str, Any] | None) -> bool:
+    """Whether a grader's `extra` says that the prompt ends in `<think>`."""
+    return extra is not None and extra.get(PROMPT_OPENS_THINKING) is True
+
+
+def with_opened(extra: dict[str, Any] | None) -> dict[str, Any]:
+    """Return `extra` with the note that the prompt ends in `<think>`."""
+    return {**(extra or {}), PROMPT_OPENS_THINKING: True}
+
+
+def answer_part(response: str, *, opened: bool = False) -> str:
+    """Return the part of a response in which its answer is looked for.
+
+    opened: the prompt ends in `<think>`. Raises NoAnswer if the thinking is not finished or nothing follows it.
+    """
+    if not opened and "think>" not in response and response and not response.isspace():
+        return response
+    closed = response.rfind(_CLOSE)
+    rest = response if closed < 0 else response[closed + len(_CLOSE) :]
+    reopened = rest.find(_OPEN)
+    if closed < 0 and opened:
+        raise NoAnswer("the thinking is not finished: the prompt opens it, and there is no </think>")
+    if reopened >= 0:
+        rest = rest[:reopened]
+    if rest.strip():
+        return rest
+    if reopened >= 0:
+        raise NoAnswer("the thinking is not finished: there is no </think>")
+    raise NoAnswer("nothing follows </think>" if closed >= 0 else "the response is empty")

@@ -1,0 +1,54 @@
+"""Whether a model folder holds exactly the tensors that its config promises: the one check of trainer, converter,
+engines and evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_nft.policy.family import UnsupportedModelError, read_family
+from megatron_nft.weights.hf_folder import HFFolder, name_list
+from megatron_nft.weights.names import Geometry, hf_shapes
+
+OUTPUT, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+COMPUTED = "rotary_emb.inv_freq"  # ends the names of what older folders store and every model computes by itself
+
+
+def check_folder(folder: HFFolder, geometry: Geometry) -> None:
+    """Compare a folder's tensors with what its config promises; ValueError names every difference.
+
+    Two kinds of tensors may be there too: a tied output layer that equals the embedding, and `rotary_emb.inv_freq`.
+    """
+    expected = hf_shapes(geometry)
+    found = {name: shape for name, shape in folder.shapes.items() if not name.endswith(COMPUTED)}
+    if geometry.tied and OUTPUT in found:
+        del found[OUTPUT]  # some folders store the tied output layer a second time
+        if EMBEDDING in found and not folder.equal(OUTPUT, EMBEDDING):
+            raise ValueError(
+                f"{folder.path}: config.json says tie_word_embeddings, but {OUTPUT} differs from {EMBEDDING}"
+            )
+    problems = []
+    if missing := expected.keys() - found.keys():
+        problems.append(f"lacks {name_list(missing)}")
+    if unknown := found.keys() - expected.keys():
+        problems.append(f"holds tensors that family {geometry.family!r} does not know: {name_list(unknown)}")
+    problems += [
+        f"{name} has shape {list(found[name])}, but config.json makes it {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ][:10]
+    if problems:
+        raise ValueError(f"{folder.path} " + "; ".join(problems))
+
+
+def check_model_folder(path: Path | str) -> str | None:
+    """Check the tensors of the folder `path` before an engine reads it; ValueError names what is wrong.
+
+    Returns None, or why the tensors could not be compared: the config is one that cannot be trained here (another
+    family, another RoPE scaling), so that only the engine knows what it needs.
+    """
+    try:
+        spec = read_family(path)
+    except UnsupportedModelError as error:
+        return f"the tensors of {path} were not compared with its config: {error}"
+    check_folder(HFFolder(path), spec)
+    return None
