@@ -122,7 +122,7 @@ def test_graders_and_the_file_learn_that_a_prompt_opens_the_thinking(tmp_path, o
 
     class Noting:
         def submit(self, response, answer, data_source, extra, *, prompt_opens_thinking):
-            asked.append(extra)
+            asked.append((extra, prompt_opens_thinking))
             future = Future()
             future.set_result(Graded(Verdict.WRONG, None, "g", 0.0, {}, False, "why"))
             return future
@@ -130,7 +130,7 @@ def test_graders_and_the_file_learn_that_a_prompt_opens_the_thinking(tmp_path, o
     prompt = replace(PROMPT, opens_thinking=opens, extra={"index": 1})
     options = {"step": 1, "weight_version": 0, "tokenizer": make_tokenizer()}
     (found,), _ = generate_groups(Script(), [(0, prompt)], settings(tmp_path), Noting(), **options)
-    assert asked == [{"index": 1, "prompt_opens_thinking": True} if opens else {"index": 1}] * 3  # one is cut off
+    assert asked == [({"index": 1}, opens)] * 3  # one is cut off
     path = tmp_path / "rank_00000.parquet"
     write_rollouts(path, [found], ["all_wrong"], step=1)
     assert read_rollout_file(path).column("prompt_opens_thinking").to_pylist() == [opens] * 4
