@@ -28,9 +28,6 @@ def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
     return values
 
 
-gather = gather_objects
-
-
 def run_everywhere(work: Callable[[], T], group: dist.ProcessGroup | None, kind: type[Exception], what: str = "") -> T:
     """Run `work` on every rank and return its result. If it fails on one, every rank raises `kind`. Collective.
 

@@ -29,7 +29,8 @@ def free_port(host: str = "127.0.0.1") -> int:
     From below the range that the kernel gives to outgoing connections: a port of that range is often taken again in
     the seconds that a process needs before it listens. OSError where none of 200 ports is free.
     """
-    for port in random.SystemRandom().sample(sorted({*range(15000, 32000)} - _given), 200):
+    ports: list[int] = random.SystemRandom().sample(sorted({*range(15000, 32000)} - _given), 200)
+    for port in ports:
         with socket.socket() as s:
             try:
                 s.bind((host, port))

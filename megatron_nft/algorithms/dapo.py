@@ -5,7 +5,7 @@ Its token-level mean is `loss_divisor=tokens`; its dynamic sampling is how every
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class DAPOSettings(PolicyGradientSettings):
     """DAPO: GRPO with a soft penalty for answers near the length limit."""
 
-    name: Literal["dapo"] = "dapo"
+    name: str = "dapo"
     overlong_buffer_tokens: NonNegativeInt = 0
     """Soft penalty over the last N tokens before the limit; 0 turns it off."""
     overlong_penalty: Annotated[float, Field(ge=0)] = 1.0

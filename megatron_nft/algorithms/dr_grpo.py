@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from megatron_nft.algorithms.policy_gradient import PolicyGradient, PolicyGradientSettings
 
 
 class DrGRPOSettings(PolicyGradientSettings):
     """Dr. GRPO: clipped policy gradient with advantages reward - mean."""
 
-    name: Literal["dr_grpo"] = "dr_grpo"
+    name: str = "dr_grpo"
 
 
 class DrGRPO(PolicyGradient):

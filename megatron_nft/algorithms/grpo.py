@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from megatron_nft.algorithms.policy_gradient import PolicyGradient, PolicyGradientSettings
 
 
 class GRPOSettings(PolicyGradientSettings):
     """GRPO: clipped policy gradient with advantages (reward - mean) / std."""
 
-    name: Literal["grpo"] = "grpo"
+    name: str = "grpo"
 
 
 class GRPO(PolicyGradient):

@@ -173,7 +173,7 @@ class LikelihoodSettings(AlgorithmSettings):
 class NFTSettings(LikelihoodSettings):
     """NFT: likelihood of the correct answers, and of the wrong ones under the implicit negative policy."""
 
-    name: Literal["nft"] = "nft"
+    name: str = "nft"
     negative_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the wrong answers' term; with 0 they are not trained."""
     clamp: PositiveFloat = 1.0

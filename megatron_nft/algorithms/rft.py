@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from megatron_nft.algorithms.nft import Likelihood, LikelihoodSettings, nft_loss
 
@@ -34,7 +34,7 @@ def rft_loss(
 class RFTSettings(LikelihoodSettings):
     """RFT: likelihood of the correct answers. The paper's has prompt_weight=uniform."""
 
-    name: Literal["rft"] = "rft"
+    name: str = "rft"
 
 
 class RFT(Likelihood):

@@ -1,25 +1,104 @@
-"""Rollouts of one generation batch: questions in, graded groups out, grading while generation goes on."""
+"""Questions in, graded answers out, with grading while generation goes on: the loop of training and of evaluation."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from megatron_nft.engines.engine import Completion, Engine, Request, SamplingParams, WeightVersionError
+from megatron_nft.engines.engine import Completion, Engine, EngineError, Request, SamplingParams, WeightVersionError
 from megatron_nft.types import Prompt, Rollout, RolloutGroup, Verdict
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from megatron_nft.config import Config
+    from megatron_nft.verify import Graded
 
 
 class Verifier(Protocol):
     """The part of `verify.VerifierPool` that is used here."""
 
-    def submit(self, response: str, answer: str, data_source: str = "", extra: dict[str, Any] | None = None) -> Future:
-        """Future of a `verify.Graded`."""
+    def submit(self, response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Future[Graded]:
+        """Start to grade an answer."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class GradedAnswer:
+    """One answer of an engine, and its verdict."""
+
+    completion: Completion
+    text: str  # the tokens decoded, special tokens left out
+    graded: Graded | None  # None for one that was not given to the verifier
+
+
+def ask_and_grade(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase,
+    verifier: Verifier,
+    *,
+    grade_truncated: bool,
+    on_answer: Callable[[Completion], None] | None = None,
+) -> Iterator[tuple[int, list[GradedAnswer]]]:
+    """Yields (number of a request, its graded answers by sample) as soon as a question is complete and graded.
+
+    requests: one per prompt, in the same order; every one comes exactly once, in no particular order. grade_truncated:
+    whether answers that were cut off at the length limit are given to the verifier. `on_answer` is called as answers
+    arrive. Where the engine fails, the questions that it had finished come before its EngineError is raised.
+    """
+    questions = [_OpenQuestion(prompt, {}) for prompt in prompts]
+    answered: deque[int] = deque()  # questions with all answers, waiting for verdicts
+    failure: EngineError | None = None
+    try:
+        for number, sample, completion in engine.generate(requests, sampling):
+            text = cast(str, tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True))  # of one answer
+            grade = grade_truncated or completion.finish_reason != "length"
+            questions[number].add(sample, completion, text, verifier if grade else None)
+            if on_answer is not None:
+                on_answer(completion)
+            if len(questions[number].answers) == requests[number].num_samples:
+                answered.append(number)
+            while answered and questions[answered[0]].is_graded:
+                yield answered[0], questions[answered.popleft()].close()
+    except EngineError as error:
+        failure = error
+    for number in answered:
+        yield number, questions[number].close()
+    if failure is not None:
+        raise failure
+
+
+@dataclass(slots=True)
+class _OpenQuestion:
+    """A question whose answers are arriving."""
+
+    prompt: Prompt
+    answers: dict[int, tuple[Completion, str, Future[Graded] | None]]  # by sample
+
+    def add(self, sample: int, completion: Completion, text: str, verifier: Verifier | None) -> None:
+        verdict = None
+        if verifier is not None:
+            verdict = verifier.submit(text, self.prompt.answer, self.prompt.data_source, self.prompt.extra)
+        self.answers[sample] = (completion, text, verdict)
+
+    @property
+    def is_graded(self) -> bool:
+        return all(verdict is None or verdict.done() for _, _, verdict in self.answers.values())
+
+    def close(self) -> list[GradedAnswer]:
+        """The answers by sample; waits for verdicts that are not there yet, and lets go of the token ids."""
+        taken = [self.answers.pop(sample) for sample in sorted(self.answers)]
+        return [
+            GradedAnswer(completion, text, None if verdict is None else verdict.result())
+            for completion, text, verdict in taken
+        ]
 
 
 def training_sampling(config: Config) -> SamplingParams:
@@ -36,7 +115,7 @@ def generate_groups(
     *,
     step: int,
     weight_version: int,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[RolloutGroup], float]:
     """`rollout.answers_per_question` graded answers to each drawn question, groups in the order of `draws`.
@@ -45,46 +124,53 @@ def generate_groups(
     the loss (`drop`). `on_progress(done, total)` is called after every answer. WeightVersionError where the engine or
     an answer is of another version than `weight_version`.
 
-    The second value is `verify_wait_s`, the seconds from the last answer to the last verdict: what grading adds to the
-    step.
+    The second value is the seconds from the last answer to the last verdict: what grading adds to the step.
     """
     if engine.weight_version != weight_version:
         raise WeightVersionError(f"the engine has weight version {engine.weight_version}, not {weight_version}")
     num_samples = config.rollout.answers_per_question
     requests = [Request(prompt.token_ids, num_samples, (config.seed, draw)) for draw, prompt in draws]
-    groups = [RolloutGroup(draw, prompt, [None] * num_samples, step) for draw, prompt in draws]
-    pending: list[tuple[Rollout, Future]] = []
-    total = num_samples * len(draws)
-    answers = engine.generate(requests, training_sampling(config))
-    for done, (request, sample, completion) in enumerate(answers, start=1):
-        draw, prompt = draws[request]
-        rollout = _to_rollout(draw, sample, completion, tokenizer)
-        groups[request].rollouts[sample] = rollout
-        if completion.finish_reason == "length":
-            rollout.verdict = Verdict.WRONG
-            rollout.ignored = config.algorithm.truncated == "drop"
-        else:
-            future = verifier.submit(rollout.text, prompt.answer, prompt.data_source, prompt.extra)
-            pending.append((rollout, future))
+    num_answers, last_answer = 0, time.perf_counter()
+
+    def on_answer(_: Completion) -> None:
+        nonlocal num_answers, last_answer
+        num_answers, last_answer = num_answers + 1, time.perf_counter()
         if on_progress is not None:
-            on_progress(done, total)
-    generated = time.perf_counter()
-    for rollout, future in pending:
-        graded = future.result()
-        rollout.verdict, rollout.extracted, rollout.verify_s = graded.verdict, graded.extracted, graded.seconds
-        rollout.ignored = graded.ignored
-        rollout.grader_verdicts = graded.by_grader
-    return groups, time.perf_counter() - generated
+            on_progress(num_answers, num_samples * len(draws))
+
+    groups: dict[int, RolloutGroup] = {}
+    for number, answers in ask_and_grade(
+        engine,
+        [prompt for _, prompt in draws],
+        requests,
+        training_sampling(config),
+        tokenizer,
+        verifier,
+        grade_truncated=False,
+        on_answer=on_answer,
+    ):
+        draw, prompt = draws[number]
+        rollouts = [_rollout(draw, i, answer, config.algorithm.truncated) for i, answer in enumerate(answers)]
+        groups[number] = RolloutGroup(draw, prompt, rollouts, step)
+    return [groups[number] for number in range(len(draws))], time.perf_counter() - last_answer
 
 
-def _to_rollout(draw: int, sample: int, completion: Completion, tokenizer: Any) -> Rollout:
-    return Rollout(
+def _rollout(draw: int, sample: int, answer: GradedAnswer, truncated: str) -> Rollout:
+    """truncated: algorithm.truncated, for an answer that was not graded."""
+    completion, graded = answer.completion, answer.graded
+    rollout = Rollout(
         draw=draw,
         sample_index=sample,
         response_ids=completion.token_ids,
         rollout_logprobs=completion.logprobs,
         finish_reason=completion.finish_reason,
         weight_version=completion.weight_version,
-        text=tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True),
+        text=answer.text,
         weight_version_spans=completion.weight_version_spans,
     )
+    if graded is None:
+        rollout.verdict, rollout.ignored = Verdict.WRONG, truncated == "drop"
+        return rollout
+    rollout.verdict, rollout.extracted, rollout.verify_s = graded.verdict, graded.extracted, graded.seconds
+    rollout.grader_verdicts, rollout.ignored = graded.by_grader, graded.ignored
+    return rollout

@@ -10,15 +10,17 @@ import asyncio
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import numpy as np
 
+from megatron_nft.engines.completions import Aborted, BadAnswer, check_completions, check_versions
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
 from megatron_nft.engines.targets import RequestRouter, Target, Targets
+from megatron_nft.engines.transports import server_transport
 
 if TYPE_CHECKING:
     from megatron_nft.config import Config, ServerConfig
@@ -29,26 +31,14 @@ if TYPE_CHECKING:
     from megatron_nft.weights.client import WeightClient
     from megatron_nft.weights.transport import Ledger, Transport
 
+T = TypeVar("T")
+Answers = queue.SimpleQueue[tuple[int, list[Completion] | BaseException]]
+"""(number of the request, its answers or why there are none)"""
+
 BACKOFF_S = 0.5  # before the second try, doubled for each further one
 PROBE_TIMEOUT_S = 30.0  # for the question which weights a server has; a busy one is slow to answer
 KEEP_ALIVE_S = 2.0  # idle connections; servers close them after 5 s, and a request must not meet that
 RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
-
-
-def integer_version(text: str) -> int:
-    """Servers name their versions by strings; ours are integers. -1 for one that we did not give."""
-    try:
-        return int(text)
-    except ValueError:
-        return -1
-
-
-class Aborted(Exception):
-    """The server gave a request up because it was told to; it is to be asked again."""
-
-
-class BadAnswer(Exception):
-    """A server's answer that lacks what was asked for."""
 
 
 class HttpEngine(ABC):
@@ -120,15 +110,21 @@ class HttpEngine(ABC):
 
     @abstractmethod
     async def _version(self, client: httpx.AsyncClient, url: str) -> int:
-        """Weight version that a healthy server says it has. httpx.HTTPError, KeyError or ValueError else."""
+        """The weight version of a healthy server. httpx.HTTPError, KeyError or ValueError where it gives none."""
 
     # ---- the engine
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
         """See `engine.Engine.generate`. All samples of a request arrive together."""
-        answers: queue.SimpleQueue = queue.SimpleQueue()
+        answers: Answers = queue.SimpleQueue()
         asking = self._submit(self._ask_all(requests, sampling, answers))
-        asking.add_done_callback(lambda f: f.cancelled() or answers.put((-1, f.exception())))
+
+        def tell_failure(finished: Future[None]) -> None:
+            error = None if finished.cancelled() else finished.exception()
+            if error is not None:
+                answers.put((-1, error))
+
+        asking.add_done_callback(tell_failure)
         try:
             for _ in requests:
                 number, completions = answers.get()
@@ -142,19 +138,19 @@ class HttpEngine(ABC):
     def prompt_logprobs(self, token_ids: np.ndarray, url: str | None = None) -> np.ndarray:
         """int32 [L] -> float32 [L - 1], by the server at `url` or the first. See `engine.Engine.prompt_logprobs`."""
         target = Target((url or self.urls[0]).rstrip("/"))
-        token_ids = [int(t) for t in token_ids]
-        path, body = self._prompt_call(token_ids)
+        tokens = [int(t) for t in token_ids]
+        path, body = self._prompt_call(tokens)
         try:
             answer = self._submit(self._post(target, path, body)).result()
-            logprobs = np.array(self._prompt_logprobs(token_ids, answer), dtype=np.float32)
+            logprobs = np.array(self._prompt_logprobs(tokens, answer), dtype=np.float32)
         except (httpx.TransportError, BadAnswer, KeyError, TypeError, ValueError) as e:
             raise EngineError(self._describe([f"{target.url}: {e or type(e).__name__}"])) from None
-        if len(logprobs) != len(token_ids) - 1:
-            raise EngineError(f"{target.url}: {len(logprobs)} prompt log-probs came for {len(token_ids)} tokens")
+        if len(logprobs) != len(tokens) - 1:
+            raise EngineError(f"{target.url}: {len(logprobs)} prompt log-probs came for {len(tokens)} tokens")
         return logprobs
 
     def adopt_version(self) -> None:
-        """Takes whatever weights the servers have as the wanted ones. EngineError where they differ or one is down."""
+        """Take whatever weights the servers have as the wanted ones. EngineError where they differ or one is down."""
 
         async def versions() -> list[int]:
             return await asyncio.gather(*(self._version(self._client, url.rstrip("/")) for url in self.urls))
@@ -169,8 +165,6 @@ class HttpEngine(ABC):
 
     def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
         """See `engine.Engine.open_transport`. Weights go to the servers of every rank."""
-        from megatron_nft.engines.sync import server_transport  # imports torch, which an evaluation does without
-
         clients = [self._weight_client(url, config.sync.timeout_s) for url in self.all_urls]
         kind = server_transport(config.sync.transport, self.all_urls)
         return kind(clients, self, config, spec, layout, ledger)
@@ -204,14 +198,14 @@ class HttpEngine(ABC):
 
     # ---- on the event loop
 
-    def _submit(self, coroutine: Any) -> Future:
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop.is_closed():
             coroutine.close()
             raise EngineError("the engine client is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    async def _ask_all(self, requests: Sequence[Request], sampling: SamplingParams, answers: queue.SimpleQueue) -> None:
-        """Puts (number, completions or an exception) for every request; at most max_in_flight under way."""
+    async def _ask_all(self, requests: Sequence[Request], sampling: SamplingParams, answers: Answers) -> None:
+        """Put (number, completions or an exception) for every request, with at most max_in_flight under way."""
         await self._targets.refresh()
         numbers = iter(range(len(requests)))
 
@@ -242,7 +236,7 @@ class HttpEngine(ABC):
             target.in_flight += request.num_samples
             try:
                 answer = await self._post(target, path, body)
-                completions = self._parse(target, answer, request, sampling)
+                completions = self._parse(answer, request, sampling)
             except (httpx.TransportError, BadAnswer) as e:
                 target.down = True
                 problems.append(f"{target.url}: {e or type(e).__name__}")
@@ -250,7 +244,7 @@ class HttpEngine(ABC):
                 problems.append(f"{target.url}: aborted ({e})")
             else:
                 try:
-                    self._check_versions(target, completions, asked_version)
+                    check_versions(completions, asked_version, self._allow_version_change, target.url)
                 except WeightVersionError as e:
                     # A server that died and came back has no current weights; another may have them.
                     target.down = True
@@ -283,28 +277,13 @@ class HttpEngine(ABC):
         except ValueError:
             raise BadAnswer(f"an answer that is not JSON: {response.text[:200]!r}") from None
 
-    def _parse(self, target: Target, answer: Any, request: Request, sampling: SamplingParams) -> list[Completion]:
+    def _parse(self, answer: Any, request: Request, sampling: SamplingParams) -> list[Completion]:
         try:
             completions = self._completions(answer, request, sampling)
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise BadAnswer(f"an answer of another form than expected ({type(e).__name__}: {e})") from None
-        if len(completions) != request.num_samples:
-            raise BadAnswer(f"{len(completions)} answers came in place of {request.num_samples}")
-        for c in completions:
-            if not len(c.token_ids) == len(c.logprobs) > 0:
-                raise BadAnswer(f"an answer of {len(c.token_ids)} tokens came with {len(c.logprobs)} log-probs")
-            if not np.isfinite(c.logprobs).all():
-                raise BadAnswer("an answer came with log-probs that are not finite")
+        check_completions(completions, request.num_samples)
         return completions
-
-    def _check_versions(self, target: Target, completions: list[Completion], asked: int) -> None:
-        for c in completions:
-            first = c.weight_version_spans[0][0] if c.weight_version_spans else c.weight_version
-            same = first == c.weight_version == asked
-            if not same and not (self._allow_version_change and asked <= first <= c.weight_version):
-                raise WeightVersionError(
-                    f"{target.url} answered under weight version {c.weight_version}, asked was {asked}"
-                )
 
     def _describe(self, problems: list[str]) -> str:
         text = f"no answer after {len(problems)} tries (rollout.server.max_retries): {'; '.join(problems)}"

@@ -129,11 +129,11 @@ class Engine(Protocol):
         ...
 
     def prompt_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
-        """Log-probs of token_ids[1:] given what stands before each, temperature 1: int32 [L] -> float32 [L - 1]."""
+        """Log-probs of token_ids[1:], each given the tokens before it, temperature 1: int32 [L] -> float32 [L - 1]."""
         ...
 
     def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
-        """This rank's end of the way that weights take into the engine. Collective. See `weights.transport`."""
+        """This rank's transport of weights into the engine. Collective. See `weights.transport`."""
         ...
 
     memory_released: bool

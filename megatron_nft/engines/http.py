@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_nft.distributed import gather_objects
 from megatron_nft.engines.client import HttpEngine
 from megatron_nft.engines.discovery import wait_for_engines
-from megatron_nft.engines.engine import NO_WEIGHTS, EngineError, OpenOptions
+from megatron_nft.engines.engine import NO_WEIGHTS, Engine, EngineError, OpenOptions
+from megatron_nft.engines.kind import ServerKind
 from megatron_nft.engines.server import ServerGroup
 from megatron_nft.engines.sleep import SleepingServers
 from megatron_nft.engines.start import find_python, start_servers
 from megatron_nft.engines.targets import RequestRouter
+from megatron_nft.engines.versions import installed_version
 
 if TYPE_CHECKING:
     from megatron_nft.config import RolloutConfig, ServerConfig
-    from megatron_nft.engines.kind import HttpEngineKind
 
 
 class _Hosts:
@@ -44,9 +46,7 @@ class _Hosts:
         return [urls for urls, _ in found]
 
 
-def open_http_engine(
-    kind: HttpEngineKind, model_path: Path, rollout: RolloutConfig, options: OpenOptions
-) -> HttpEngine:
+def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig, options: OpenOptions) -> HttpEngine:
     """See `kind.EngineKind.open`."""
     config, hosts = rollout.server, _Hosts(options)
     version = 0 if options.load_weights else NO_WEIGHTS
@@ -95,14 +95,14 @@ def _given_urls(server: ServerConfig) -> list[str]:
     return wait_for_engines(server.registry, server.registry_nodes, server.start_timeout_s)
 
 
-def _sleeping(kind: HttpEngineKind, config: ServerConfig, group: ServerGroup | None) -> SleepingServers | None:
+def _sleeping(kind: ServerKind, config: ServerConfig, group: ServerGroup | None) -> SleepingServers | None:
     """The servers that this rank started, where they release their memory while the trainer works."""
     if group is None or not config.memory_saver:
         return None
     return SleepingServers(group, kind.memory_calls[config.sleep_level], config.start_timeout_s)
 
 
-def _open_router(kind: HttpEngineKind, config: ServerConfig, hosts: _Hosts, log_dir: Path) -> RequestRouter:
+def _open_router(kind: ServerKind, config: ServerConfig, hosts: _Hosts, log_dir: Path) -> RequestRouter:
     """The router of this host, started by the host's first rank. Collective."""
     if kind.router is None:
         raise EngineError(f"rollout.server.router: {kind.name} has no router")
@@ -119,3 +119,18 @@ def _open_router(kind: HttpEngineKind, config: ServerConfig, hosts: _Hosts, log_
             router.close()
         raise
     return router or kind.router(urls[hosts.first_rank][0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpEngineKind(ServerKind):
+    """An engine that answers from servers of its own. See `kind.EngineKind`."""
+
+    def open(self, model_path: Path, rollout: RolloutConfig, options: OpenOptions, /) -> Engine:
+        """See `EngineKind.open`. Servers are started by the first rank of each host, for the ranks of that host."""
+        return open_http_engine(self, model_path, rollout, options)
+
+    def version(self, model_path: Path, server: ServerConfig, /) -> str:
+        """See `EngineKind.version`."""
+        if server.urls:
+            return self.served_version(server.urls[0], model_path)
+        return f"{self.name} {installed_version(self.packages, find_python(self.name, server.python))}"

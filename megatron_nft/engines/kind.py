@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from megatron_nft.engines.client import HttpEngine
 from megatron_nft.engines.engine import Engine, OpenOptions
-from megatron_nft.engines.http import open_http_engine
 from megatron_nft.engines.sleep import MemoryCalls
-from megatron_nft.engines.start import find_python
 from megatron_nft.engines.targets import RequestRouter
-from megatron_nft.engines.versions import installed_version
 
 if TYPE_CHECKING:
     from megatron_nft.config import RolloutConfig, ServerConfig
@@ -74,8 +71,8 @@ def _any_model(rollout: RolloutConfig, spec: ModelSpec) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HttpEngineKind:
-    """An engine that answers from servers of its own. See `EngineKind`."""
+class ServerKind:
+    """What is specific to an engine that answers from servers; http.py makes an `EngineKind` of it."""
 
     name: str
     packages: tuple[str, ...]
@@ -96,13 +93,3 @@ class HttpEngineKind:
     """What spreads requests with rollout.server.router, where the engine has something for it."""
     check_updates: Callable[[RolloutConfig, ModelSpec], None] = _any_model
     """See `EngineKind.check_updates`."""
-
-    def open(self, model_path: Path, rollout: RolloutConfig, options: OpenOptions, /) -> Engine:
-        """See `EngineKind.open`. Servers are started by the first rank of each host, for the ranks of that host."""
-        return open_http_engine(self, model_path, rollout, options)
-
-    def version(self, model_path: Path, server: ServerConfig, /) -> str:
-        """See `EngineKind.version`."""
-        if server.urls:
-            return self.served_version(server.urls[0], model_path)
-        return f"{self.name} {installed_version(self.packages, find_python(self.name, server.python))}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_nft.config import Config, ConfigError, load_config
 from megatron_nft.engines.discovery import register
 from megatron_nft.engines.engine import NO_WEIGHTS, EngineError
-from megatron_nft.engines.kind import HttpEngineKind
+from megatron_nft.engines.http import HttpEngineKind
 from megatron_nft.engines.open import engine_kind
 from megatron_nft.engines.server import ServerGroup
 from megatron_nft.engines.start import start_servers
@@ -52,7 +52,7 @@ def given_up(group: ServerGroup, max_restarts: int) -> bool:
 
 
 def serve(config: Config, registry: Path, node: str, stop: threading.Event) -> int:
-    """Exit status, see above."""
+    """Run the engines until `stop` is set or the registry holds a file `stop`; returns the exit status."""
     host = os.environ.get("NFT_ADDRESS") or config.rollout.server.host
     group = start(config, host, node)
     announcement = register(registry, node, group.urls)
@@ -68,6 +68,7 @@ def serve(config: Config, registry: Path, node: str, stop: threading.Event) -> i
 
 
 def main() -> int:
+    """Read the command line, run the engines and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--registry", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--config", action="append", required=True, metavar="FILE")

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_nft.config import RolloutConfig
-    from megatron_nft.engines.kind import HttpEngineKind
+    from megatron_nft.engines.kind import ServerKind
 
 
 def start_servers(
-    kind: HttpEngineKind,
+    kind: ServerKind,
     model_path: Path,
     rollout: RolloutConfig,
     *,

@@ -77,7 +77,7 @@ def end_all() -> None:
 
 def reap() -> dict[int, int]:
     """Exit codes, as `subprocess` gives them, of the children that ended."""
-    ended = {}
+    ended: dict[int, int] = {}
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

@@ -6,21 +6,19 @@ Legend: Q questions, N answers each.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_nft.engines.answers import GradedAnswer, Verifier, ask_and_grade
+from megatron_nft.engines.engine import Completion, Engine, Request, SamplingParams
 from megatron_nft.evaluate.statistics import bootstrap_interval, pass_at_k
-from megatron_nft.engines.engine import Completion, Engine, EngineError, Request, SamplingParams
 from megatron_nft.types import Prompt, Verdict
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from megatron_nft.verify import Graded, VerifierPool
+    from transformers import PreTrainedTokenizerBase
 
 COUNT_COLUMNS = ("index", "answers", "correct", "unparseable", "timeout", "truncated", "tokens")
 
@@ -79,8 +77,8 @@ class EvalResult:
 def evaluate_questions(
     engine: Engine,
     prompts: Sequence[Prompt],
-    tokenizer: Any,
-    verifier: VerifierPool,
+    tokenizer: PreTrainedTokenizerBase,
+    verifier: Verifier,
     *,
     samples: int,
     temperature: float,
@@ -101,66 +99,29 @@ def evaluate_questions(
         raise ValueError(f"samples={samples}: at least one answer per question is needed")
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
     requests = [Request(p.token_ids, samples, (seed, p.index)) for p in prompts]
-    open_questions = [_OpenQuestion(p, {}) for p in prompts]
-    generated: deque[int] = deque()  # questions with all answers, waiting for verdicts
     results: dict[int, QuestionResult] = {}
-
-    def report(*, wait: bool) -> None:
-        while generated and (wait or open_questions[generated[0]].is_graded):
-            q = generated.popleft()
-            results[q] = open_questions[q].close()
-            if on_question is not None:
-                on_question(results[q])
-
-    try:
-        for q, sample, completion in engine.generate(requests, sampling):
-            open_questions[q].add(sample, completion, tokenizer, verifier)
-            if on_answer is not None:
-                on_answer(completion)
-            if len(open_questions[q].answers) == samples:
-                generated.append(q)
-            report(wait=False)
-    except EngineError:
-        report(wait=True)
-        raise
-    report(wait=True)
-    return EvalResult([results[q] for q in range(len(prompts))])
+    for number, answers in ask_and_grade(
+        engine, prompts, requests, sampling, tokenizer, verifier, grade_truncated=True, on_answer=on_answer
+    ):
+        prompt = prompts[number]
+        results[number] = QuestionResult(prompt.index, prompt.data_source, [_to_answer(a) for a in answers])
+        if on_question is not None:
+            on_question(results[number])
+    return EvalResult([results[number] for number in range(len(prompts))])
 
 
-@dataclass(slots=True)
-class _OpenQuestion:
-    """A question whose answers are arriving."""
-
-    prompt: Prompt
-    answers: dict[int, tuple[Completion, str, Future[Graded]]]  # by sample number
-
-    def add(self, sample: int, completion: Completion, tokenizer: Any, verifier: VerifierPool) -> None:
-        text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        future = verifier.submit(text, self.prompt.answer, self.prompt.data_source, self.prompt.extra)
-        self.answers[sample] = (completion, text, future)
-
-    @property
-    def is_graded(self) -> bool:
-        return all(future.done() for _, _, future in self.answers.values())
-
-    def close(self) -> QuestionResult:
-        """The record; waits for verdicts that are not there yet and lets go of the token ids."""
-        answers = []
-        for sample in sorted(self.answers):
-            completion, text, future = self.answers.pop(sample)
-            graded = future.result()
-            answers.append(
-                Answer(
-                    text=text,
-                    num_tokens=len(completion.token_ids),
-                    finish_reason=completion.finish_reason,
-                    verdict=graded.verdict,
-                    extracted=graded.extracted,
-                    grader_verdicts=dict(graded.by_grader),
-                    verify_s=graded.seconds,
-                )
-            )
-        return QuestionResult(self.prompt.index, self.prompt.data_source, answers)
+def _to_answer(answer: GradedAnswer) -> Answer:
+    completion, graded = answer.completion, answer.graded
+    assert graded is not None, "every answer of an evaluation is graded"
+    return Answer(
+        text=answer.text,
+        num_tokens=len(completion.token_ids),
+        finish_reason=completion.finish_reason,
+        verdict=graded.verdict,
+        extracted=graded.extracted,
+        grader_verdicts=dict(graded.by_grader),
+        verify_s=graded.seconds,
+    )
 
 
 def merge_counts(parts: Sequence[np.ndarray]) -> np.ndarray:

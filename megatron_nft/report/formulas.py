@@ -27,12 +27,8 @@ class FormulaTable:
 
     out: BinaryIO
     num_blocks: int = 0
-    num_converted: int = 0
     _numbers: dict[tuple[str, bool], int] = field(default_factory=dict)  # (source, display) -> number
     _block: list[tuple[str, Tree | None]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
 
     def encode(self, text: str) -> Text:
         """`text` with its formulas replaced by their numbers; those that are new are converted."""
@@ -57,9 +53,7 @@ class FormulaTable:
     def _number(self, source: str, display: bool) -> int:
         number = self._numbers.setdefault((source, display), len(self._numbers))
         if number == self.num_blocks * BLOCK_SIZE + len(self._block):
-            tree = to_mathml(source, display)
-            self.num_converted += tree is not None
-            self._block.append((source, tree))
+            self._block.append((source, to_mathml(source, display)))
             if len(self._block) == BLOCK_SIZE:
                 self.flush()
         return number

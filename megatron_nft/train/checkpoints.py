@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_nft.data.sample_file import read_samples, write_samples
-from megatron_nft.distributed import gather
+from megatron_nft.distributed import gather_objects, run_everywhere
 from megatron_nft.files import flush_to_disk, sha256_of_file
 from megatron_nft.types import TrainingSample
 
@@ -88,18 +88,6 @@ class CheckpointStore:
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
         self.saved_step = 0  # of the newest checkpoint that was found or written; 0 without one
 
-    def _together(self, what: str, work: Callable[[], Any]) -> Any:
-        """Run `work` on every rank; if it fails on one, every rank raises the same CheckpointError."""
-        problem, result = None, None
-        try:
-            result = work()
-        except Exception as e:
-            problem = f"rank {self._rank}: {type(e).__name__}: {e}"
-        problems = [p for p in gather(problem, self._group) if p]
-        if problems:
-            raise CheckpointError(f"{what}: {'; '.join(problems)}")
-        return result
-
     def save(
         self, state: RunState, save_megatron: Callable[[Path], None], surplus: Sequence[TrainingSample] | None
     ) -> Path:
@@ -113,12 +101,12 @@ class CheckpointStore:
         kept = f"newest intact checkpoint: step {intact[0]}" if intact else "there is no earlier checkpoint"
         what = f"checkpoint of step {state.step} could not be written ({kept})"
         try:
-            self._together(what, lambda: self._make(partial))
-            self._together(what, lambda: save_megatron(partial / "megatron"))
-            self._together(what, lambda: self._write_surplus(partial, surplus))
-            hashes = self._together(what, lambda: self._hash(partial))
-            files = dict(item for part in gather(hashes, self._group) for item in part.items())
-            self._together(what, lambda: self._finish(partial, final, state, files))
+            run_everywhere(lambda: self._make(partial), self._group, CheckpointError, what)
+            run_everywhere(lambda: save_megatron(partial / "megatron"), self._group, CheckpointError, what)
+            run_everywhere(lambda: self._write_surplus(partial, surplus), self._group, CheckpointError, what)
+            hashes = run_everywhere(lambda: self._hash(partial), self._group, CheckpointError, what)
+            files = dict(item for part in gather_objects(hashes, self._group) for item in part.items())
+            run_everywhere(lambda: self._finish(partial, final, state, files), self._group, CheckpointError, what)
         except CheckpointError:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -182,10 +170,10 @@ class CheckpointStore:
 
         CheckpointError if one is whole but belongs to another model, seed or data, or if there are only broken ones.
         """
-        steps = gather(complete_steps(self._run_dir), self._group)[0]
+        steps = gather_objects(complete_steps(self._run_dir), self._group)[0]
         for step in steps:
             folder = folder_of(self._run_dir, step)
-            found = [p for p in gather(self._problem(folder), self._group) if p]
+            found = [p for p in gather_objects(self._problem(folder), self._group) if p]
             if not found:
                 manifest = Manifest.read(folder)
                 self._check_identity(folder, manifest)

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_nft.data.grouping import classify
 from megatron_nft.data.rollout_file import rollout_path, write_rollouts
-from megatron_nft.distributed import gather, route
+from megatron_nft.distributed import gather_objects, route
 from megatron_nft.engines.answers import generate_groups
 from megatron_nft.metrics import Metrics
 from megatron_nft.policy.parallel import ParallelLayout
@@ -49,7 +49,7 @@ def collect(parts: Parts, state: RunState, step: int, metrics: Metrics) -> Colle
     held = {(s.draw, s.sample_index): s for s in state.surplus} if layout.is_replica_leader else {}
     found = Collected([], [], [], held, state.cursor)
     found.kept += sorted(
-        (f for part in gather(surplus_facts(layout.rank, held), layout.world_gloo) for f in part), key=_draw
+        (f for part in gather_objects(surplus_facts(layout.rank, held), layout.world_gloo) for f in part), key=_draw
     )
     seen: Counter[str] = Counter()
     for _ in range(config.rollout.max_generation_batches):
@@ -67,7 +67,7 @@ def collect(parts: Parts, state: RunState, step: int, metrics: Metrics) -> Colle
             found.fates.append(fate)
             facts.append(GroupFacts(group.draw, layout.rank, fate, step, _sizes(kept)))
         found.groups += groups
-        answers = gather((parts.life.stop.signum, facts), layout.world_gloo)
+        answers = gather_objects((parts.life.stop.signum, facts), layout.world_gloo)
         if signum := max(s for s, _ in answers):
             raise Interrupted(signum)
         all_facts = [f for _, part in answers for f in part]

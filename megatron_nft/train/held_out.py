@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_nft.config import Config
 from megatron_nft.data.prompts import PromptStream
-from megatron_nft.distributed import gather
+from megatron_nft.distributed import gather_objects
 from megatron_nft.engines.engine import Engine
 from megatron_nft.evaluate.benchmark_metrics import macro_average
 from megatron_nft.evaluate.questions import evaluate_questions, merge_counts, summarize_counts
@@ -95,7 +95,7 @@ def evaluate_held_out(
                 on_answer=on_answer,
             )
             counts = result.counts()
-        answers: list[tuple[int, np.ndarray | None]] = gather((life.stop.signum, counts), world.world_gloo)
+        answers: list[tuple[int, np.ndarray | None]] = gather_objects((life.stop.signum, counts), world.world_gloo)
         parts = [part for _, part in answers if part is not None]
         if len(parts) < len(answers):
             raise Interrupted(max(signum for signum, _ in answers))

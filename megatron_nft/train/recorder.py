@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from megatron_nft.distributed import gather, largest
+from megatron_nft.distributed import gather_objects, largest
 from megatron_nft.metrics import JsonlSink, Metrics, Sink
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.train import record
@@ -55,7 +55,7 @@ class Recorder:
         if self._unwritten is None:
             return None
         self._add_costs(self._unwritten, step)
-        return Metrics(*gather(self._unwritten.state(), self._layout.world_gloo)).state()
+        return Metrics(*gather_objects(self._unwritten.state(), self._layout.world_gloo)).state()
 
     def write(self, step: int, evaluation: dict[str, float]) -> dict[str, Any]:
         """Write the record of `step` to every sink and return it; empty on all ranks but the first. Collective.
@@ -66,7 +66,7 @@ class Recorder:
         if metrics is None:
             raise ValueError(f"no metrics of step {step} are waiting to be written")
         self._add_costs(metrics, step)
-        states = gather(metrics.state(), self._layout.world_gloo)
+        states = gather_objects(metrics.state(), self._layout.world_gloo)
         if self._layout.rank != 0:
             return {}
         merged: dict[str, Any] = {**Metrics.merge(states), **evaluation}

@@ -11,12 +11,12 @@ from megatron_nft.files import write_atomically
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """One sync that was checked. An unchecked or failed one has no receipt."""
+    """A sync that was checked. One that failed or could not be checked has no receipt."""
 
     version: int
     transport: str  # in-process | tensor | distributed | disk
-    engines: list[str]  # who has the version now
-    behind: dict[str, str]  # engine -> why it was lost and has not
+    engines: list[str]  # those that have the version now
+    behind: dict[str, str]  # engine -> why it was lost, and does not have it
     nbytes: int  # of the weights, once
     seconds: dict[str, float]  # per phase, the slowest rank's
     checksums: dict[str, str]  # of the trainer's tensors, under HF names or, where it can tell, the engine's
@@ -24,15 +24,15 @@ class Receipt:
     probe_difference: float | None  # largest |log-prob difference| between trainer and engines; None without a probe
 
     def metrics(self) -> dict[str, float]:
-        """Figures for the metrics: seconds per phase and bytes."""
-        figures = {f"{phase}_s": seconds for phase, seconds in self.seconds.items()}
-        figures |= {"bytes": float(self.nbytes), "engines_behind": float(len(self.behind))}
+        """What the run's metrics get: seconds per phase, bytes, engines that were lost, and the probe's difference."""
+        values = {f"{phase}_s": seconds for phase, seconds in self.seconds.items()}
+        values |= {"bytes": float(self.nbytes), "engines_behind": float(len(self.behind))}
         if self.probe_difference is not None:
-            figures["probe_difference"] = self.probe_difference
-        return figures
+            values["probe_difference"] = self.probe_difference
+        return values
 
     def write(self, run_dir: Path) -> Path:
-        """run_dir/sync/version_000012.json"""
+        """Write run_dir/sync/version_000012.json and return its path."""
         path = run_dir / "sync" / f"version_{self.version:06d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")

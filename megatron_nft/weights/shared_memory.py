@@ -47,20 +47,21 @@ def shared_buffer(nbytes: int, device: torch.device) -> torch.Tensor:
 class _Message(pickle.Pickler):
     """Writes tensors as references to shared memory. Each message may be read once: torch counts the readers."""
 
-    def reducer_override(self, obj: object):
+    def reducer_override(self, obj: object) -> Any:
+        """(function, arguments) that rebuild a tensor or storage from shared memory."""
         if isinstance(obj, torch.Tensor) and obj.is_cuda:
-            rebuild, arguments = reductions.reduce_tensor(obj)
+            rebuild, arguments = _reduce_tensor(obj)
             device_index = 6  # SGLang takes the device's UUID in this place: indices differ between processes
             uuid = str(torch.cuda.get_device_properties(obj.device).uuid)
             return rebuild, (*arguments[:device_index], uuid, *arguments[device_index + 1 :])
         if isinstance(obj, torch.Tensor):
             where = (obj.storage_offset(), obj.size(), obj.stride(), False)
-            return reductions.rebuild_tensor, (torch.Tensor, obj._typed_storage(), where)
+            storage = obj._typed_storage()  # type: ignore[no-untyped-call]  # torch gives it no types
+            return reductions.rebuild_tensor, (torch.Tensor, storage, where)
         if isinstance(obj, torch.TypedStorage):
             return reductions.rebuild_typed_storage, (obj._untyped_storage, obj.dtype)
         if isinstance(obj, torch.UntypedStorage):
-            manager, handle, size = obj._share_filename_cpu_()
-            obj._shared_incref()  # the reader takes it back
+            manager, handle, size = _shared_file(obj)
             return reductions.rebuild_storage_filename, (torch.UntypedStorage, manager, handle, size)
         return NotImplemented
 
@@ -87,17 +88,28 @@ def shared_memory(bucket: Bucket) -> dict[str, Any]:
     """Where `bucket.flat` lies, as JSON for one reader (engines/vllm/worker/nft_vllm_extension.py)."""
     flat = bucket.flat
     if not flat.is_cuda:
-        storage = flat.untyped_storage()
-        manager, handle, nbytes = storage._share_filename_cpu_()
-        storage._shared_incref()  # the reader takes it back
-        return {"file": [manager.decode(), handle.decode(), nbytes]}
+        manager, name, nbytes = _shared_file(flat.untyped_storage())
+        return {"file": [manager.decode(), name.decode(), nbytes]}
     names = "tensor_cls size stride tensor_offset storage_cls dtype device handle storage_bytes storage_offset"
     names += " requires_grad ref_counter_handle ref_counter_offset event_handle event_sync_required"
-    handle = dict(zip(names.split(), reductions.reduce_tensor(flat)[1], strict=True))
+    handle = dict(zip(names.split(), _reduce_tensor(flat)[1], strict=True))
     plain = ("tensor_offset", "storage_bytes", "storage_offset", "ref_counter_offset", "event_sync_required")
     data = ("handle", "ref_counter_handle", "event_handle")
     told = {"uuid": str(torch.cuda.get_device_properties(flat.device).uuid), "nbytes": flat.numel()}
     return {"cuda": told | {key: handle[key] for key in plain} | {key: _text(handle[key]) for key in data}}
+
+
+def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """(function, arguments) with which torch rebuilds a tensor of a GPU in another process."""
+    reduced: tuple[Any, tuple[Any, ...]] = reductions.reduce_tensor(tensor)  # type: ignore[no-untyped-call]  # as above
+    return reduced
+
+
+def _shared_file(storage: torch.UntypedStorage) -> tuple[bytes, bytes, int]:
+    """(helper's socket, name of the file, bytes) for one reader, which is counted in."""
+    manager, handle, nbytes = storage._share_filename_cpu_()
+    storage._shared_incref()  # type: ignore[no-untyped-call]  # as above; the reader takes it back
+    return manager, handle, nbytes
 
 
 def _text(data: bytes) -> str:
@@ -105,7 +117,7 @@ def _text(data: bytes) -> str:
 
 
 def clean_up() -> None:
-    """Remove our files, torch's helper and its folder. Only a child of ours is ended. At exit, or before that."""
+    """Remove our files, torch's helper and its folder, at exit or before. Ends no process but a child of ours."""
     for name in _files:
         with contextlib.suppress(FileNotFoundError):  # torch has removed it with its tensor
             os.unlink("/dev/shm" + name)

@@ -36,7 +36,7 @@ PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.5, "fp8": 2.0}
 
 @dataclass
 class _Progress:
-    """What one rank knows of the sync under way."""
+    """What one rank knows about the sync under way."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     reference: Reference | None = None  # of the buckets that were put together here
@@ -54,7 +54,7 @@ class _Progress:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def attempt(self, name: str, work: Callable[[], object]) -> None:
-        """A phase that is left out after an error."""
+        """Run `work` as a phase, unless there was an error before."""
         if self.error is None:
             with self.phase(name):
                 work()
@@ -114,7 +114,7 @@ class WeightSync:
         return self._receipt(progress, version, reference, checked, difference)
 
     def _send_all(self, chunks: Sequence[torch.nn.Module], version: int, progress: _Progress) -> set[str]:
-        """Stream to the engines, again without those that were lost in the middle of it. Names sent here."""
+        """Stream to the engines, again without those that were lost in the middle. Returns the names sent here."""
         while True:
             progress.nbytes = 0
             progress.reference = self._transport.reference() if self._config.sync.verify_checksums else None
@@ -127,7 +127,7 @@ class WeightSync:
                 return sent
 
     def close(self) -> None:
-        """Give back what the transport opened. An aborted sync is not waited for: the process is ending."""
+        """Close the transport. An aborted sync is not waited for: the process is ending."""
         for threads in (self._sending, self._hashing):
             threads.shutdown(wait=not self._aborted, cancel_futures=True)
         if not self._aborted:
@@ -168,15 +168,14 @@ class WeightSync:
         progress.attempt("send", lambda: self._transport.send(bucket))
 
     def _used(self) -> None:
-        """Wait for what uses the oldest bucket."""
+        """Wait until nothing reads the oldest bucket any more."""
         start = time.perf_counter()
         for future in self._in_use.popleft():
             future.result()
         self._waited += time.perf_counter() - start
 
     def _hash(self, bucket: Bucket, progress: _Progress) -> Future[None]:
-        """Hash a bucket while it is sent: SHA-256 leaves Python's lock to others. The hash of a GPU is only queued
-        here."""
+        """Hash a bucket while it is sent: SHA-256 releases Python's lock. On a GPU the hash is only queued here."""
 
         def work() -> None:
             if bucket.own and progress.reference is not None:
@@ -197,7 +196,7 @@ class WeightSync:
         self._transport.finish(version)
 
     def _whole_reference(self, progress: _Progress) -> dict[str, str]:
-        """Checksums of all stages. Small: one short string per tensor."""
+        """The checksums of all stages, on every rank: one short string per tensor."""
         leads = self._layout.tp.rank == 0 and self._layout.dp.rank == 0
         own = progress.reference.result() if leads and progress.reference is not None else {}
         parts = gather_objects(own, self._layout.world_gloo)
@@ -255,10 +254,11 @@ class WeightSync:
 
 
 def _use_device(device: torch.device) -> None:
-    """For a thread of our own: the current GPU is a thread's, not the process's."""
+    """Set the GPU of a new thread: torch keeps the current one per thread, not per process."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def checked_or_probed(receipt: Receipt) -> bool:
+    """Whether an engine's own checksums or the probe showed that the weights arrived."""
     return receipt.engine_checked > 0 or receipt.probe_difference is not None

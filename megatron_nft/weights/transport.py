@@ -14,7 +14,7 @@ from megatron_nft.weights.hf_folder import name_list
 
 
 class WeightSyncError(RuntimeError):
-    """A sync that cannot be trusted; the message names the tensor or the engine that is behind."""
+    """A sync that cannot be trusted. The message names the tensors or the engine at fault."""
 
 
 class EngineLost(Exception):
@@ -28,9 +28,13 @@ class EngineLost(Exception):
 class Reference(Protocol):
     """Collects the trainer's checksums while buckets stream by, in the form in which the engines have theirs."""
 
-    def add(self, bucket: Bucket) -> None: ...
+    def add(self, bucket: Bucket) -> None:
+        """Hash the tensors of a bucket."""
+        ...
 
-    def result(self) -> dict[str, str]: ...
+    def result(self) -> dict[str, str]:
+        """Checksums by tensor, under HF names or `rank_key`s of the engine's own names."""
+        ...
 
 
 def rank_key(tensor: str, rank: int, tp_size: int) -> str:
@@ -70,34 +74,34 @@ class Transport(Protocol):
     must_resend: bool  # engines that are left got only part of the stream: it must be sent again
 
     def pause(self) -> None:
-        """Requests under way are treated as `sync.in_flight` says; no new ones start."""
+        """Treat requests under way as `sync.in_flight` says, and let no new ones start."""
 
     def begin(self, version: int) -> None:
-        """The engines get ready for new weights. Collective."""
+        """Get the engines ready for new weights. Collective."""
 
     def reference(self) -> Reference:
-        """For the checksums of one sync."""
+        """A fresh collector of the trainer's checksums, for one sync."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes] for the export to write buckets into."""
+        """Memory for the export to write buckets into: uint8 [nbytes]."""
 
     def send(self, bucket: Bucket) -> None:
-        """Returns when the bucket's buffer may be written again."""
+        """Bring a bucket to the engines; returns when its buffer may be written again."""
 
     def end_stream(self) -> None:
-        """This rank has no more buckets, be it for an error. Never raises."""
+        """This rank sends no more buckets, perhaps because of an error. Never raises."""
 
     def finish(self, version: int) -> None:
-        """All buckets were sent: the engines answer under `version` once resumed."""
+        """Close the update after the last bucket: the engines answer under `version` once they are resumed."""
 
     def check(self, reference: dict[str, str]) -> int:
-        """Compare the engines' checksums with the trainer's; number of tensors that agreed.
+        """Compare the engines' checksums with the trainer's and return the number of tensors that agreed.
 
         WeightSyncError names the tensors that differ.
         """
 
     def resume(self, version: int) -> None:
-        """Requests go on; this rank's engine client now asks for `version`."""
+        """Let requests go on; this rank's engine client now asks for `version`."""
 
     def probe(self, token_ids: np.ndarray, logprobs: np.ndarray) -> float | None:
         """Largest |log-prob difference| between this rank's engines and the trainer; None where it asks none."""
@@ -106,11 +110,11 @@ class Transport(Protocol):
         """Names of this transport's engines, for the receipt."""
 
     def close(self) -> None:
-        """Give back what was opened."""
+        """Close what this transport opened."""
 
 
 class Ledger:
-    """Sees to it that every tensor is sent exactly once in a sync, in its shape."""
+    """Checks that every tensor is sent exactly once per sync, in its own shape."""
 
     def __init__(self, expected: dict[str, tuple[int, ...]]):
         """`expected`: HF name -> shape of the whole model."""
@@ -118,10 +122,11 @@ class Ledger:
         self._sent: set[str] | None = None
 
     def open(self) -> None:
+        """Begin a sync: nothing has been sent."""
         self._sent = set()
 
     def note(self, metas: Iterable[TensorMeta]) -> None:
-        """WeightSyncError for a tensor that is unknown, misshapen, sent twice, or late."""
+        """Note tensors that are sent. WeightSyncError for one that is unknown, misshapen, repeated, or late."""
         for meta in metas:
             if self._sent is None:
                 raise WeightSyncError(f"tensor {meta.name}: came after the update was finished")
@@ -136,18 +141,18 @@ class Ledger:
             self._sent.add(meta.name)
 
     def close(self) -> set[str]:
-        """The names that were sent."""
+        """End a sync and return the names that were sent."""
         sent, self._sent = self._sent or set(), None
         return sent
 
     def check_complete(self, sent: set[str]) -> None:
-        """`sent`: by all ranks together. WeightSyncError names what is missing."""
+        """WeightSyncError, naming them, where tensors are missing from `sent`, the names sent by all ranks."""
         if missing := self._expected.keys() - sent:
             raise WeightSyncError(f"{len(missing)} of {len(self._expected)} tensors did not come: {name_list(missing)}")
 
 
 def compare(reference: dict[str, str], engine: dict[str, str], who: str) -> int:
-    """Number of tensors that agree; WeightSyncError names those that differ or that the engine lacks."""
+    """Return the number of tensors that agree. WeightSyncError names those that differ or that the engine lacks."""
     if wrong := {name for name, value in reference.items() if engine.get(name) != value}:
         raise WeightSyncError(f"{who}: {name_list(wrong)} differ from the trainer's after the sync")
     return len(reference)

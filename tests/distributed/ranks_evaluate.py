@@ -14,7 +14,7 @@ from tiny import make_tokenizer
 
 from megatron_nft.config import Config
 from megatron_nft.console import Console
-from megatron_nft.distributed import gather
+from megatron_nft.distributed import gather_objects
 from megatron_nft.engines.engine import Completion, Request, SamplingParams
 from megatron_nft.train.held_out import HeldOut, evaluate_held_out
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle, Phases, StopSignals
@@ -91,7 +91,7 @@ def check_without_a_signal_all_ranks_have_the_metrics(ranks: Ranks) -> None:
     metrics = outcome(ranks, Engine(), StopSignals())
     assert metrics["eval/accuracy"] == 0.5
     assert metrics["eval/pass@2"] == 0.5
-    assert gather(metrics, dist.group.WORLD) == [metrics] * ranks.world_size
+    assert gather_objects(metrics, dist.group.WORLD) == [metrics] * ranks.world_size
 
 
 def check_a_signal_on_one_rank_makes_all_abandon(ranks: Ranks) -> None:

@@ -1,11 +1,12 @@
 """Samples between ranks: from those that generated them to the replicas that train them, and into micro-batches."""
 
 import numpy as np
+import pytest
 import torch.distributed as dist
 from launch import Ranks, run_checks
 
 from megatron_nft.config import PolicyConfig
-from megatron_nft.distributed import gather, largest, route
+from megatron_nft.distributed import gather_objects, largest, route, run_everywhere
 from megatron_nft.policy import parallel
 from megatron_nft.train.collect import Collected, surplus_facts
 from megatron_nft.train.replicas import pack_samples, send_to_replicas
@@ -43,8 +44,28 @@ def check_route_keeps_sender_and_order(ranks: Ranks) -> None:
     expected = [(sender, me, i) for sender in range(4) for i in range(sender * me) if me != 2]
     assert [item[:3] for item in received] == expected
     assert all(item[3].tolist() == [item[2]] * item[0] for item in received)
-    assert gather(me * 10, world) == [0, 10, 20, 30]
+    assert gather_objects(me * 10, world) == [0, 10, 20, 30]
     assert largest(5 - me, world) == 5
+
+
+def check_an_error_of_one_rank_is_raised_on_all(ranks: Ranks) -> None:
+    """Each message once, with the ranks that had it; an error of another kind with its type."""
+    world = dist.group.WORLD
+
+    def work() -> int:
+        if ranks.rank in (1, 3):
+            raise OSError("no space left")
+        if ranks.rank == 2:
+            raise KeyError("weight")
+        return ranks.rank
+
+    assert run_everywhere(lambda: ranks.rank, world, OSError) == ranks.rank
+    for what, prefix in (("", ""), ("checkpoint of step 2", "checkpoint of step 2: ")):
+        with pytest.raises(OSError) as caught:
+            run_everywhere(work, world, OSError, what)
+        assert str(caught.value) == f"{prefix}no space left (rank 1, 3); KeyError: 'weight' (rank 2)"
+        own = (None, OSError, KeyError, OSError)[ranks.rank]
+        assert caught.value.__cause__ is None if own is None else isinstance(caught.value.__cause__, own)
 
 
 def check_every_sample_meets_its_replica(ranks: Ranks) -> None:
@@ -53,7 +74,7 @@ def check_every_sample_meets_its_replica(ranks: Ranks) -> None:
     for policy in LAYOUTS:
         layout = parallel.initialize(PolicyConfig(precision="fp32", **policy), seed=0)
         mine = {key: s for key, s in everything.items() if key[0] % ranks.world_size == ranks.rank}
-        facts = [f for part in gather(surplus_facts(ranks.rank, mine), layout.world_gloo) for f in part]
+        facts = [f for part in gather_objects(surplus_facts(ranks.rank, mine), layout.world_gloo) for f in part]
         plan = plan_step(
             facts,
             step=2,
@@ -66,7 +87,7 @@ def check_every_sample_meets_its_replica(ranks: Ranks) -> None:
         )
         got = send_to_replicas(Collected(facts, [], [], mine, 0), plan, layout)
         assert all(same(sample, everything[key]) for key, sample in got.items())
-        held = gather((layout.dp.rank, list(got)), layout.world_gloo)
+        held = gather_objects((layout.dp.rank, list(got)), layout.world_gloo)
         for replica in range(layout.dp.size):
             copies = [keys for at, keys in held if at == replica]
             assert len(copies) == layout.tp.size * layout.pp.size
@@ -84,7 +105,7 @@ def check_every_rank_has_as_many_micro_batches(ranks: Ranks) -> None:
         for num_samples in ((1, 12, 0, 3), (0, 7, 7, 7), (0, 0, 0, 0)):
             samples = [make_sample(layout.dp.rank, i) for i in range(num_samples[layout.dp.rank])]
             batches = pack_samples(samples, layout, max_tokens=CAP, multiple_of=MULTIPLE)
-            counts = set(gather(len(batches), layout.world_gloo))
+            counts = set(gather_objects(len(batches), layout.world_gloo))
             assert len(counts) == 1 and min(counts) >= 1
             if layout.vpp_size:
                 assert len(batches) % layout.pp.size == 0

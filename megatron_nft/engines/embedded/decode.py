@@ -19,21 +19,34 @@ COMPACT_BELOW = 0.75
 """Ended rows are removed once the share of rows under way falls below this: a copy of the cache, paid back soon."""
 
 
-class _GrowingLayer(DynamicLayer):
+class _GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # of transformers' __init_subclass__
     """Keys and values in a buffer that doubles, so that a step writes one column in place of copying them all."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    _buffers: tuple[torch.Tensor, torch.Tensor]  # of the keys and of the values, [B, heads, columns, D]
+    _filled = 0  # columns
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, heads, new, D] each; returns all columns so far, [B, heads, L, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if start == 0 or end > self._buffers[0].shape[2]:
-            self._buffers = tuple(self._grown(t, max(2 * start, end + 16)) for t in (self.keys, self.values))
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
-        self.keys[:, :, start:] = key_states
-        self.values[:, :, start:] = value_states
-        return self.keys, self.values
+            self._buffers = key_states[:, :, :0], value_states[:, :, :0]
+        start, end = self._filled, self._filled + key_states.shape[2]
+        if end > self._buffers[0].shape[2]:
+            keys, values = self._buffers
+            columns = max(2 * start, end + 16)
+            self._buffers = self._grown(keys[:, :, :start], columns), self._grown(values[:, :, :start], columns)
+        keys, values = self._show(end)
+        keys[:, :, start:] = key_states
+        values[:, :, start:] = value_states
+        return keys, values
+
+    def _show(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make the first columns of the buffers the layer's keys and values."""
+        keys, values = (buffer[:, :, :columns] for buffer in self._buffers)
+        self.keys, self.values, self._filled = keys, values, columns
+        return keys, values
 
     @staticmethod
     def _grown(tensor: torch.Tensor, columns: int) -> torch.Tensor:
@@ -44,9 +57,9 @@ class _GrowingLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps (or repeats) the rows named by int64 `indices`."""
-        filled = self.keys.shape[2]
-        self._buffers = tuple(buffer.index_select(0, indices) for buffer in self._buffers)
-        self.keys, self.values = (buffer[:, :, :filled] for buffer in self._buffers)
+        keys, values = self._buffers
+        self._buffers = keys.index_select(0, indices), values.index_select(0, indices)
+        self._show(self._filled)
 
 
 def _left_padded(prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,14 +89,15 @@ class _Forward:
         if self.padded:
             mask_BL = column_L >= self.padding_B[:, None]
             position_BN = (position_BN - self.padding_B[:, None]).clamp_(min=0)
-        return self.model(
+        logits: torch.Tensor = self.model(
             input_ids=tokens_BN,
             attention_mask=mask_BL,
             position_ids=position_BN,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
-        ).logits[:, -1]
+        ).logits
+        return logits[:, -1]
 
     def select(self, rows: torch.Tensor) -> None:
         """Goes on with these rows (int64; repeats allowed) of those so far."""

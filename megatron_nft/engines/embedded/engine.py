@@ -51,10 +51,15 @@ def hf_tensors(model: Any) -> dict[str, torch.Tensor]:
     return table
 
 
+def _empty_model(hf_config: Any, **options: Any) -> Any:
+    """A model whose weights were not read."""
+    return AutoModelForCausalLM.from_config(hf_config, **options)  # type: ignore[no-untyped-call]  # transformers' own
+
+
 def check_memory(model_path: Path, hf_config: Any, dtype: torch.dtype, device: torch.device, num_copies: int) -> None:
     """EngineError where `num_copies` of the model's weights do not fit the free memory of this host or device."""
     with torch.device("meta"):
-        num_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(hf_config).parameters())
+        num_parameters = sum(p.numel() for p in _empty_model(hf_config).parameters())
     needed = num_parameters * dtype.itemsize * num_copies
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > MEMORY_SHARE * free:
@@ -101,6 +106,7 @@ class EmbeddedEngine:
         read the folder already.
         """
         path, device, torch_dtype = Path(model_path), torch.device(device), getattr(torch, dtype)
+        model: Any
         try:
             hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError) as e:
@@ -111,7 +117,7 @@ class EmbeddedEngine:
             model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, local_files_only=True, **options)
         else:
             with no_init_weights():
-                model = AutoModelForCausalLM.from_config(hf_config, **options)
+                model = _empty_model(hf_config, **options)
             model.tie_weights()
             if (path / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(path)
@@ -172,7 +178,8 @@ class EmbeddedEngine:
         tokens_1L = torch.from_numpy(np.asarray(token_ids, dtype=np.int64))[None].to(self._model.device)
         logits_LV = self._model(input_ids=tokens_1L, use_cache=False).logits[0, :-1].double()
         logprobs_L = logits_LV.log_softmax(-1).gather(-1, tokens_1L[0, 1:, None])[:, 0]
-        return logprobs_L.float().cpu().numpy()
+        logprobs: np.ndarray = logprobs_L.float().cpu().numpy()
+        return logprobs
 
     # ---- weights
 

@@ -26,7 +26,8 @@ def _mix(z: np.ndarray) -> np.ndarray:
     """SplitMix64's output function, uint64 -> uint64."""
     z = (z ^ (z >> np.uint64(30))) * _MIX1
     z = (z ^ (z >> np.uint64(27))) * _MIX2
-    return z ^ (z >> np.uint64(31))
+    mixed: np.ndarray = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 def row_keys(keys: Iterable[tuple[int, ...]]) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,8 +12,19 @@ from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.checksum.nft_checksum import checksum
 from megatron_nft.weights.transport import HFReference, Ledger, Reference, WeightSyncError, compare
 
-if TYPE_CHECKING:
-    from megatron_nft.engines.embedded.engine import EmbeddedEngine
+
+class UpdatableEngine(Protocol):
+    """What the transport asks of an engine in this process. EmbeddedEngine says what each call raises."""
+
+    def begin_update(self) -> None: ...
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+
+    def finish_update(self, version: int) -> None: ...
+
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+
+    def prompt_logprobs(self, token_ids: np.ndarray) -> np.ndarray: ...
 
 
 class InProcess:
@@ -22,7 +34,7 @@ class InProcess:
     everywhere = True
     dtype: torch.dtype | None = None
 
-    def __init__(self, engine: EmbeddedEngine, ledger: Ledger, device: torch.device) -> None:
+    def __init__(self, engine: UpdatableEngine, ledger: Ledger, device: torch.device) -> None:
         self._engine, self._ledger, self._device = engine, ledger, device
         self.lost: dict[str, str] = {}
         self.must_resend = False

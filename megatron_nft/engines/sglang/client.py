@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 
-from megatron_nft.engines.client import PROBE_TIMEOUT_S, Aborted, HttpEngine, integer_version
+from megatron_nft.engines.client import PROBE_TIMEOUT_S, HttpEngine
+from megatron_nft.engines.completions import Aborted, integer_version
 from megatron_nft.engines.engine import Completion, Request, SamplingParams
+from megatron_nft.engines.sglang.weights import SGLangWeightClient
 
 if TYPE_CHECKING:
     from megatron_nft.weights.client import WeightClient
@@ -60,8 +62,6 @@ class SGLangEngine(HttpEngine):
         return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
 
     def _weight_client(self, url: str, timeout_s: float) -> WeightClient:
-        from megatron_nft.engines.sglang.weights import SGLangWeightClient  # torch, which an evaluation does without
-
         return SGLangWeightClient(url, timeout_s, self.prompt_logprobs)
 
     async def _version(self, client: httpx.AsyncClient, url: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_nft.engines.kind import HttpEngineKind
+from megatron_nft.engines.http import HttpEngineKind
 from megatron_nft.engines.sglang.client import SGLangEngine
 from megatron_nft.engines.sglang.command import command_line, environment
 from megatron_nft.engines.sglang.memory import MEMORY_CALLS

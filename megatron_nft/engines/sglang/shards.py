@@ -58,7 +58,8 @@ def _shard(name: str, tensor: torch.Tensor, geometry: Geometry, rank: int, size:
         return [tensor.chunk(size)[rank]]
     if size > 1 and re.search(r"\.(o_proj|down_proj)\.", name):
         columns = tensor.chunk(size, dim=1)[rank]
-        return list(columns.split(2 * max(1, BLOCK_BYTES // (2 * columns[0].nbytes))))  # even: whole 32-bit words
+        rows = 2 * max(1, BLOCK_BYTES // (2 * columns[0].nbytes))  # even: whole 32-bit words
+        return list(torch.split(columns, rows))
     return [tensor]
 
 

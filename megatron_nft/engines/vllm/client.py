@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 
-from megatron_nft.engines.client import PROBE_TIMEOUT_S, Aborted, HttpEngine, integer_version
+from megatron_nft.engines.client import PROBE_TIMEOUT_S, HttpEngine
+from megatron_nft.engines.completions import Aborted, integer_version
 from megatron_nft.engines.engine import Completion, Request, SamplingParams
 from megatron_nft.engines.vllm.command import MODEL_NAME
+from megatron_nft.engines.vllm.weights import VLLMWeightClient
 
 if TYPE_CHECKING:
     from megatron_nft.weights.client import WeightClient
@@ -66,8 +68,6 @@ class VLLMEngine(HttpEngine):
         return [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], answer["prompt_logprobs"][1:])]
 
     def _weight_client(self, url: str, timeout_s: float) -> WeightClient:
-        from megatron_nft.engines.vllm.weights import VLLMWeightClient  # torch, which an evaluation does without
-
         return VLLMWeightClient(url, timeout_s, self.prompt_logprobs)
 
     async def _version(self, client: httpx.AsyncClient, url: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 
 from megatron_nft.engines.engine import EngineError
-from megatron_nft.engines.kind import HttpEngineKind
+from megatron_nft.engines.http import HttpEngineKind
 from megatron_nft.engines.versions import check_served_model, first_answer, named_version
 from megatron_nft.engines.vllm.client import VLLMEngine
 from megatron_nft.engines.vllm.command import command_line, environment

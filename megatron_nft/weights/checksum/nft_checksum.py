@@ -26,7 +26,7 @@ _CHUNK_WORDS = 1 << 22  # words hashed at a time: bounds the extra memory (64-bi
 
 @functools.cache
 def _kernel() -> ModuleType | None:
-    """The same sums by a Triton kernel, where Triton is installed. In an engine this file belongs to no package."""
+    """A Triton kernel for the same sums, where Triton is installed. In an engine this file belongs to no package."""
     try:
         return importlib.import_module(f"{__package__}.nft_checksum_triton" if __package__ else "nft_checksum_triton")
     except ImportError:
@@ -72,15 +72,17 @@ class WordHash:
         data = part.detach().contiguous().reshape(-1).view(torch.uint8)
         if -data.numel() % 4:
             data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
-        if self._tiles is None:
-            self._tiles = torch.zeros(2, -(-self._words // _TILE_WORDS), dtype=torch.int64, device=data.device)
+        tiles = self._tiles
+        if tiles is None:
+            tiles = torch.zeros(2, -(-self._words // _TILE_WORDS), dtype=torch.int64, device=data.device)
+            self._tiles = tiles
         if data.is_cuda and (kernel := _kernel()) is not None:
             self._add_by(kernel, data.view(torch.int32))
             return
-        for words in data.view(torch.int32).split(_CHUNK_WORDS):
+        for words in torch.split(data.view(torch.int32), _CHUNK_WORDS):
             position = torch.arange(self._done, self._done + words.numel(), device=words.device)
             for row in range(2):
-                self._tiles[row].index_add_(0, position // _TILE_WORDS, self._hashed(words, position, row))
+                tiles[row].index_add_(0, position // _TILE_WORDS, self._hashed(words, position, row))
             self._done += words.numel()
 
     def _add_by(self, kernel: ModuleType, words: torch.Tensor) -> None:
@@ -101,7 +103,7 @@ class WordHash:
     def hexdigest(self) -> str:
         if self._words == 0:
             return _hex(0)
-        if self._done != self._words:
+        if self._tiles is None or self._done != self._words:
             raise RuntimeError(f"{self._done} of {self._words} words were hashed")
         sums = _mix32((self._tiles & _MASK32) ^ ((self._words * 4) & _MASK32)).tolist()
         return _hex(_splitmix64(sum((high << 32) | low for high, low in zip(*sums)) & _MASK64))
@@ -127,16 +129,17 @@ def _splitmix64(x: int) -> int:
 
 
 def hasher(device: torch.device, nbytes: int) -> Sha256 | WordHash:
-    """For tensors of `nbytes` on `device`."""
+    """The hash for a tensor of `nbytes` on `device`."""
     return WordHash(nbytes) if device.type == "cuda" else Sha256()
 
 
 def checksum(tensor: torch.Tensor) -> str:
+    """The checksum of one tensor: 16 hex digits."""
     hashed = hasher(tensor.device, tensor.nbytes)
     hashed.update(tensor)
     return hashed.hexdigest()
 
 
 def checksums(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """HF name -> checksum."""
+    """The checksum of every tensor, by HF name."""
     return {name: checksum(tensor) for name, tensor in tensors}

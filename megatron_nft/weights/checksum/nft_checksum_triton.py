@@ -13,8 +13,10 @@ BLOCK = 1024
 NUM_WARPS = 4
 
 
-@triton.jit
-def _mix32(x, first: tl.constexpr, second: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
+def _mix32(  # type: ignore[no-untyped-def]  # Triton evaluates annotations, and knows only its own
+    x, first: tl.constexpr, second: tl.constexpr
+):
     x ^= x >> 16
     x *= tl.full((), first, tl.uint32)
     x ^= x >> 13
@@ -22,8 +24,10 @@ def _mix32(x, first: tl.constexpr, second: tl.constexpr):
     return x ^ (x >> 16)
 
 
-@triton.jit(do_not_specialize=["number", "done", "first_tile", "num_tiles"])  # one compilation serves all parts
-def _hash_tiles(
+@triton.jit(  # type: ignore[untyped-decorator]  # as above
+    do_not_specialize=["number", "done", "first_tile", "num_tiles"]  # one compilation serves all parts
+)
+def _hash_tiles(  # type: ignore[no-untyped-def]  # as above
     words,  # int32 [number] of this part
     tiles,  # int64 [2, num_tiles] of the whole tensor, added to
     number,

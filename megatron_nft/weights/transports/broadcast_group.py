@@ -1,7 +1,7 @@
 """A process group of one trainer rank (rank 0) and the engines' ranks, beside torch.distributed's own groups.
 
 The engines join with torch.distributed's helpers under a group name (SGLang: init_weights_update_group), which fixes
-under which keys of the store the members find each other; `open_group` uses the same keys.
+under which keys of the store the members find each other; BroadcastGroup uses the same keys.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import datetime
 import socket
 import threading
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch exports them silently
 
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
     """Where the members of a group find each other. The port is the system's choice, so there is no race for it."""
 
-    store: dist.TCPStore
+    store: TCPStore
     address: str
     name: str
     world_size: int
@@ -28,25 +31,27 @@ class Rendezvous:
 
     @classmethod
     def open(cls, address: str, name: str, world_size: int, device: torch.device, timeout_s: float) -> Rendezvous:
+        """Start the store at this machine's `address`; `device` decides between gloo and NCCL."""
         timeout = datetime.timedelta(seconds=timeout_s)
-        store = dist.TCPStore(
-            address, 0, None, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
+        store = TCPStore(address, 0, None, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True)
         return cls(store, address, name, world_size, "nccl" if device.type == "cuda" else "gloo")
 
     @property
     def port(self) -> int:
-        return self.store.port
+        """TCP port of the store."""
+        port: int = self.store.port
+        return port
 
 
 class BroadcastGroup:
-    """Sends from this rank to all other members. Made when all have been told to join; blocks until they have."""
+    """Sends from this rank to all other members, who must have been told to join: making one waits until they have."""
 
     def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
         timeout = datetime.timedelta(seconds=timeout_s)
         device = "cuda" if rendezvous.backend == "nccl" else "cpu"
-        store = dist.PrefixStore(rendezvous.name, rendezvous.store)
-        store = dist.PrefixStore(f"{device}/", dist.PrefixStore(f"{rendezvous.name}/", store))
+        store = PrefixStore(rendezvous.name, rendezvous.store)
+        store = PrefixStore(f"{device}/", PrefixStore(f"{rendezvous.name}/", store))
+        self._group: Any  # torch has no type for what its two kinds of group have in common
         if rendezvous.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
@@ -54,20 +59,20 @@ class BroadcastGroup:
         else:
             self._group = dist.ProcessGroupGloo(store, 0, rendezvous.world_size, timeout)
         self._store = rendezvous.store  # the server of the keys; it lives as long as the group
-        self._work: dist.Work | None = None
+        self._work: Any = None  # dist.Work of the broadcast under way
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Starts to send. One at a time: `wait` comes before the next."""
+        """Start to send. One at a time: `wait` comes before the next."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         self._work = self._group.broadcast([tensor], options)
 
     def is_sent(self) -> bool:
         """Whether `wait` would return, or raise, at once."""
-        return self._work.is_completed()
+        return bool(self._work.is_completed())
 
     def wait(self) -> None:
-        """Until the tensor may be written again. RuntimeError if a member left."""
+        """Return when the tensor may be written again. RuntimeError if a member left."""
         self._work.wait()
         self._work = None  # it holds the tensor: one larger than a bucket must be gone before the next is made
 
@@ -84,14 +89,17 @@ class BroadcastGroup:
         dropping.join(wait_s)
 
 
-def _drop(held: list) -> None:
+def _drop(held: list[Any]) -> None:
     with contextlib.suppress(AttributeError, RuntimeError):
         held[0].abort()
     held.clear()
 
 
-def address_towards(host: str, port: int) -> str:
-    """This machine's address as `host` sees it."""
+def address_towards(url: str) -> str:
+    """This machine's address as the host of `url` sees it."""
+    where = urlsplit(url)
+    host, port = where.hostname or "localhost", where.port or 80
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sends nothing: only picks the interface
-        return probe.getsockname()[0]
+        address: str = probe.getsockname()[0]
+        return address

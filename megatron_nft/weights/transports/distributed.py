@@ -34,7 +34,7 @@ _numbers = count()  # group names are used once per process
 
 
 class DistributedTransport(ServerTransport):
-    """See the module. Groups are made at the first sync and kept."""
+    """See above. Groups are made at the first sync and kept."""
 
     name = "distributed"
 
@@ -56,7 +56,7 @@ class DistributedTransport(ServerTransport):
         self._leader_ranks = [stage * ranks_per_stage for stage in range(self._layout.pp.size)]
 
     def begin(self, version: int) -> None:
-        """Opens the sessions and, at the first sync or after a loss, the groups. No rank leaves before the others."""
+        """Open the sessions and, at the first sync or after a loss, the groups. No rank leaves before the others."""
         errors: list[Exception] = []
         with _collected(errors):
             super().begin(version)
@@ -155,7 +155,7 @@ class DistributedTransport(ServerTransport):
 
 
 def _arrived(group: BroadcastGroup, answers: list[Future[None]]) -> bool:
-    """Until the broadcast and all answers are there; False as soon as one of them failed.
+    """Wait for a broadcast and all answers to it; False as soon as one of them has failed.
 
     An engine that refuses answers at once and does not take part in the broadcast, which then never ends.
     """
@@ -171,7 +171,7 @@ def _arrived(group: BroadcastGroup, answers: list[Future[None]]) -> bool:
 
 
 def _open_group(rendezvous: Rendezvous, timeout_s: float, answers: list[Future[None]]) -> BroadcastGroup:
-    """The group, once all have joined. Raises what a server answered that cannot join, without waiting for the rest."""
+    """The group, once all have joined. Where a server cannot join, its error is raised without waiting for the rest."""
     opened: list[BroadcastGroup] = []
     joining = threading.Thread(target=lambda: opened.append(BroadcastGroup(rendezvous, timeout_s)), daemon=True)
     joining.start()
@@ -189,7 +189,7 @@ def _open_group(rendezvous: Rendezvous, timeout_s: float, answers: list[Future[N
 
 @contextmanager
 def _collected(errors: list[Exception]) -> Iterator[None]:
-    """Any error at all: the other ranks wait in a collective."""
+    """Keep any error for later: the other ranks wait in a collective."""
     try:
         yield
     except Exception as error:

@@ -11,16 +11,36 @@ from __future__ import annotations
 
 import base64
 import datetime
+from typing import Any
 
 import nft_checksum
 import torch
 import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]  # torch exports them silently
+    PrefixStore,
+    Store,
+    TCPStore,
+)
+
+Meta = tuple[str, str, list[int], int, int]
+"""[name, dtype, shape, start, end] of a tensor in a bucket, bytes"""
 
 
 class WeightReceiver:
     """Attributes of its own start with `nft_`, so that none is vLLM's."""
 
-    def nft_facts(self) -> dict:
+    # The worker's:
+    device: torch.device
+    rank: int
+    vllm_config: Any
+    model_config: Any
+    model_runner: Any
+    # Our own:
+    nft_open: bool  # an update is under way
+    nft_received: dict[str, str]  # HF name -> checksum, since nft_begin
+    nft_groups: dict[str, Any]  # by name
+
+    def nft_facts(self) -> dict[str, Any]:
         """What the trainer must know of this worker."""
         config = self.vllm_config
         return {
@@ -54,7 +74,7 @@ class WeightReceiver:
         self.model_runner.reset_lora_state()
         return True
 
-    def nft_load_shared(self, memories: list, metas: list) -> int:
+    def nft_load_shared(self, memories: list[dict[str, Any]], metas: list[Meta]) -> int:
         """A bucket in the trainer's memory; one {"file": [manager, handle, bytes]} or {"cuda": {...}} per worker."""
         memory = memories[self.rank]
         flat = _cuda(memory["cuda"]) if "cuda" in memory else _shared(*memory["file"])
@@ -67,9 +87,10 @@ class WeightReceiver:
         """Enter a broadcast group of the trainer as rank `rank_offset` + own rank; each stage leader has one."""
         timeout = datetime.timedelta(seconds=timeout_s)
         nccl = self.device.type == "cuda"
-        store = dist.TCPStore(address, port, None, is_master=False, timeout=timeout)
-        store = dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store))
-        store = dist.PrefixStore("cuda/" if nccl else "cpu/", store)
+        store: Store = TCPStore(address, port, None, is_master=False, timeout=timeout)
+        store = PrefixStore(f"{name}/", PrefixStore(name, store))
+        store = PrefixStore("cuda/" if nccl else "cpu/", store)
+        group: Any  # torch has no type for what its two kinds of group have in common
         rank = rank_offset + self.rank
         if nccl:
             options = dist.ProcessGroupNCCL.Options()
@@ -81,10 +102,11 @@ class WeightReceiver:
         return True
 
     def nft_leave(self, name: str) -> bool:
+        """Leave a broadcast group; nothing happens where it is not known."""
         self.nft_groups.pop(name, None)
         return True
 
-    def nft_load_broadcast(self, metas: list, name: str) -> int:
+    def nft_load_broadcast(self, metas: list[Meta], name: str) -> int:
         """A bucket that a leader broadcasts in its group."""
         flat = torch.empty(metas[-1][4], dtype=torch.uint8, device=self.device)
         options = dist.BroadcastOptions()
@@ -92,18 +114,18 @@ class WeightReceiver:
         self.nft_groups[name].broadcast([flat], options).wait()
         return self._nft_load(_tensors(flat, metas))
 
-    def nft_load_files(self, paths: list) -> int:
-        """Safetensors files."""
+    def nft_load_files(self, paths: list[str]) -> int:
+        """The tensors of safetensors files."""
         from safetensors.torch import load_file
 
         return sum(self._nft_load(load_file(path, device=str(self.device))) for path in paths)
 
-    def nft_checksums(self) -> dict:
+    def nft_checksums(self) -> dict[str, Any]:
         """Checksums of what this worker received since nft_begin, under HF names. Its own parameters may be packed
         for the kernels, or gone: on a CPU those of linear layers are empty."""
         return {"rank": self.rank, "checksums": self.nft_received}
 
-    def _nft_load(self, tensors: dict) -> int:
+    def _nft_load(self, tensors: dict[str, torch.Tensor]) -> int:
         """vLLM keeps tensors of a layer until the layer is whole, so each gets memory of its own."""
         from vllm.config import set_current_vllm_config
 
@@ -116,9 +138,9 @@ class WeightReceiver:
         return len(tensors)
 
 
-def _tensors(flat: torch.Tensor, metas: list) -> dict:
-    """`metas`: [name, dtype, shape, start, end] of every tensor in `flat`, uint8 [bytes]."""
-    found = {}
+def _tensors(flat: torch.Tensor, metas: list[Meta]) -> dict[str, torch.Tensor]:
+    """Views of the tensors in `flat`, uint8 [bytes]."""
+    found: dict[str, torch.Tensor] = {}
     for name, dtype, shape, start, end in metas:
         if name in found:
             raise ValueError(f"tensor {name}: came twice in one update")
@@ -129,17 +151,18 @@ def _tensors(flat: torch.Tensor, metas: list) -> dict:
 def _shared(manager: str, handle: str, nbytes: int) -> torch.Tensor:
     """uint8 [nbytes] of a shared-memory file of torch's. The trainer has counted this reader in."""
     storage = torch.UntypedStorage._new_shared_filename_cpu(manager.encode(), handle.encode(), nbytes)
-    return torch.empty(0, dtype=torch.uint8).set_(storage._shared_decref())
+    counted: Any = storage._shared_decref()
+    return torch.empty(0, dtype=torch.uint8).set_(counted)
 
 
-def _cuda(memory: dict) -> torch.Tensor:
+def _cuda(memory: dict[str, Any]) -> torch.Tensor:
     """uint8 [nbytes] of the trainer's GPU memory, by CUDA IPC."""
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
     if memory["uuid"] not in uuids:
         raise RuntimeError(f"this worker cannot see the trainer's GPU {memory['uuid']}; it sees {', '.join(uuids)}")
-    return rebuild_cuda_tensor(
+    tensor: torch.Tensor = rebuild_cuda_tensor(  # type: ignore[no-untyped-call]  # torch gives it no types
         torch.Tensor,
         torch.Size([memory["nbytes"]]),
         (1,),
@@ -156,3 +179,4 @@ def _cuda(memory: dict) -> torch.Tensor:
         base64.b64decode(memory["event_handle"]),
         memory["event_sync_required"],
     )
+    return tensor
