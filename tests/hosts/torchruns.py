@@ -24,8 +24,8 @@ def torchrun(*arguments: str | Path) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For ranks: one thread each; our package, the helpers of tests/ and the halts can be imported."""
-    path = [ROOT, HALTING, TESTS, TESTS / "hosts"]
+    """For ranks: one thread each; our package and the helpers of tests/ can be imported."""
+    path = [ROOT, TESTS, TESTS / "hosts", *([HALTING] if "NFT_TEST_HALT" in more else [])]
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
