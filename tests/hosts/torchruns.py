@@ -27,7 +27,7 @@ def environment(**more: str) -> dict[str, str]:
     """For ranks: one thread each; our package and the helpers of tests/ can be imported."""
     path = [ROOT, TESTS, TESTS / "hosts", *([HALTING] if "NFT_TEST_HALT" in more else [])]
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"},
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": ":".join(map(str, path)),
