@@ -76,7 +76,7 @@ nft_train() {
     nft_check
     run_dir=${facts[0]}
     export NFT_MASTER_ADDR=${facts[1]}
-    # Two jobs, or two starts of one job, on the same node do not meet. Ports from 32768 on are the kernel's to give away.
+    # Jobs on one node, or starts of one job, use different ports. Those from 32768 on are the kernel's to give away.
     export NFT_MASTER_PORT=$((20000 + (SLURM_JOB_ID * 17 + restart) % 12000))
     control=$run_dir/slurm
     export NFT_STATUS_DIR=$control/${SLURM_JOB_ID}_$restart

@@ -2,7 +2,7 @@
 # One trainer node, started by srun: runs torchrun with NFT_PROCS_PER_NODE ranks of `megatron-nft train "$@"`.
 #
 # When the file $NFT_STATUS_DIR/stop appears, the ranks get SIGUSR1: they finish or abandon the running phase, save, and
-# end with 75. The signal goes to the ranks alone, by their ids; a Slurm signal would meet torchrun and engines too.
+# end with 75. The signal goes to the ranks alone, by their ids; one from Slurm would reach torchrun and engines too.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=/dev/null

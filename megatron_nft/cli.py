@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
@@ -26,6 +27,9 @@ class Command(Protocol):
     def run(self, args: argparse.Namespace) -> int:
         """Do it; return the exit status."""
 
+
+_PACKAGE = Path(__file__).parent
+_format_of_python = warnings.formatwarning
 
 # name -> (module of the command, one-line help)
 COMMANDS = {
@@ -61,8 +65,18 @@ def _command(module: str) -> Command:
     return cast(Command, importlib.import_module(module))
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings about settings and names, which are for the user, as one plain line; others as Python does."""
+    if issubclass(category, FutureWarning) and Path(filename).is_relative_to(_PACKAGE):
+        return f"megatron-nft: {message}\n"
+    return _format_of_python(message, category, filename, lineno, line)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    warnings.formatwarning = _format_warning
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if word in COMMANDS), None)
     args = build_parser(command).parse_args(argv)
@@ -82,6 +96,7 @@ def main_of(command: Command, doc: str) -> int:
 
     Its first line is the description that `--help` shows.
     """
+    warnings.formatwarning = _format_warning
     parser = argparse.ArgumentParser(description=doc.strip().partition("\n")[0])
     command.add_arguments(parser)
     return command.run(parser.parse_args())

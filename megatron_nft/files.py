@@ -1,9 +1,10 @@
-"""Files: written whole or not at all, digests, rows of JSONL and parquet, files of the Hugging Face hub.
+"""Files and folders: written whole or not at all, digests, rows of JSONL and parquet, files of the Hugging Face hub.
 
 Writing has one rule. The content goes into a hidden file in the same folder, `.NAME.PID.partial`, which is flushed to
 disk and then takes the name in one step; afterwards the folder is flushed too. Whoever reads the name, at any moment
 and after a loss of power, finds the whole new file or the whole old one. A write that fails removes what it began; the
 file that a killed process leaves is hidden and ends in `.partial`, so no pattern of finished files matches it.
+A folder is filled under another name by whoever writes it, and `publish_folder` gives it its own.
 
 Imports no torch; pyarrow and huggingface_hub are imported where they are used.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +69,36 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     with replacing(path) as file:
         file.write(content.encode("utf-8", errors="replace") if isinstance(content, str) else content)
+
+
+def publish_folder(partial: Path, out: Path) -> None:
+    """Flush the finished folder `partial` to disk and give it the name `out`, replacing a folder of that name.
+
+    Both are in the same folder. No one ever finds half a folder under `out`. A folder has to be empty before another
+    can be renamed onto it, so the one that is replaced is first renamed to `NAME.old`, and is removed when the new one
+    has its name and that is on disk. Where the process is killed between the two renames, `out` is absent, the earlier
+    folder is whole under `NAME.old` and the new one whole under `partial`; the next call for `out` removes `NAME.old`
+    once it has published. OSError if something cannot be written or renamed; the earlier folder then has its name.
+    """
+    for folder, _, names in os.walk(partial, topdown=False):
+        for name in names:
+            flush_to_disk(Path(folder, name))
+        flush_to_disk(Path(folder))
+    old = out.with_name(out.name + ".old")
+    replaces = out.exists()
+    if replaces:
+        if old.exists():  # left by a killed process, while `out` is whole
+            shutil.rmtree(old)
+        os.rename(out, old)
+    try:
+        os.rename(partial, out)
+    except OSError:
+        if replaces:
+            os.rename(old, out)
+        raise
+    flush_to_disk(out.parent)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def sha256_of_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Figures that own their reduction, and the places they go.
+"""Metrics that own their reduction, and the sinks that they go to.
 
 A rank adds what it knows (`mean` with a weight, `sum`, `max`, `histogram`); `Metrics.merge` combines ranks, so nobody
 averages averages. Sinks write one flat record per step: metrics.jsonl, TensorBoard, W&B, console.
@@ -35,7 +35,7 @@ class Max:
 
 
 class Metrics:
-    """Figures of one step on one rank.
+    """The metrics of one step on one rank.
 
     Each name has one kind of reduction for its whole life; adding it as another kind is a ValueError.
     """
@@ -107,7 +107,7 @@ class Sink(Protocol):
 
 
 def _json_number(value: Any) -> Any:
-    """JSON has no NaN: figures that are none are written as strings ("nan", "inf")."""
+    """JSON has no NaN: such numbers are written as strings ("nan", "inf")."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, dict):

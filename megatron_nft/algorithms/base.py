@@ -52,11 +52,6 @@ class Algorithm(ABC):
         self.settings = settings
         self.max_response_tokens = max_response_tokens
 
-    @property
-    def per_token(self) -> bool:
-        """Whether the loss of a token depends on that token alone, so that it may be evaluated in pieces."""
-        return False
-
     def samples(self, group: RolloutGroup) -> list[TrainingSample]:
         """The answers of a group that are trained, in order. Answers that are set aside (`ignored`) never are.
 

@@ -195,11 +195,6 @@ class Likelihood(Algorithm):
         """eps of the equation."""
         return 1.0
 
-    @property
-    def per_token(self) -> bool:
-        """True with one ratio per token."""
-        return self.settings.ratio == "token"
-
     def samples(self, group: RolloutGroup) -> list[TrainingSample]:
         """The answers that count, with the group's correct rate clamped to the range of the settings.
 

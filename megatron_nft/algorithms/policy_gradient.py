@@ -85,7 +85,6 @@ class PolicyGradient(Algorithm):
 
     settings: PolicyGradientSettings
     advantage: ClassVar[str]
-    per_token = True
 
     def reward(self, rollout: Rollout) -> float:
         """1 for a correct answer, 0 for any other."""

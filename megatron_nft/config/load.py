@@ -27,6 +27,12 @@ from megatron_nft.config.settings import Config
 
 REMOVED = {"checkpoint.save_optimizer": "a checkpoint always holds the optimizer's state"}
 """Former key -> why it is gone. Files and overrides that have one are still read; the key is dropped with a warning."""
+KEYS_OF_0_1_0 = {
+    *("name", "loss_divisor", "truncated", "ratio_max_log", "clip_low", "clip_high"),
+    *("negative_weight", "clamp", "prompt_weight", "ratio", "correct_rate_min", "correct_rate_max"),
+    *("overlong_buffer_tokens", "overlong_penalty"),
+}
+"""The keys of `algorithm` that version 0.1.0 wrote to every run's config.yaml, whatever the algorithm."""
 
 
 class ConfigError(ValueError):
@@ -106,6 +112,9 @@ def _drop_replaced(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The layers, lowest first, without the keys of algorithms whose name a higher layer replaces.
 
     nft: {clamp: 0.5, clip: 1}  <-  grpo: {}     # `clamp` goes; `clip`, which nft does not read either, stays
+
+    ConfigError for a key beside a name that does not read it, although the name is replaced by one that does; and for
+    keys of a replaced algorithm that cannot be loaded, since nobody can say which of them it reads.
     """
     names: list[object] = []  # in force at each layer
     for layer in layers:
@@ -115,10 +124,40 @@ def _drop_replaced(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for layer, name in zip(layers, names, strict=True):
         section = _algorithm_of(layer)
         if read and section and name != names[-1]:
+            _check_replaced(section, name, read)
             dropped = section.keys() & _keys_of_algorithm(name) - read
             layer = {**layer, "algorithm": {key: v for key, v in section.items() if key not in dropped}}
         kept.append(layer)
     return kept
+
+
+def _check_replaced(section: Mapping[str, Any], name: object, read: set[str]) -> None:
+    """ConfigError for a section, under the replaced `name`, that is wrong by itself; `read`: keys of the new name."""
+    try:
+        own = algorithm_class(name).Settings.model_fields
+    except AlgorithmError as e:
+        if section.keys() - read:
+            raise ConfigError(f"algorithm.name: {e}") from None
+        return
+    for key in sorted(section.keys() & read - own.keys()) if "name" in section else ():
+        raise ConfigError(_unknown_algorithm_key(key, name))
+
+
+def _without_unread(layer: dict[str, Any]) -> dict[str, Any]:
+    """The layer; one that version 0.1.0 wrote, without the keys that its algorithm does not read. A FutureWarning
+    names those."""
+    section = _algorithm_of(layer)
+    read = _keys_of_algorithm(section.get("name"))
+    unread = sorted(KEYS_OF_0_1_0 - read) if section.keys() >= KEYS_OF_0_1_0 and read else []
+    if not unread:
+        return layer
+    warnings.warn(
+        f"algorithm lists the keys of every algorithm, as version 0.1.0 wrote them; {section['name']} does not read "
+        f"{', '.join(unread)}: dropped",
+        FutureWarning,
+        stacklevel=1,
+    )
+    return {**layer, "algorithm": {key: value for key, value in section.items() if key not in unread}}
 
 
 def _without_removed(layer: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +166,7 @@ def _without_removed(layer: dict[str, Any]) -> dict[str, Any]:
         section, _, name = key.rpartition(".")
         values = layer.get(section)
         if isinstance(values, dict) and name in values:
-            warnings.warn(f"{key} was removed, it had no effect: {reason}", FutureWarning, stacklevel=3)
+            warnings.warn(f"{key} was removed, it had no effect: {reason}", FutureWarning, stacklevel=1)
             layer = {**layer, section: {other: value for other, value in values.items() if other != name}}
     return layer
 
@@ -207,7 +246,8 @@ def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> C
     if overrides:
         layers.append(functools.reduce(_merge, map(parse_override, overrides)))
     nothing: dict[str, Any] = {}
-    tree = functools.reduce(_merge, _drop_replaced([_without_removed(layer) for layer in layers]), nothing)
+    layers = [_without_unread(_without_removed(layer)) for layer in layers]
+    tree = functools.reduce(_merge, _drop_replaced(layers), nothing)
     try:
         return Config.model_validate(tree)
     except ValidationError as e:

@@ -102,7 +102,7 @@ class _OpenQuestion:
 
 
 def training_sampling(config: Config) -> SamplingParams:
-    """How answers for training are drawn."""
+    """Return how answers for training are drawn."""
     rollout = config.rollout
     return SamplingParams(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
 
@@ -156,7 +156,7 @@ def generate_groups(
 
 
 def _rollout(draw: int, sample: int, answer: GradedAnswer, truncated: str) -> Rollout:
-    """truncated: algorithm.truncated, for an answer that was not graded."""
+    """Return an answer as a rollout. truncated: algorithm.truncated, for an answer that was not graded."""
     completion, graded = answer.completion, answer.graded
     rollout = Rollout(
         draw=draw,

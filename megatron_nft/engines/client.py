@@ -38,7 +38,7 @@ Answers = queue.SimpleQueue[tuple[int, list[Completion] | BaseException]]
 
 BACKOFF_S = 0.5  # before the second try, doubled for each further one
 PROBE_TIMEOUT_S = 30.0  # for the question which weights a server has; a busy one is slow to answer
-KEEP_ALIVE_S = 2.0  # idle connections; servers close them after 5 s, and a request must not meet that
+KEEP_ALIVE_S = 2.0  # idle connections; servers close them after 5 s, which must not happen to a request on its way
 RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
 
 

@@ -18,7 +18,7 @@ class BadAnswer(Exception):
 
 
 def integer_version(text: str) -> int:
-    """Servers name their versions by strings; ours are integers. -1 for one that we did not give."""
+    """Return a server's version, which it gives as a string, as our integer; -1 for one that we did not give."""
     try:
         return int(text)
     except ValueError:

@@ -19,7 +19,7 @@ POLL_S = 0.5
 
 
 def register(folder: Path, node: str, urls: Sequence[str]) -> Path:
-    """Announce the servers of `node`. Whole or not at all: a reader never sees half a file."""
+    """Announce the servers of `node`. A reader never sees half a file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{node}.json"
     write_atomically(path, json.dumps({"urls": list(urls)}))
@@ -41,7 +41,10 @@ def registered(folder: Path) -> dict[str, list[str]]:
 
 
 def wait_for_engines(folder: Path, num_nodes: int, timeout_s: float) -> list[str]:
-    """All URLs, in the order of node names, once `num_nodes` nodes are there. EngineError says who came and who not."""
+    """Wait for `num_nodes` nodes and return all URLs, in the order of node names.
+
+    EngineError after `timeout_s` seconds; it names the nodes that have announced themselves.
+    """
     deadline = time.monotonic() + timeout_s
     while len(found := registered(folder)) < num_nodes:
         if time.monotonic() > deadline:

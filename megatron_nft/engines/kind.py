@@ -68,7 +68,7 @@ class Environment(Protocol):
 
 
 def _any_model(rollout: RolloutConfig, spec: ModelSpec) -> None:
-    """Updates of every model come out right."""
+    """Do nothing: updates of every model come out right."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ POLL_S = 1.0
 
 
 def start(config: Config, host: str, node: str) -> ServerGroup:
-    """The servers of this node, all healthy, without weights until the trainer's first sync."""
+    """Start the servers of this node and wait until all are healthy; the trainer's first sync brings the weights."""
     import torch
 
     kind = engine_kind(config.rollout.engine)

@@ -77,7 +77,7 @@ class Server:
         return self._supervisor.poll() if self._supervisor else None
 
     def is_healthy(self) -> bool:
-        """One question to /health."""
+        """Ask /health once."""
         try:
             return httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == 200
         except httpx.TransportError:
@@ -173,7 +173,7 @@ class ServerGroup:
         self._held.clear()
 
     def revive(self, server: Server, start_timeout_s: float) -> None:
-        """While held: start a dead server and wait for it. EngineError where its starts are used up."""
+        """Start a dead server and wait for it; call `hold` before. EngineError where its starts are used up."""
         self._note_deaths()
         if server.starts > self._max_restarts:
             raise EngineError(

@@ -70,7 +70,7 @@ def start_servers(
 
 
 def _merged(ours: dict[str, str], given: dict[str, str]) -> dict[str, str]:
-    """The settings' variables win; of PYTHONPATH both are kept, since ours may hold code for the engine's workers."""
+    """Return our variables overlaid by the given ones; PYTHONPATHs are joined, ours may hold code for the workers."""
     merged = {**ours, **given}
     if "PYTHONPATH" in ours and "PYTHONPATH" in given:
         merged["PYTHONPATH"] = os.pathsep.join((given["PYTHONPATH"], ours["PYTHONPATH"]))

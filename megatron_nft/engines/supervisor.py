@@ -98,6 +98,7 @@ def wait_for(child: int, given_up: Callable[[], object]) -> int | None:
 
 
 def main() -> int:
+    """Run the command that follows the owner's process id, end all that it started, and return its exit status."""
     owner, command = int(sys.argv[1]), sys.argv[2:]
     asked = []
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -120,7 +121,10 @@ def main() -> int:
 
 
 def own_temporary_folder() -> str:
-    """Made, and set for all that is started from here on. What torch compiled stays where the next server finds it."""
+    """Make a temporary folder for everything that is started from here on, and return its path.
+
+    What torch compiles goes elsewhere, so that the next server finds it.
+    """
     shared = tempfile.gettempdir()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(shared, f"torchinductor_{os.getuid()}"))
     os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="nft-server-", dir=shared)
@@ -128,7 +132,7 @@ def own_temporary_folder() -> str:
 
 
 def watch_inner(inner: int, given_up: Callable[[], object]) -> int | None:
-    """The outer process: see `wait_for`. The inner one, told to end, has time to do it in its own way."""
+    """Wait for the inner process as `wait_for` does; once it is told to end, it has time to do so in its own way."""
     code = wait_for(inner, given_up)
     if code is None:
         os.kill(inner, signal.SIGTERM)
@@ -138,7 +142,7 @@ def watch_inner(inner: int, given_up: Callable[[], object]) -> int | None:
 
 
 def run_server(libc: ctypes.CDLL, command: list[str], given_up: Callable[[], object]) -> int | None:
-    """The inner process: starts the server; see `wait_for`."""
+    """Start the server, as the inner process, and wait for it as `wait_for` does."""
 
     def in_child() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # its port is free at once, should we be killed

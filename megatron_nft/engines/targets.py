@@ -72,13 +72,13 @@ class Targets:
         self._next = first % len(self._targets)
 
     async def refresh(self) -> None:
-        """Before a phase of generation: see which servers that were down have come back."""
+        """See which servers that were down have come back; called before a phase of generation."""
         if self._router is not None:
             self._targets[0].down = True  # it may have servers that came back without the weights
         await self._look_at_those_down()
 
     async def pick(self) -> Target | None:
-        """The server with the fewest answers under way; where none is up, those that are down are looked at again.
+        """Return the server with the fewest answers under way; where none is up, look again at those that are down.
 
         Of several, the next one in turn. Were it always the first, all ranks would give the same servers the answers
         that are left over when each server has as many as the others.
@@ -97,7 +97,7 @@ class Targets:
         return self._router is None and all(t.down for t in self._targets)
 
     async def _look_at_those_down(self) -> None:
-        """Servers that answer again and have the wanted weights get requests again."""
+        """Give requests again to servers that answer again and have the wanted weights."""
 
         async def look(target: Target) -> None:
             target.down = not await self._has_weights(target.url)
@@ -108,7 +108,7 @@ class Targets:
             await asyncio.gather(*(look(t) for t in self._targets if t.down))
 
     async def _refresh_router(self, router: RequestRouter) -> None:
-        """The router gets the servers that have the wanted weights. Requests that failed together do it once."""
+        """Give the router the servers that have the wanted weights. Requests that failed together do it once."""
         (target,) = self._targets
         async with self._admitting:
             if not target.down:

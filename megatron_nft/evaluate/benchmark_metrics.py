@@ -92,10 +92,11 @@ def _over_questions(results: Sequence[QuestionResult], score: Any) -> Interval:
     return bootstrap_interval(np.array([score(q) for q in results]))
 
 
-def _pass(q: QuestionResult, k: int) -> float:
-    return pass_at_k(len(q.answers), q.num_correct, k)
+def _pass(result: QuestionResult, num_draws: int) -> float:
+    return pass_at_k(len(result.answers), result.num_correct, num_draws)
 
 
-def _majority(q: QuestionResult, k: int) -> float:
-    votes = [vote_form(a.extracted) for a in q.answers]
-    return majority_at_k(votes, [a.verdict is Verdict.CORRECT for a in q.answers], k, seed=q.index)
+def _majority(result: QuestionResult, num_draws: int) -> float:
+    votes = [vote_form(answer.extracted) for answer in result.answers]
+    correct = [answer.verdict is Verdict.CORRECT for answer in result.answers]
+    return majority_at_k(votes, correct, num_draws, seed=result.index)

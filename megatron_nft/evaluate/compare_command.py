@@ -61,11 +61,11 @@ def _table(comparisons: list[Comparison], average: dict[str, Any] | None) -> str
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [header, *rows])
 
 
-def _print_changes(c: Comparison, limit: int) -> None:
-    gained = sum(change.b > change.a for change in c.changes)
-    print(f"\n{c.name}: {gained} questions gained, {len(c.changes) - gained} lost")
-    for change in c.changes[:limit]:
+def _print_changes(comparison: Comparison, limit: int) -> None:
+    gained = sum(change.b > change.a for change in comparison.changes)
+    print(f"\n{comparison.name}: {gained} questions gained, {len(comparison.changes) - gained} lost")
+    for change in comparison.changes[:limit]:
         question = " ".join(change.prompt.split())
         print(f"  {100 * change.a:5.1f} -> {100 * change.b:5.1f} %  [{change.id}] {question[:90]}")
-    if len(c.changes) > limit:
-        print(f"  ... and {len(c.changes) - limit} more (--show, or --out for all)")
+    if len(comparison.changes) > limit:
+        print(f"  ... and {len(comparison.changes) - limit} more (--show, or --out for all)")

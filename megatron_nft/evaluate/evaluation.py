@@ -23,7 +23,7 @@ from megatron_nft.evaluate.protocol import FORMAT, Sampling, differences
 from megatron_nft.evaluate.questions import QuestionResult, evaluate_questions
 from megatron_nft.evaluate.records import AnswerFile
 from megatron_nft.evaluate.summary import to_markdown
-from megatron_nft.evaluate.tasks import Task, by_answer_room
+from megatron_nft.evaluate.tasks import Task, by_max_tokens
 from megatron_nft.files import write_atomically
 from megatron_nft.types import Prompt
 
@@ -91,7 +91,7 @@ def run_tasks(
 ) -> dict[str, list[QuestionResult]]:
     """Return all answers by benchmark. What is missing is asked, and each question is written as it finishes."""
     for task in tasks:  # before the engine starts
-        by_answer_room(prompts[task.name], sampling, max_positions)
+        by_max_tokens(prompts[task.name], sampling, max_positions)
     files = {t.name: AnswerFile(answer_path(out, t.name), len(t.questions), t.samples) for t in tasks}
     total = sum(len(t.questions) * t.samples for t in tasks)
     done = sum(len(files[t.name].done) * t.samples for t in tasks)
@@ -120,7 +120,7 @@ def _ask(
         file.append(result, id=task.questions[result.index].id, prompt=prompt_text(prompt), answer=prompt.answer)
 
     with file:
-        for room, group in by_answer_room(missing, sampling, max_positions).items():
+        for max_tokens, group in by_max_tokens(missing, sampling, max_positions).items():
             evaluate_questions(
                 parts.engine,
                 group,
@@ -129,7 +129,7 @@ def _ask(
                 samples=task.samples,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
-                max_tokens=room,
+                max_tokens=max_tokens,
                 seed=sampling.seed,
                 on_answer=lambda _: progress.advance(),
                 on_question=keep,

@@ -135,23 +135,23 @@ def merge_counts(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def summarize_counts(counts: np.ndarray) -> dict[str, float]:
-    """Figures of int64 [Q, 7] for metrics.jsonl: accuracy with its 95 % interval, pass@N, lengths, shares."""
+    """Return metrics of int64 [Q, 7] for metrics.jsonl: accuracy with its 95 % interval, pass@N, lengths, shares."""
     if len(counts) == 0:
         raise ValueError("no question was evaluated")
     column = dict(zip(COUNT_COLUMNS, counts.T))
     answers = column["answers"].sum()
     accuracy = bootstrap_interval(column["correct"] / column["answers"])
-    figures = {
+    metrics = {
         "accuracy": accuracy.mean,
         "accuracy_low": accuracy.low,
         "accuracy_high": accuracy.high,
         "length_mean": float(column["tokens"].sum() / answers),
     }
     for name in ("truncated", "unparseable", "timeout"):
-        figures[f"{name}_share"] = float(column[name].sum() / answers)
+        metrics[f"{name}_share"] = float(column[name].sum() / answers)
     n = int(column["answers"].min())
     if n > 1:
-        figures[f"pass@{n}"] = float(
+        metrics[f"pass@{n}"] = float(
             np.mean([pass_at_k(int(a), int(c), n) for a, c in zip(column["answers"], column["correct"])])
         )
-    return figures
+    return metrics

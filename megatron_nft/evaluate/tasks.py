@@ -62,7 +62,7 @@ def make_prompts(task: Task, tokenizer: Any, system_prompt: str | None) -> list[
     ]
 
 
-def by_answer_room(prompts: Sequence[Prompt], sampling: Sampling, max_positions: int) -> dict[int, list[Prompt]]:
+def by_max_tokens(prompts: Sequence[Prompt], sampling: Sampling, max_positions: int) -> dict[int, list[Prompt]]:
     """Group prompts by the number of tokens that their answers may have.
 
     A prompt over `max_prompt_tokens` is asked whole; its answer gets what is left of max_prompt_tokens +
@@ -72,8 +72,8 @@ def by_answer_room(prompts: Sequence[Prompt], sampling: Sampling, max_positions:
     groups: dict[int, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         length = len(prompt.token_ids)
-        room = min(sampling.max_response_tokens, total - length)
-        if room < 1:
+        max_tokens = min(sampling.max_response_tokens, total - length)
+        if max_tokens < 1:
             raise ValueError(
                 f"question {prompt.index} has {length} tokens, which leaves no room for an answer in "
                 f"max_prompt_tokens ({sampling.max_prompt_tokens}) + max_response_tokens "
@@ -84,10 +84,10 @@ def by_answer_room(prompts: Sequence[Prompt], sampling: Sampling, max_positions:
                 f"question {prompt.index} alone has {length} tokens, and the model has {max_positions} positions: "
                 "no answer has room; leave the question out, or take a model with more positions"
             )
-        if length + room > max_positions:
+        if length + max_tokens > max_positions:
             raise ValueError(
-                f"question {prompt.index} has {length} tokens; with answers of up to {room} that is more than the "
-                f"model's {max_positions} positions; lower --max-response-tokens to {max_positions - length}"
+                f"question {prompt.index} has {length} tokens; with answers of up to {max_tokens} that is more than "
+                f"the model's {max_positions} positions; lower --max-response-tokens to {max_positions - length}"
             )
-        groups[room].append(prompt)
+        groups[max_tokens].append(prompt)
     return dict(groups)

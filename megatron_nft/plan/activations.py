@@ -122,7 +122,7 @@ def cpu_layer(spec: ModelSpec, layout: LayoutSettings, e: int) -> LayerBytes:
 
 
 def cpu_ends(spec: ModelSpec, layout: LayoutSettings, e: int, stage: int) -> float:
-    """Per token, outside the layers: token ids at the first stage; final norm and its result at the last."""
+    """Bytes per token outside the layers: token ids on the first stage, the final norm and its result on the last."""
     z = _Sizes.of(spec, layout)
     ids = 8 if stage == 0 else 0
     return ids + ((4 * z.h + 4 + 2 * z.h * e) / z.s if stage == layout.pp - 1 else 0)

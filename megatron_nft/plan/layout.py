@@ -124,7 +124,7 @@ def problems(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: C
 
 
 def _processes(policy: PolicyConfig, config: Config, cluster: Cluster) -> list[str]:
-    """How the processes of the trainer are divided: over the model-parallel sizes, over nodes, over answers."""
+    """Say what is wrong with how the trainer's processes are divided over model-parallel sizes, nodes and answers."""
     problems, tp = [], policy.tensor_model_parallel_size
     if tp > cluster.devices_per_node:
         problems.append(
@@ -145,7 +145,7 @@ def _processes(policy: PolicyConfig, config: Config, cluster: Cluster) -> list[s
 
 
 def _lengths(spec: ModelSpec, policy: PolicyConfig, config: Config) -> list[str]:
-    """Whether the longest answer fits a micro-batch and the model's context."""
+    """Say whether the longest answer exceeds a micro-batch or the model's context."""
     problems, longest, multiple = [], longest_sequence(config), policy.token_multiple
     padded = -(-longest // multiple) * multiple
     if padded > policy.micro_batch_tokens:

@@ -137,14 +137,14 @@ def in_flight_layers(spec: ModelSpec, layout: LayoutSettings, stage: int, num_mi
 
 
 def _training(
-    spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int, m: int
+    spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int, num_micro_batches: int
 ) -> dict[str, int]:
-    """Parts that only the training phase has. The CPU spec has no separate workspaces."""
+    """Return the parts that only the training phase has. The CPU spec has no separate workspaces."""
     tokens, e = layout.micro_batch_tokens, element_bytes(config)
     on_cpu = cluster.chip.name == "cpu" or config.policy.layer_spec == "local"
     fp8 = config.policy.fp8.recipe != "none"
     layer = cpu_layer(spec, layout, e) if on_cpu else gpu_layer(spec, layout, fp8)
-    kept = layer.kept[layout.recompute] * in_flight_layers(spec, layout, stage, m)
+    kept = layer.kept[layout.recompute] * in_flight_layers(spec, layout, stage, num_micro_batches)
     ends = cpu_ends(spec, layout, e, stage) if on_cpu else 0
     parts = {"activations": int(tokens * (kept + ends + layer.recomputed[layout.recompute] + layer.gradients))}
     if not on_cpu:

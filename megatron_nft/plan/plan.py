@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def tokens_per_day(self) -> float:
-        """Trained tokens."""
+        """Trained tokens per day."""
         return self.trained_tokens / self.step_s * DAY_S if self.times else 0.0
 
     @property

@@ -162,7 +162,7 @@ def _content() -> dict[str, Any]:
 
 
 def _settings(policy: Policy) -> dict[str, Any]:
-    """What decides the form of the optimizer state."""
+    """Return the settings that decide the form of the optimizer state."""
     return policy.config.policy.model_dump(include={"precision", "use_distributed_optimizer"})
 
 

@@ -27,7 +27,7 @@ def quick_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def bucket_padding(policy: Policy) -> Iterator[None]:
-    """Corrects the gathered optimizer state of megatron-core 0.16.1's distributed optimizer while it is asked for.
+    """Correct what megatron-core 0.16.1's distributed optimizer gathers of its state while the block runs.
 
     `get_parameter_state_dp_zero` joins a buffer's buckets without the padding between them, and the reshardable format
     then cuts parameters out by positions that count the padding: with two or more buckets (tied embeddings under

@@ -195,33 +195,61 @@ def tensor_parallel_sizes(spec: ModelSpec) -> dict[str, int]:
     }
 
 
-def split_problems(spec: ModelSpec, policy: PolicyConfig) -> list[str]:
-    """Why the model cannot be split over the ranks as set, one sentence per rule that is broken. The vocabulary is
-    padded, so it never stands in the way."""
-    tp, pp, ep = (
-        policy.tensor_model_parallel_size,
-        policy.pipeline_model_parallel_size,
-        policy.expert_model_parallel_size,
-    )
-    vpp = policy.virtual_pipeline_model_parallel_size or 1
+@dataclass(frozen=True)
+class SizeNames:
+    """How messages name the parallel sizes; `{}` stands for the number."""
+
+    tp: str
+    pp: str
+    vpp: str
+    ep: str
+    brief: bool  # without the product of pp and vpp and without the sizes that would do
+
+
+SETTINGS = SizeNames(
+    tp="tensor_model_parallel_size ({})",
+    pp="pipeline_model_parallel_size ({})",
+    vpp="virtual_pipeline_model_parallel_size ({})",
+    ep="expert_model_parallel_size ({})",
+    brief=False,
+)
+OPTIONS = SizeNames(tp="--tp {}", pp="--pp {}", vpp="--vpp {}", ep="--ep {}", brief=True)
+
+
+def division_problems(spec: ModelSpec, *, tp: int, pp: int, vpp: int, ep: int, names: SizeNames) -> list[str]:
+    """Why the model cannot be divided by these sizes, one sentence per rule that is broken.
+
+    The vocabulary is padded, so it never stands in the way.
+    """
     divided, problems = tensor_parallel_sizes(spec), []
     for key, value in divided.items():
         if value % tp:
             common = math.gcd(*divided.values())
-            allowed = [n for n in range(1, common + 1) if common % n == 0]
-            problems.append(
-                f"tensor_model_parallel_size ({tp}) must divide the model's {key} ({value}); "
-                f"allowed for this model: {', '.join(map(str, allowed))}"
-            )
+            allowed = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            hint = "" if names.brief else f"; allowed for this model: {allowed}"
+            problems.append(f"{names.tp.format(tp)} must divide the model's {key} ({value}){hint}")
     if spec.num_layers % (pp * vpp):
-        chunks = f"pipeline_model_parallel_size ({pp})"
-        chunks += f" x virtual_pipeline_model_parallel_size ({vpp}) = {pp * vpp}" if vpp > 1 else ""
+        chunks = names.pp.format(pp)
+        chunks += f" x {names.vpp.format(vpp)}" if vpp > 1 or names.brief else ""
+        chunks += f" = {pp * vpp}" if vpp > 1 and not names.brief else ""
         problems.append(f"{chunks} must divide the model's num_hidden_layers ({spec.num_layers})")
     if ep > 1 and not spec.num_experts:
-        problems.append(f"expert_model_parallel_size ({ep}) must be 1: {spec.family} has no experts")
+        problems.append(f"{names.ep.format(ep)} must be 1: {spec.family} has no experts")
     elif spec.num_experts % ep:
-        problems.append(f"expert_model_parallel_size ({ep}) must divide the model's num_experts ({spec.num_experts})")
+        problems.append(f"{names.ep.format(ep)} must divide the model's num_experts ({spec.num_experts})")
     return problems
+
+
+def split_problems(spec: ModelSpec, policy: PolicyConfig) -> list[str]:
+    """Return the `division_problems` of the sizes in the settings."""
+    return division_problems(
+        spec,
+        tp=policy.tensor_model_parallel_size,
+        pp=policy.pipeline_model_parallel_size,
+        vpp=policy.virtual_pipeline_model_parallel_size or 1,
+        ep=policy.expert_model_parallel_size,
+        names=SETTINGS,
+    )
 
 
 def check_layout(spec: ModelSpec, policy: PolicyConfig) -> None:

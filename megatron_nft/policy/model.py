@@ -74,6 +74,14 @@ class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
         return weight
 
 
+def unwrap(chunk: nn.Module) -> PolicyModel:
+    """Return the model inside Megatron's wrappers, DistributedDataParallel for one."""
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
+    assert isinstance(chunk, PolicyModel)
+    return chunk
+
+
 def uses_transformer_engine(policy: PolicyConfig) -> bool:
     """Whether the layers are Transformer Engine's. RuntimeError where it is asked for and missing."""
     cuda = torch.cuda.is_available()
@@ -141,7 +149,7 @@ def transformer_config(spec: ModelSpec, policy: PolicyConfig) -> TransformerConf
 
 
 def _leave(weight: Tensor) -> Tensor:
-    """Initializes nothing: every weight is loaded."""
+    """Do nothing in place of an initialization: every weight is loaded."""
     return weight
 
 

@@ -88,11 +88,6 @@ class Policy:
         """What the tokens of a micro-batch must be a multiple of, for sequence parallelism and the FP8 recipe."""
         return self.config.policy.token_multiple
 
-    def round_num_micro_batches(self, count: int) -> int:
-        """The next number of micro-batches, at least one, that the pipeline schedule can run."""
-        multiple = self.layout.pp.size if self.layout.vpp_size else 1
-        return max(1, -(-count // multiple)) * multiple
-
     @property
     def optimizer_kind(self) -> str:
         """Which Adam is in use, for people."""

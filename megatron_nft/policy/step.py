@@ -21,14 +21,14 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_nft.metrics import Max, Mean
 from megatron_nft.policy.logprobs import linear_logprobs
-from megatron_nft.policy.model import PolicyModel, packed_params
+from megatron_nft.policy.model import PolicyModel, packed_params, unwrap
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.types import PackedBatch
 
@@ -72,13 +72,6 @@ class Outcome:
     num_tokens: Tensor
     means: dict[str, tuple[Tensor, Tensor]]  # total and count
     maxima: dict[str, Tensor]
-
-
-def unwrap(chunk: nn.Module) -> PolicyModel:
-    """The model inside Megatron's DistributedDataParallel."""
-    model = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
-    assert isinstance(model, PolicyModel)
-    return model
 
 
 def check_micro_batches(micro_batches: list[PackedBatch], layout: ParallelLayout, multiple_of: int) -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from megatron_nft.data.sample_file import read_samples, write_samples
 from megatron_nft.distributed import gather_objects, run_everywhere
-from megatron_nft.files import flush_to_disk, sha256_of_file
+from megatron_nft.files import flush_to_disk, publish_folder, sha256_of_file, write_atomically
 from megatron_nft.types import TrainingSample
 
 FORMAT = 1
@@ -42,12 +42,12 @@ class RunState:
     weight_version: int = 0
     cursor: int = 0  # next draw of the prompt stream
     surplus: tuple[TrainingSample, ...] = field(default=(), repr=False)  # held by this rank's replica
-    unwritten: dict[str, Any] | None = field(default=None, repr=False)  # see Manifest.figures
+    unwritten: dict[str, Any] | None = field(default=None, repr=False)  # Manifest.figures
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """manifest.json."""
+    """The content of manifest.json, whose keys are the fields' names."""
 
     format: int
     step: int
@@ -148,14 +148,8 @@ class CheckpointStore:
             files=dict(sorted(files.items())),
             **self._identity,
         )
-        path = partial / "manifest.json"
-        path.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
-        for p in (path, partial / "megatron", partial / "surplus", partial):
-            flush_to_disk(p)
-        if final.exists():  # a resumed run came past this step again
-            shutil.rmtree(final)
-        os.rename(partial, final)
-        flush_to_disk(final.parent)
+        write_atomically(partial / "manifest.json", json.dumps(asdict(manifest), indent=1))
+        publish_folder(partial, final)
 
     def _remove_old(self) -> None:
         for step in complete_steps(self._run_dir)[self._keep :]:

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from megatron_nft.algorithms import Algorithm
+from megatron_nft.config import Config
 from megatron_nft.data.grouping import classify
+from megatron_nft.data.prompts import PromptStream
 from megatron_nft.data.rollout_file import rollout_path, write_rollouts
 from megatron_nft.distributed import gather_objects, route
 from megatron_nft.engines.answers import generate_groups
+from megatron_nft.engines.engine import Engine
 from megatron_nft.metrics import Metrics
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.train import record
 from megatron_nft.train.checkpoints import RunState
-from megatron_nft.train.lifecycle import Interrupted
-from megatron_nft.train.parts import Parts
+from megatron_nft.train.lifecycle import Interrupted, Lifecycle, StopSignals
 from megatron_nft.train.schedule import GroupFacts, SampleKey, StepPlan
 from megatron_nft.types import Prompt, RolloutGroup, TrainingSample
+from megatron_nft.verify import VerifierPool
+
+Ask = Callable[[list[tuple[int, Prompt]]], list[RolloutGroup]]
+"""Drawn questions, (draw, prompt) each, to their groups of graded answers."""
 
 
 class EmptyBatchError(RuntimeError):
@@ -38,12 +47,22 @@ class Collected:
     cursor: int
 
 
-def collect(parts: Parts, state: RunState, step: int, metrics: Metrics) -> Collected:
-    """Generate and grade until enough groups are kept. Collective.
+def collect(
+    ask: Ask,
+    state: RunState,
+    step: int,
+    metrics: Metrics,
+    *,
+    config: Config,
+    layout: ParallelLayout,
+    stream: PromptStream,
+    algorithm: Algorithm,
+    stop: StopSignals,
+) -> Collected:
+    """Draw questions and `ask` them until enough groups are kept. Collective.
 
     EmptyBatchError when the bound on generation batches is reached first, Interrupted after a stop signal.
     """
-    config, layout, stream = parts.config, parts.layout, parts.questions.stream
     needed = config.train.questions_per_step
     stream.cursor = state.cursor
     held = {(s.draw, s.sample_index): s for s in state.surplus} if layout.is_replica_leader else {}
@@ -59,15 +78,15 @@ def collect(parts: Parts, state: RunState, step: int, metrics: Metrics) -> Colle
         groups: list[RolloutGroup] = []
         facts = []
         with suppress(Interrupted):  # told to the others below: all ranks leave together
-            groups = generate(parts, draws[layout.rank :: layout.world_size], state.weight_version, step, metrics)
+            groups = ask(draws[layout.rank :: layout.world_size])
         for group in groups:
             fate = classify(group)
-            kept = parts.algorithm.samples(group) if fate == "kept" else []
+            kept = algorithm.samples(group) if fate == "kept" else []
             found.samples |= {(s.draw, s.sample_index): s for s in kept}
             found.fates.append(fate)
             facts.append(GroupFacts(group.draw, layout.rank, fate, step, _sizes(kept)))
         found.groups += groups
-        answers = gather_objects((parts.life.stop.signum, facts), layout.world_gloo)
+        answers = gather_objects((stop.signum, facts), layout.world_gloo)
         if signum := max(s for s, _ in answers):
             raise Interrupted(signum)
         all_facts = [f for _, part in answers for f in part]
@@ -97,20 +116,28 @@ def surplus_facts(rank: int, held: dict[SampleKey, TrainingSample]) -> list[Grou
 
 
 def generate(
-    parts: Parts, draws: list[tuple[int, Prompt]], weight_version: int, step: int, metrics: Metrics
+    draws: list[tuple[int, Prompt]],
+    metrics: Metrics,
+    *,
+    engine: Engine,
+    verifier: VerifierPool,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    life: Lifecycle,
+    step: int,
+    weight_version: int,
 ) -> list[RolloutGroup]:
-    """This rank's questions, answered and graded. Interrupted at the first answer after a stop signal."""
-    config = parts.config
+    """Answers of the engine to this rank's questions, graded. Interrupted at the first one after a stop signal."""
     total = len(draws) * config.rollout.answers_per_question
-    with parts.life.progress(f"step {step}: answers", total, interruptible=True) as on_progress:
+    with life.progress(f"step {step}: answers", total, interruptible=True) as on_progress:
         groups, verify_wait_s = generate_groups(
-            parts.engine,
+            engine,
             draws,
             config,
-            parts.verifier,
+            verifier,
             step=step,
             weight_version=weight_version,
-            tokenizer=parts.questions.tokenizer,
+            tokenizer=tokenizer,
             on_progress=on_progress,
         )
     record.add_rollouts(metrics, groups, verify_wait_s)

@@ -117,7 +117,7 @@ def summarize_held_out(counts: np.ndarray, held_out: HeldOut) -> dict[str, float
         prompt = held_out.prompts[position]
         key = (held_out.benchmarks[position], json.dumps([prompt.messages, prompt.answer]))
         merged[key] = merged[key] + [0, *row[1:]] if key in merged else row
-    figures = summarize_counts(np.array(list(merged.values())))
+    summary = summarize_counts(np.array(list(merged.values())))
     scores: dict[str, list[float]] = defaultdict(list)
     for (benchmark, _), row in merged.items():
         scores[benchmark].append(row[2] / row[1])
@@ -125,6 +125,6 @@ def summarize_held_out(counts: np.ndarray, held_out: HeldOut) -> dict[str, float
         arrays = {name: np.array(values) for name, values in scores.items()}
         intervals = {"": macro_average(arrays)} | {f"{name}/": bootstrap_interval(s) for name, s in arrays.items()}
         for name, interval in intervals.items():
-            figures[f"{name}accuracy"] = interval.mean
-            figures[f"{name}accuracy_low"], figures[f"{name}accuracy_high"] = interval.low, interval.high
-    return figures
+            summary[f"{name}accuracy"] = interval.mean
+            summary[f"{name}accuracy_low"], summary[f"{name}accuracy_high"] = interval.low, interval.high
+    return summary

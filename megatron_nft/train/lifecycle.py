@@ -79,7 +79,7 @@ class Phases:
         return seconds
 
     def progress(self) -> None:
-        """Something moved: the stall watch starts anew."""
+        """Tell the stall watch that something has moved: its time starts anew."""
         self._last_progress = time.monotonic()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ replica that trains them. What every rank must agree on is computed by each from
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from megatron_nft.console import step_line
 from megatron_nft.distributed import largest
@@ -15,7 +16,7 @@ from megatron_nft.policy import checkpoint as policy_checkpoint
 from megatron_nft.policy.policy import StepReport
 from megatron_nft.train import record
 from megatron_nft.train.checkpoints import RunState, folder_of
-from megatron_nft.train.collect import collect, write_step
+from megatron_nft.train.collect import Ask, collect, generate, write_step
 from megatron_nft.train.held_out import evaluate_held_out
 from megatron_nft.train.lifecycle import Interrupted
 from megatron_nft.train.parts import Parts
@@ -64,7 +65,17 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
     config, layout, policy, phases = parts.config, parts.layout, parts.policy, parts.life.phases
     step = phases.step = state.step + 1
     with phases("generate"):
-        found = collect(parts, state, step, metrics)
+        found = collect(
+            ask_engine(parts, state, metrics),
+            state,
+            step,
+            metrics,
+            config=config,
+            layout=layout,
+            stream=parts.questions.stream,
+            algorithm=parts.algorithm,
+            stop=parts.life.stop,
+        )
         release_engine(parts.engine, layout)
     with phases("exchange"):
         plan = plan_step(
@@ -114,6 +125,21 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
     )
 
 
+def ask_engine(parts: Parts, state: RunState, metrics: Metrics) -> Ask:
+    """How questions of the step after `state` are answered and graded; what it costs is added to `metrics`."""
+    return partial(
+        generate,
+        metrics=metrics,
+        engine=parts.engine,
+        verifier=parts.verifier,
+        tokenizer=parts.questions.tokenizer,
+        config=parts.config,
+        life=parts.life,
+        step=state.step + 1,
+        weight_version=state.weight_version,
+    )
+
+
 def count_skipped(skipped: int, outcome: StepReport, limit: int, saved_step: int) -> int:
     """How many optimizer steps in a row were skipped, the last one included. TrainingFailure above `limit`."""
     if not outcome.skipped:
@@ -154,7 +180,7 @@ def finish_step(parts: Parts, state: RunState) -> None:
 
 
 def save(parts: Parts, state: RunState) -> None:
-    """A checkpoint of `state`, unless there is one. Collective."""
+    """Save a checkpoint of `state`, unless there is one. Collective."""
     if parts.store.saved_step == state.step:
         return
     with parts.life.phases("checkpoint"):
@@ -164,7 +190,7 @@ def save(parts: Parts, state: RunState) -> None:
 
 
 def save_and_say(parts: Parts, state: RunState, interrupted: Interrupted) -> None:
-    """After a stop signal: save the last complete step, and say what was saved. Collective."""
+    """Save the last complete step after a stop signal, and say what was saved. Collective."""
     if not state.step:
         parts.life.console.say(f"{interrupted} before the first step was complete; nothing to save")
         return
@@ -174,7 +200,7 @@ def save_and_say(parts: Parts, state: RunState, interrupted: Interrupted) -> Non
 
 
 def export(parts: Parts) -> None:
-    """The trained weights as a Hugging Face folder. Collective."""
+    """Write the trained weights as a Hugging Face folder. Collective."""
     folder = parts.config.run_dir / "hf"
     with parts.life.phases("export"):
         save_hf(

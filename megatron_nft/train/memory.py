@@ -39,7 +39,7 @@ def check_memory(config: Config, spec: ModelSpec, device: torch.device, *, stage
 def memory_problems(
     config: Config, spec: ModelSpec, *, free: int, total: int, stage: int, world_size: int, local_world_size: int
 ) -> list[str]:
-    """`check_memory` for given figures, bytes of one device: `free` before anything is allocated."""
+    """`check_memory` for a device of `total` bytes, of which `free` are free before anything is allocated."""
     chip = replace(CHIPS["h100"], name="this GPU", memory_bytes=total)
     cluster = Cluster(chip, max(1, world_size // local_world_size), local_world_size)
     plan = LayoutSettings.of(config)
@@ -92,14 +92,16 @@ def release_unused() -> None:
 
 
 class PhaseMemory:
-    """Per phase: the most that this process allocated on its GPU, and what all processes hold there at the end."""
+    """The memory of this rank's GPU in each phase: the most that this process allocated during the phase, and what all
+    processes held at its end."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
         self._phases: dict[str, tuple[int, int]] = {}
 
     def note(self, phase: str) -> None:
-        """At the end of a phase; the next peak starts here. A phase that comes twice keeps the larger figures."""
+        """Record the memory of the phase that has just ended, and start a new peak. Of a phase that ran twice, the
+        larger values are kept."""
         if self._device is None:
             return
         free, total = torch.cuda.mem_get_info(self._device)

@@ -9,7 +9,7 @@ import gc
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -50,7 +50,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop is written in terms of."""
+    """Everything that the training loop works with on this rank."""
 
     config: Config
     layout: ParallelLayout
@@ -87,23 +87,17 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
     say(f"optimizer: {policy.optimizer_kind}")
     store = CheckpointStore(config.run_dir, config.checkpoint.keep, _identity(config, spec, layout), layout.world_gloo)
     state = restore(config, spec, layout, policy, store, say)
-    with ExitStack() as opened:
-
-        def close_later(part: Closable) -> None:
-            opened.callback(_close, part, life.phases)
-
+    with Closer(life.phases) as closer:
         sinks = _open_sinks(config, first_step=state.step + 1 if state.step else 0) if layout.rank == 0 else []
         for sink in sinks:
-            close_later(sink)
+            closer.add(sink)
         verifier = VerifierPool(config.verify)
-        close_later(verifier)
-        # Closed after the engine: servers of our own are gone then, others are told to leave the update group.
-        syncs = ExitStack()
-        close_later(syncs)
+        closer.add(verifier)
         engine = create_engine(config, layout)
-        close_later(engine)
+        closer.add(engine)
         sync = open_weight_sync(config, spec, layout, engine)
-        syncs.callback(sync.close)
+        # Servers of our own are gone by then; others are told to leave the update group.
+        closer.add(sync, after=engine)
         memory = PhaseMemory(layout.device)
         recorder = Recorder(sinks, life.phases, memory, layout)
         recorder.restore(state)
@@ -222,9 +216,23 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
-def _close(part: Closable, phases: Phases) -> None:
-    """Close a part; one that fails to close is reported and does not keep the others open."""
-    try:
-        part.close()
-    except Exception as e:
-        print(f"megatron-nft: {phases}: while closing: {type(e).__name__}: {e}", file=sys.stderr)
+class Closer:
+    """Closes what was added when its block ends: the latest first, and each whatever happens to the others."""
+
+    def __init__(self, phases: Phases) -> None:
+        self._phases = phases
+        self._parts: list[Closable] = []  # in the order in which they were opened; closed from the end
+
+    def add(self, part: Closable, *, after: Closable | None = None) -> None:
+        """Close `part` before all that were added earlier, or right after the part `after`."""
+        self._parts.insert(len(self._parts) if after is None else self._parts.index(after), part)
+
+    def __enter__(self) -> Closer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._parts:
+            try:
+                self._parts.pop().close()
+            except Exception as e:
+                print(f"megatron-nft: {self._phases}: while closing: {type(e).__name__}: {e}", file=sys.stderr)

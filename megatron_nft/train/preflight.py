@@ -36,10 +36,10 @@ def _check_tokenizer(folder: Path) -> None:
 
 def _check_architecture(model: ModelConfig) -> None:
     """`model.architecture`, which stands in for the folder in `plan`, must not say otherwise than the folder."""
-    figures = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    values = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     for key, value in (model.architecture or {}).items():
-        if key in figures and figures[key] != value:
-            raise ValueError(f"model.architecture: {key} is {value!r}, config.json has {figures[key]!r}")
+        if key in values and values[key] != value:
+            raise ValueError(f"model.architecture: {key} is {value!r}, config.json has {values[key]!r}")
 
 
 def _check_files(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -13,6 +14,7 @@ from typing import NoReturn
 
 from megatron_nft.config import Config, dump_config
 from megatron_nft.console import Console
+from megatron_nft.files import write_atomically
 from megatron_nft.train.launch import EXIT_INTERRUPTED, EXIT_SAVED
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle, Phases, StopSignals
 
@@ -61,7 +63,8 @@ def run_rank(config: Config) -> int:
 
 
 def _leave_at_once(status: int) -> NoReturn:
-    """os._exit, which skips atexit: torch's helper for shared memory would live on and keep our output open."""
+    """End the process without atexit's handlers, but not without torch's helper for shared memory, which would live on
+    and keep our output open."""
     if "torch" in sys.modules:
         from megatron_nft.weights.shared_memory import clean_up
 
@@ -70,7 +73,7 @@ def _leave_at_once(status: int) -> NoReturn:
 
 
 def _lock_run_folder(config: Config) -> None:
-    """Held for as long as the process lives; a second run on the same folder is an error."""
+    """Lock the run folder for as long as this process lives. ValueError where another run has it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)  # under torchrun no preflight has made it
     fd = os.open(config.run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # closed with the process
     try:
@@ -80,17 +83,19 @@ def _lock_run_folder(config: Config) -> None:
 
 
 def write_resolved_config(config: Config) -> None:
-    """run_dir/config.yaml; settings of an earlier start that differ are kept as config.1.yaml, config.2.yaml, …"""
+    """Write run_dir/config.yaml. Other settings of an earlier start are kept as config.1.yaml, config.2.yaml, …"""
     path, text = config.run_dir / "config.yaml", dump_config(config)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         number = 1 + sum(1 for _ in config.run_dir.glob("config.*.yaml"))
-        path.rename(config.run_dir / f"config.{number}.yaml")
-    path.write_text(text, encoding="utf-8")
+        shutil.copyfile(path, config.run_dir / f"config.{number}.yaml")
+    write_atomically(path, text)
 
 
 def _explain(error: BaseException, phases: Phases) -> None:
-    """The traceback goes first where it helps, and so does a text of several lines, which may hold the end of a
-    server's log. The last line says who, where and what."""
+    """Print the traceback where it helps, and then one last line that says who failed, where and why.
+
+    A text of several lines, which may hold the end of a server's log, comes before the last line, which has its first.
+    """
     text = str(error) or type(error).__name__
     if _is_failed_collective(error):
         text = f"lost the connection to another rank, which ended or failed (its own message says why): {text}"
@@ -112,5 +117,5 @@ def _is_failed_collective(error: BaseException) -> bool:
 
 
 def _is_unforeseen(error: BaseException) -> bool:
-    """Our own errors explain themselves; a plain RuntimeError out of a library does not."""
+    """Whether the error needs its traceback: ours explain themselves, a library's plain RuntimeError does not."""
     return type(error) is RuntimeError or not type(error).__module__.startswith(("megatron_nft", "builtins"))

@@ -1,4 +1,4 @@
-"""The figures of a training step, by name, and how each is made.
+"""The metrics of a training step, by name, and how each is made.
 
 Every function adds what one rank knows. What all ranks know alike is added by rank 0 alone.
 """
@@ -18,6 +18,17 @@ from megatron_nft.types import RolloutGroup, TrainingSample, Verdict
 if TYPE_CHECKING:
     from megatron_nft.policy.policy import StepReport
 
+TRAINER_NAMES = frozenset(
+    {
+        "generation_batches", "grad_norm", "grad_norm/max", "loss/total", "lr", "policy/entropy", "skipped_steps",
+        "skipped_steps/share", "step", "tokens/generated", "tokens/trained", "tokens_per_s",
+    }
+)  # fmt: skip
+TRAINER_PREFIXES = (
+    "accuracy/", "answers/", "correct_rate/", "entropy/", "eval/", "gap/", "groups/", "length/", "memory/", "seconds/",
+    "sync/", "verdict/",
+)  # fmt: skip
+"""Names of the trainer's own metrics, which an algorithm's must not be added to."""
 HISTOGRAM_BINS = 11  # correct rates 0, 0.1, …, 1 sit in bins of their own
 
 
@@ -79,7 +90,12 @@ def add_gap(metrics: Metrics, samples: Sequence[TrainingSample]) -> None:
 
 
 def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
-    """One optimizer step, the algorithm's own metrics included; the report holds sums over all ranks already."""
+    """One optimizer step, the algorithm's own metrics included; the report holds sums over all ranks already.
+
+    ValueError, on every rank, where the algorithm gives a metric the name of one of the trainer's.
+    """
+    if taken := [n for n in report.metrics if n in TRAINER_NAMES or n.startswith(TRAINER_PREFIXES)]:
+        raise ValueError(f"the algorithm's metric {taken[0]!r} has a name of the trainer's own; choose another")
     if rank != 0:
         return
     metrics.mean("skipped_steps/share", float(report.skipped), 1)
@@ -94,9 +110,9 @@ def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
         metrics.add(name, value)
 
 
-def add_sync(metrics: Metrics, figures: dict[str, float]) -> None:
+def add_sync(metrics: Metrics, costs: dict[str, float]) -> None:
     """Seconds and bytes of a weight sync, the slowest rank's."""
-    for name, value in figures.items():
+    for name, value in costs.items():
         metrics.max(f"sync/{name}", value)
 
 
@@ -109,8 +125,8 @@ def add_seconds(metrics: Metrics, phases: dict[str, float], total: float) -> Non
 
 
 def add_memory(metrics: Metrics, phases: dict[str, tuple[int, int]]) -> None:
-    """Per phase the most that the trainer allocated, and what the device held at its end, engine and all; the fullest
-    device's."""
+    """The memory of each phase, of the fullest device: the most that the trainer allocated during the phase, and what
+    the device held at its end, the engine's share included."""
     for name, (peak, held) in phases.items():
         metrics.max(f"memory/{name}_peak_bytes", peak)
         metrics.max(f"memory/{name}_device_bytes", held)

@@ -60,7 +60,7 @@ def pack_for_policy(samples: Sequence[TrainingSample], policy: Policy) -> list[P
 
 @contextmanager
 def micro_batch_progress(policy: Policy, life: Lifecycle, description: str, total: int) -> Iterator[None]:
-    """Around a pass of the policy over `total` micro-batches: a bar, and each of them keeps the stall watch quiet."""
+    """Show a pass of the policy over `total` micro-batches: a bar, and each of them keeps the stall watch quiet."""
     with life.progress(f"step {life.phases.step}: {description}", total) as advance:
         policy.on_micro_batch = advance
         try:

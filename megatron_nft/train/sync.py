@@ -31,14 +31,14 @@ def sync_weights(
 
 
 def release_engine(engine: Engine, layout: ParallelLayout) -> None:
-    """The engines give their memory to the trainer. Collective; nothing without rollout.server.memory_saver."""
+    """Let the engines give their memory to the trainer. Collective; nothing without rollout.server.memory_saver."""
     engine.release_memory()
     if engine.memory_released:
         barrier(layout.world_gloo)  # nobody allocates before all engines of the host have let go
 
 
 def resume_engine(engine: Engine, layout: ParallelLayout) -> None:
-    """The trainer's unused memory goes back to the engines, if they were released. Collective in the same way."""
+    """Give the trainer's unused memory back to the engines, if they had released theirs. Collective in the same way."""
     if not engine.memory_released:
         return
     release_unused()

@@ -77,7 +77,7 @@ def _scan(path: Path) -> tuple[int, str]:
 
 
 def _open_journal(path: Path, key: dict[str, Any]) -> int:
-    """Return how many rows an earlier, interrupted call has graded; a torn last line is cut off the journal.
+    """Return how many rows an earlier, interrupted call has graded; an incomplete last line is cut off the journal.
 
     key: what the journal is valid for. A journal of anything else is begun anew.
     """

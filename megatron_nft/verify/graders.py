@@ -48,7 +48,8 @@ def split_names(graders: str) -> tuple[str, ...]:
         if _tolerance(name) is None and name not in BUILTIN and "." not in name:
             raise GraderError(f"unknown grader {name!r}: use one of {', '.join(GRADERS)}, or module.function")
     if len(set(names)) != len(names):
-        raise GraderError(f"a grader is named twice in {graders!r}")
+        former = [f"{name} is the former name of {FORMER_NAMES[name]}" for name in given if name in FORMER_NAMES]
+        raise GraderError("; ".join([f"a grader is named twice in {graders!r}", *dict.fromkeys(former)]))
     return names
 
 

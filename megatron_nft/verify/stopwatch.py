@@ -34,13 +34,13 @@ class Stopwatch:
         self._look: tuple[float, Usage] | None = None  # seconds from the start to the first look, and the usage then
 
     def start(self) -> None:
-        """Begin with a new row."""
+        """Start to time a new row."""
         self._start = time.monotonic()
         self._look = None
         self.deadline = self._start + FIRST_LOOK * self.bound_s
 
     def stop(self) -> None:
-        """No row is being graded."""
+        """Stop timing: no row is being graded."""
         self.deadline = float("inf")
 
     def expired(self, pid: int) -> bool:

@@ -28,7 +28,7 @@ class TensorMeta:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Full HF tensors, one behind the other in `flat`; valid until the next bucket is asked for."""
+    """Full HF tensors in one buffer, without gaps; valid until the next bucket is asked for."""
 
     metas: list[TensorMeta]
     flat: torch.Tensor  # uint8 [nbytes]
@@ -93,7 +93,7 @@ def plan_stage(
     bucket_bytes: int,
     dtype: torch.dtype | None,
 ) -> list[BucketPlan]:
-    """The buckets of this rank's pipeline stage: dense parameters first, then experts."""
+    """Return the buckets of this rank's pipeline stage: dense parameters first, then experts."""
     if bucket_bytes <= 0:
         raise ValueError(f"bucket_bytes={bucket_bytes}: must be positive")
     held = [h for h in held_parameters(chunks, geometry, layout) if not h.place.row.tied_copy]
@@ -113,7 +113,7 @@ def _dense_entry(held: Held, tp_size: int, dtype: torch.dtype | None) -> Entry:
 
 
 def _expert_entries(held: list[Held], layout: ParallelLayout, dtype: torch.dtype | None) -> list[Entry]:
-    """Own experts and those of the other expert-parallel ranks, in the order of a forward pass."""
+    """Return entries for the experts of all expert-parallel ranks, in the order of a forward pass."""
     etp_size = parallel_state.get_expert_tensor_parallel_world_size()
     by_matrix: dict[tuple[int | None, ParameterRow], list[Held]] = {}
     for h in held:
@@ -134,14 +134,14 @@ def _group(
 ) -> list[BucketPlan]:
     """Fill buckets in order; one dtype per bucket, so that every tensor is aligned without padding."""
     buckets: list[list[Entry]] = []
-    room = 0
+    free_bytes = 0
     for entry in entries:
         nbytes = entry.hf_bytes(geometry)
-        if not buckets or nbytes > room or entry.dtype != buckets[-1][-1].dtype:
+        if not buckets or nbytes > free_bytes or entry.dtype != buckets[-1][-1].dtype:
             buckets.append([])
-            room = bucket_bytes
+            free_bytes = bucket_bytes
         buckets[-1].append(entry)
-        room -= nbytes
+        free_bytes -= nbytes
     return [BucketPlan(bucket, _metas(bucket, geometry), group, gathers) for bucket in buckets]
 
 

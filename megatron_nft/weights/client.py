@@ -44,7 +44,7 @@ class WeightClient(Protocol):
         ...
 
     def begin(self) -> None:
-        """Open an update. One that a killed trainer left open is no obstacle."""
+        """Open an update, also where a killed trainer left one open."""
         ...
 
     def load_shared(self, bucket: Bucket) -> None:
@@ -72,15 +72,15 @@ class WeightClient(Protocol):
         ...
 
     def checksums(self) -> dict[str, dict[int, str]] | None:
-        """Tensor -> tensor-parallel rank -> checksum, to compare with `reference`. None where it cannot tell."""
+        """Return {tensor: {tensor-parallel rank: checksum}}, to compare with `reference`. None where it cannot tell."""
         ...
 
     def reference(self, geometry: Geometry) -> Reference:
-        """A collector of the trainer's checksums in the form in which this kind of server gives its own."""
+        """Return a collector of the trainer's checksums in the form in which this kind of server gives its own."""
         ...
 
     def hf_names_of(self, tensor: str, hf_names: Sequence[str]) -> list[str]:
-        """The HF tensors, out of `hf_names`, that the server keeps in the tensor that it calls `tensor`."""
+        """Return the HF tensors, out of `hf_names`, that the server keeps in the tensor that it calls `tensor`."""
         ...
 
     def resume(self) -> None:
@@ -88,7 +88,7 @@ class WeightClient(Protocol):
         ...
 
     def prompt_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
-        """Log-probs of token_ids[1:], temperature 1: int32 [L] -> float32 [L - 1]."""
+        """Return the log-probs of token_ids[1:] at temperature 1: int32 [L] -> float32 [L - 1]."""
         ...
 
     def close(self) -> None:

@@ -4,10 +4,10 @@ Each pipeline stage has a *leader* (tensor rank 0 of data-parallel replica 0). F
 stage send their shards to the leader in messages (`messages.py`), and it writes them into their place in a flat buffer
 of full HF tensors. With `everywhere` the leader then broadcasts the buffer to the world.
 
-Memory on a leader: two buffers of a bucket each, so that one is filled while the other is in use, and room for the
-messages, which is no larger than the largest parameter. A parameter larger than a bucket gets a buffer for itself,
-alone, with the room in one of the two. So never more than two buckets and the largest parameter; no rank holds the
-model. A sender holds its own shards of one bucket.
+Memory on a leader: two buffers of a bucket each, so that one is filled while the other is in use, and a staging
+buffer for the messages, no larger than the largest parameter. A parameter larger than a bucket gets a buffer of its own
+while neither of the two is in use, and one of them then serves for staging. So a leader never holds more than two
+buckets and the largest parameter, and no rank holds the model. A sender holds its own shards of one bucket.
 
 Invariants:
 - every rank of the world runs the iterator to its end; all ranks of a stage compute the same plan
@@ -58,7 +58,7 @@ def export_buckets(
             if bucket is not None:
                 yield bucket
             del bucket  # one that is larger than a bucket must be gone before the next is made
-    buffers.settle()
+    buffers.wait_until_unused()
 
 
 class Buffers:
@@ -81,31 +81,31 @@ class Buffers:
         self._allocate = allocate or self._empty
         self._normal: list[torch.Tensor | None] = [None] * (2 if used else 1)
         self._turn = 0  # which of them is written next
-        self._in_use = 0  # buckets that were given out and not settled
+        self._in_use = 0  # buckets that were given out and may still be read
         self._large = False  # the last one is larger than a bucket
-        self._room: torch.Tensor | None = None
+        self._staging: torch.Tensor | None = None
 
     def bucket(self, metas: list[TensorMeta], own: bool = True) -> Bucket:
         """Return an uninitialized bucket for these tensors."""
         nbytes = metas[-1].end
         large = nbytes > self.bucket_bytes
-        self.settle(0 if large or self._large else len(self._normal) - 1)
+        self.wait_until_unused(but=0 if large or self._large else len(self._normal) - 1)
         self._large, self._in_use = large, self._in_use + 1
         if large:
-            self._room = None
+            self._staging = None
             return Bucket(metas, self._allocate(nbytes), own)
         self._turn = (self._turn + 1) % len(self._normal)
         return Bucket(metas, self._buffer(self._turn)[:nbytes], own)
 
-    def room(self, nbytes: int) -> torch.Tensor:
+    def staging_buffer(self, nbytes: int) -> torch.Tensor:
         """Return uint8 [nbytes] for messages of the bucket that was given out last; nbytes <= bucket_bytes."""
         if self._large:  # nobody uses the normal buffers
             return self._buffer(0)[:nbytes]
-        if self._room is None:
-            self._room = self._empty(nbytes)
-        return self._room[:nbytes]
+        if self._staging is None:
+            self._staging = self._empty(nbytes)
+        return self._staging[:nbytes]
 
-    def settle(self, but: int = 0) -> None:
+    def wait_until_unused(self, but: int = 0) -> None:
         """Wait until at most `but` buckets are in use."""
         while self._in_use > but:
             self._in_use -= 1
@@ -114,8 +114,8 @@ class Buffers:
 
     def release(self) -> None:
         """Give the memory back; it is allocated again when it is needed."""
-        self.settle()
-        self._normal, self._room = [None] * len(self._normal), None
+        self.wait_until_unused()
+        self._normal, self._staging = [None] * len(self._normal), None
 
     def _empty(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -130,33 +130,33 @@ class Buffers:
 def _gather(plans: list[BucketPlan], geometry: Geometry, buffers: Buffers, everywhere: bool) -> Iterator[Bucket | None]:
     """Yield per bucket of this stage: the bucket on the leader; on a sender an empty one if `everywhere`; else None."""
     largest = max((e.hf_bytes(geometry) for plan in plans for e in plan.entries), default=0)
-    room_bytes = min(largest, buffers.bucket_bytes)
+    staging_bytes = min(largest, buffers.bucket_bytes)
     for plan in plans:
-        yield _gather_one(plan, room_bytes, geometry, buffers, everywhere)  # nothing here holds it beyond that
+        yield _gather_one(plan, staging_bytes, geometry, buffers, everywhere)  # nothing here holds it beyond that
 
 
 def _gather_one(
-    plan: BucketPlan, room_bytes: int, geometry: Geometry, buffers: Buffers, everywhere: bool
+    plan: BucketPlan, staging_bytes: int, geometry: Geometry, buffers: Buffers, everywhere: bool
 ) -> Bucket | None:
     if not plan.gathers:
         return None
     rank, size = dist.get_rank(plan.group), dist.get_world_size(plan.group)
     if rank > 0:
         empty = buffers.bucket(plan.metas, own=False) if everywhere else None
-        _send(plan, rank, size, buffers.room(room_bytes), geometry)
+        _send(plan, rank, size, buffers.staging_buffer(staging_bytes), geometry)
         return empty
     bucket = buffers.bucket(plan.metas)
     tensors = dict(bucket.tensors)
     _place_own(plan, tensors, geometry)
     if size > 1:
-        _receive(plan, tensors, size, buffers.room(room_bytes), geometry)
+        _receive(plan, tensors, size, buffers.staging_buffer(staging_bytes), geometry)
     return bucket
 
 
-def _send(plan: BucketPlan, rank: int, size: int, room: torch.Tensor, geometry: Geometry) -> None:
-    """This rank's shards of a bucket, to the leader."""
-    for message in cut_messages(plan, rank, _share(room, size), geometry):
-        packed = _part_of(room, sum(piece.nbytes for piece in message))
+def _send(plan: BucketPlan, rank: int, size: int, staging: torch.Tensor, geometry: Geometry) -> None:
+    """Send this rank's shards of a bucket to the leader."""
+    for message in cut_messages(plan, rank, _share(staging, size), geometry):
+        packed = _part_of(staging, sum(piece.nbytes for piece in message))
         pack(message, packed, geometry)
         for work in _post(dist.isend, {0: packed}, plan.group):
             work.wait()
@@ -172,28 +172,28 @@ def _place_own(plan: BucketPlan, tensors: dict[str, torch.Tensor], geometry: Geo
 
 
 def _receive(
-    plan: BucketPlan, tensors: dict[str, torch.Tensor], size: int, room: torch.Tensor, geometry: Geometry
+    plan: BucketPlan, tensors: dict[str, torch.Tensor], size: int, staging: torch.Tensor, geometry: Geometry
 ) -> None:
     """Write the shards of all senders into the full HF tensors of the leader's bucket, message by message."""
     senders = range(1, size)
-    for messages in zip_longest(*(cut_messages(plan, sender, _share(room, size), geometry) for sender in senders)):
+    for messages in zip_longest(*(cut_messages(plan, sender, _share(staging, size), geometry) for sender in senders)):
         arriving = {sender: message for sender, message in zip(senders, messages, strict=True) if message}
         sizes = [sum(piece.nbytes for piece in message) for message in arriving.values()]
-        packed = dict(zip(arriving, torch.split(_part_of(room, sum(sizes)), sizes), strict=True))
+        packed = dict(zip(arriving, torch.split(_part_of(staging, sum(sizes)), sizes), strict=True))
         for work in _post(dist.irecv, packed, plan.group):
             work.wait()
         for sender, message in arriving.items():
             _place(message, sender, packed[sender], tensors, geometry)
 
 
-def _share(room: torch.Tensor, size: int) -> int:
-    """Bytes of one sender's message: all `size` - 1 of them have room at once."""
-    return len(room) // (size - 1)
+def _share(staging: torch.Tensor, size: int) -> int:
+    """Return the bytes that one sender's message may have: those of all `size` - 1 senders share the staging buffer."""
+    return len(staging) // (size - 1)
 
 
-def _part_of(room: torch.Tensor, nbytes: int) -> torch.Tensor:
-    """For messages. Only a single row that is larger than a sender's share does not fit."""
-    return room[:nbytes] if nbytes <= len(room) else room.new_empty(nbytes)
+def _part_of(staging: torch.Tensor, nbytes: int) -> torch.Tensor:
+    """Return uint8 [nbytes] of the staging buffer, or new memory where a single row is larger than the buffer."""
+    return staging[:nbytes] if nbytes <= len(staging) else staging.new_empty(nbytes)
 
 
 def _place(
@@ -209,7 +209,7 @@ def _place(
 def _post(
     operation: Callable[..., object], tensors: dict[int, torch.Tensor], group: dist.ProcessGroup
 ) -> list[dist.Work]:
-    """One grouped call for {rank of the group: tensor}."""
+    """Start to send or receive, in one grouped call, a tensor to or from each rank of the group."""
     peers = {rank: dist.get_global_rank(group, rank) for rank in tensors}
     return dist.batch_isend_irecv([dist.P2POp(operation, t, peers[rank], group) for rank, t in tensors.items()])
 
@@ -217,7 +217,7 @@ def _post(
 def _broadcast(
     gathered: Iterator[Bucket | None], plans: list[BucketPlan], buffers: Buffers, layout: ParallelLayout
 ) -> Iterator[Bucket]:
-    """Every bucket of every stage on every rank."""
+    """Yield every bucket of every stage on every rank."""
     stages: list[list[list[TensorMeta]]] = gather_objects([plan.metas for plan in plans], layout.pp.group)
     ranks_per_stage = layout.world_size // layout.pp.size  # stages are the outermost axis: the first rank leads
     for stage, buckets in enumerate(stages):

@@ -54,7 +54,7 @@ def names_file(path: Path) -> Iterator[None]:
 
 
 def _read(file: io.RawIOBase, array: FileArray, target: torch.Tensor, index: tuple[slice, ...]) -> None:
-    """The part of `array` at `index`; `target` has its shape."""
+    """Read the part of `array` at `index` into `target`, which has its shape."""
     rows, row_shape = index[0], array.shape[1:]
     row_bytes = math.prod(row_shape) * array.dtype.itemsize
     whole_rows = all(part == slice(0, n) for part, n in zip(index[1:], row_shape, strict=True))
@@ -74,7 +74,7 @@ def _read(file: io.RawIOBase, array: FileArray, target: torch.Tensor, index: tup
 
 
 def _fill(file: io.RawIOBase, path: Path, target: torch.Tensor, offset: int) -> None:
-    """The bytes at `offset` into a contiguous tensor."""
+    """Read the bytes at `offset` into a contiguous tensor."""
     left = target.reshape(-1).view(torch.uint8).numpy().data
     file.seek(offset)
     while left:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_nft.files import flush_to_disk
+from megatron_nft.files import publish_folder
 from megatron_nft.weights.buckets import Bucket, TensorMeta
 from megatron_nft.weights.file_array import names_file
 from megatron_nft.weights.hf_folder import DTYPES, INDEX_NAME
@@ -106,22 +106,7 @@ def finish_folder(
     if len(set(file_of.values())) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(file_of.items()))}
         (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    publish(partial, out)
-
-
-def publish(partial: Path, out: Path) -> None:
-    """Flush a finished folder to disk and give it its name, replacing what has that name; never half of it is there."""
-    for path in (*partial.iterdir(), partial):
-        flush_to_disk(path)
-    old = out.with_name(out.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    if out.exists():
-        os.rename(out, old)
-    os.rename(partial, out)
-    flush_to_disk(out.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    publish_folder(partial, out)
 
 
 def carry_files(source: Path, target: Path, dtype: torch.dtype) -> None:

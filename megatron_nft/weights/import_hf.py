@@ -52,7 +52,7 @@ def check_folder(folder: HFFolder, geometry: Geometry) -> None:
 
 
 def _local_value(held: Held, folder: HFFolder, geometry: Geometry, layout: ParallelLayout) -> torch.Tensor:
-    """This rank's shard of one parameter, in the folder's dtype."""
+    """Read this rank's shard of one parameter, in the folder's dtype."""
     kind, target = held.place.row.kind, held.parameter
     rank, size = split_of(held.place, layout)
     names, shapes = held.place.hf_names, held.place.hf_shapes(geometry)

@@ -1,7 +1,7 @@
 """What one rank sends to its stage's leader for a bucket: rows of Hugging Face tensors, packed into messages.
 
-Sender and leader cut the same messages from the same plan, each by itself. A message is no larger than the room that
-the leader has for it, so a shard of any size arrives in pieces.
+Sender and leader cut the same messages from the same plan, each by itself. A message is no larger than
+its share of the leader's staging buffer, so a large shard arrives in pieces.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ class Piece:
     nbytes: int
 
 
-def cut_messages(plan: BucketPlan, sender: int, room: int, geometry: Geometry) -> list[list[Piece]]:
-    """The pieces that rank `sender` of the group sends, in messages of at most `room` bytes, or of one row."""
+def cut_messages(plan: BucketPlan, sender: int, max_bytes: int, geometry: Geometry) -> list[list[Piece]]:
+    """Return the pieces that rank `sender` of the group sends, in messages of at most `max_bytes`, or of one row."""
     messages: list[list[Piece]] = []
     left = 0
     for entry in plan.shards_of(sender):
-        for piece in _pieces(entry, sender, room, geometry):
+        for piece in _pieces(entry, sender, max_bytes, geometry):
             if not messages or piece.nbytes > left:
                 messages.append([])
-                left = room
+                left = max_bytes
             messages[-1].append(piece)
             left -= piece.nbytes
     return messages
 
 
-def _pieces(entry: Entry, sender: int, room: int, geometry: Geometry) -> Iterator[Piece]:
+def _pieces(entry: Entry, sender: int, max_bytes: int, geometry: Geometry) -> Iterator[Piece]:
     shard = entry.sources.index(sender)
     parts = _parts(entry.place.row, entry.shard_shape, shard, len(entry.sources), geometry)
     for i, (row_shape, length) in enumerate(parts):
         row_bytes = math.prod(row_shape) * entry.dtype.itemsize
-        step = max(1, room // row_bytes)
+        step = max(1, max_bytes // row_bytes)
         for start in range(0, length, step):
             stop = min(start + step, length)
             yield Piece(entry, i, start, stop, (stop - start, *row_shape), (stop - start) * row_bytes)
@@ -69,7 +69,7 @@ def _parts(
 
 
 def index_of(entry: Entry, group_rank: int, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """The region of an HF tensor of `shape` that a rank of the gathering group holds."""
+    """Return the region of an HF tensor of `shape` that a rank of the gathering group holds."""
     shard = entry.sources.index(group_rank)
     return region(entry.place.row.kind, shape, shard, len(entry.sources), entry.shard_shape[0])
 
@@ -82,7 +82,7 @@ def pack(message: list[Piece], packed: torch.Tensor, geometry: Geometry) -> None
 
 
 def unpack(message: list[Piece], packed: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Views of a packed message, one per piece."""
+    """Yield a view of a packed message for each piece."""
     offset = 0
     for piece in message:
         yield packed[offset : offset + piece.nbytes].view(piece.entry.dtype).view(piece.shape)

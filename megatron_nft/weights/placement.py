@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
+from megatron_nft.policy.model import PolicyModel, unwrap
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.names import Geometry, Place, all_places, place_of
 
@@ -20,13 +20,6 @@ class Held:
 
     place: Place
     parameter: torch.nn.Parameter  # this rank's shard
-
-
-def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
-    """Return the GPTModel inside DistributedDataParallel and Float16Module."""
-    while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):
-        chunk = inner
-    return chunk
 
 
 def held_parameters(chunks: Sequence[torch.nn.Module], geometry: Geometry, layout: ParallelLayout) -> list[Held]:
@@ -43,8 +36,8 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=experts\.local_experts\.)\d+|(?<=weight)\d+$")
 
 
-def _named_globally(model: Any, layout: ParallelLayout) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Names with layer and expert counted over the whole model instead of over this rank. `model`: a GPTModel."""
+def _named_globally(model: PolicyModel, layout: ParallelLayout) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters by name, with layers and experts numbered over the whole model instead of over this rank."""
     experts_before = (model.config.num_moe_experts or 0) // layout.ep_size * layout.ep_rank
     for name, parameter in model.named_parameters():
         layer = _LAYER.match(name)

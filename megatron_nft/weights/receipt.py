@@ -24,7 +24,7 @@ class Receipt:
     probe_difference: float | None  # largest |log-prob difference| between trainer and engines; None without a probe
 
     def metrics(self) -> dict[str, float]:
-        """What the run's metrics get: seconds per phase, bytes, engines that were lost, and the probe's difference."""
+        """Return what the run logs: seconds per phase, bytes, number of lost engines, the probe's difference."""
         values = {f"{phase}_s": seconds for phase, seconds in self.seconds.items()}
         values |= {"bytes": float(self.nbytes), "engines_behind": float(len(self.behind))}
         if self.probe_difference is not None:
@@ -32,7 +32,7 @@ class Receipt:
         return values
 
     def write(self, run_dir: Path) -> Path:
-        """Write run_dir/sync/version_000012.json and return its path."""
+        """Write the receipt to run_dir/sync/, as version_000012.json for version 12; return the file's path."""
         path = run_dir / "sync" / f"version_{self.version:06d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")

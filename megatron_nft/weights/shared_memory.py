@@ -32,7 +32,7 @@ _folders: set[Path] = set()  # of torch's helper, with its socket; it leaves the
 
 
 def shared_buffer(nbytes: int, device: torch.device) -> torch.Tensor:
-    """uint8 [nbytes] in memory that other processes of this machine can map."""
+    """Allocate uint8 [nbytes] in memory that other processes of this machine can map."""
     if device.type == "cuda":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     if not _files:
@@ -48,7 +48,7 @@ class _Message(pickle.Pickler):
     """Writes tensors as references to shared memory. Each message may be read once: torch counts the readers."""
 
     def reducer_override(self, obj: object) -> Any:
-        """(function, arguments) that rebuild a tensor or storage from shared memory."""
+        """Return (function, arguments) that rebuild a tensor or storage from shared memory."""
         if isinstance(obj, torch.Tensor) and obj.is_cuda:
             rebuild, arguments = _reduce_tensor(obj)
             device_index = 6  # SGLang takes the device's UUID in this place: indices differ between processes
@@ -100,13 +100,13 @@ def shared_memory(bucket: Bucket) -> dict[str, Any]:
 
 
 def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
-    """(function, arguments) with which torch rebuilds a tensor of a GPU in another process."""
+    """Return (function, arguments) with which torch rebuilds a tensor of a GPU in another process."""
     reduced: tuple[Any, tuple[Any, ...]] = reductions.reduce_tensor(tensor)  # type: ignore[no-untyped-call]  # as above
     return reduced
 
 
 def _shared_file(storage: torch.UntypedStorage) -> tuple[bytes, bytes, int]:
-    """(helper's socket, name of the file, bytes) for one reader, which is counted in."""
+    """Return (helper's socket, name of the file, bytes) for one reader, which is counted in."""
     manager, handle, nbytes = storage._share_filename_cpu_()
     storage._shared_incref()  # type: ignore[no-untyped-call]  # as above; the reader takes it back
     return manager, handle, nbytes

@@ -46,7 +46,7 @@ def merge(kind: Kind, parts: list[torch.Tensor], geometry: Geometry) -> torch.Te
 
 
 def unmerge(kind: Kind, parameter: torch.Tensor, geometry: Geometry) -> list[torch.Tensor]:
-    """The reverse of `merge`, as views. QKV parts come as [G, rows per group, ...]: reshape joins the first two."""
+    """Undo `merge`, in views. QKV parts come as [G, rows per group, ...]: reshape joins the first two."""
     if kind is Kind.GATE_UP:
         return list(parameter.chunk(2))
     if kind is Kind.QKV:

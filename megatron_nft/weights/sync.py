@@ -1,6 +1,6 @@
 """Weights from the trainer into the engines after every step, and the proof that they arrived.
 
-    pause -> begin -> (gather bucket n+1 | send bucket n) ... -> finish -> checksums -> resume -> probe -> receipt
+    pause -> begin -> (gather bucket n+1 | send bucket n) ... -> finish -> check -> resume -> probe -> receipt
 
 A sync either ends on every rank with a receipt, or on every rank with a WeightSyncError that names the tensor or the
 engine. An error on one rank does not leave the others in a collective: the export is run to its end first.
@@ -196,7 +196,7 @@ class WeightSync:
         self._transport.finish(version)
 
     def _whole_reference(self, progress: _Progress) -> dict[str, str]:
-        """The checksums of all stages, on every rank: one short string per tensor."""
+        """Return the checksums of all stages, on every rank: one short string per tensor."""
         leads = self._layout.tp.rank == 0 and self._layout.dp.rank == 0
         own = progress.reference.result() if leads and progress.reference is not None else {}
         parts = gather_objects(own, self._layout.world_gloo)
@@ -216,7 +216,7 @@ class WeightSync:
         return difference
 
     def _agree(self, progress: _Progress) -> bool:
-        """All ranks learn of errors, and of engines that one of them lost. True if the stream must be sent again."""
+        """Tell all ranks of errors and of lost engines. Return whether the stream must be sent again."""
         known = (describe_error(progress.error, WeightSyncError), self._transport.lost, self._transport.must_resend)
         ranks = gather_objects(known, self._layout.world_gloo)
         for _, lost, _ in ranks:
@@ -260,5 +260,5 @@ def _use_device(device: torch.device) -> None:
 
 
 def checked_or_probed(receipt: Receipt) -> bool:
-    """Whether an engine's own checksums or the probe showed that the weights arrived."""
+    """Return whether an engine's own checksums or the probe of `receipt` showed that the weights arrived."""
     return receipt.engine_checked > 0 or receipt.probe_difference is not None

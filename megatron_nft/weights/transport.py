@@ -33,17 +33,17 @@ class Reference(Protocol):
         ...
 
     def result(self) -> dict[str, str]:
-        """Checksums by tensor, under HF names or `rank_key`s of the engine's own names."""
+        """Return the checksums by tensor, under HF names or `rank_key`s of the engine's own names."""
         ...
 
 
 def rank_key(tensor: str, rank: int, tp_size: int) -> str:
-    """Key of what one tensor-parallel rank of an engine holds of a tensor: `name`, or `name@rank` of several ranks."""
+    """Return the key of an engine rank's part of a tensor: `name`, or `name@rank` if the engine has several ranks."""
     return tensor if tp_size == 1 else f"{tensor}@{rank}"
 
 
 class HFReference:
-    """One checksum per HF tensor."""
+    """Collects one checksum per HF tensor."""
 
     def __init__(self) -> None:
         self._found: dict[str, str] = {}
@@ -67,7 +67,7 @@ class Transport(Protocol):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What the engines want; None: as the trainer has it."""
+        """The dtype in which the engines want the weights; None for the trainer's own."""
         ...
 
     lost: dict[str, str]  # engine -> why it does not have the version of this sync
@@ -80,16 +80,16 @@ class Transport(Protocol):
         """Get the engines ready for new weights. Collective."""
 
     def reference(self) -> Reference:
-        """A fresh collector of the trainer's checksums, for one sync."""
+        """Return a new collector of the trainer's checksums, for one sync."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Memory for the export to write buckets into: uint8 [nbytes]."""
+        """Allocate memory that the export writes buckets into: uint8 [nbytes]."""
 
     def send(self, bucket: Bucket) -> None:
         """Bring a bucket to the engines; returns when its buffer may be written again."""
 
     def end_stream(self) -> None:
-        """This rank sends no more buckets, perhaps because of an error. Never raises."""
+        """Take note that this rank sends no more buckets, perhaps because of an error. Never raises."""
 
     def finish(self, version: int) -> None:
         """Close the update after the last bucket: the engines answer under `version` once they are resumed."""
@@ -104,10 +104,10 @@ class Transport(Protocol):
         """Let requests go on; this rank's engine client now asks for `version`."""
 
     def probe(self, token_ids: np.ndarray, logprobs: np.ndarray) -> float | None:
-        """Largest |log-prob difference| between this rank's engines and the trainer; None where it asks none."""
+        """Return the largest |log-prob difference| of this rank's engines from the trainer; None where it asks none."""
 
     def engines(self) -> list[str]:
-        """Names of this transport's engines, for the receipt."""
+        """Return the names of this transport's engines, for the receipt."""
 
     def close(self) -> None:
         """Close what this transport opened."""

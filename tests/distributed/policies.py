@@ -178,7 +178,7 @@ def deal(policy: Policy, splits: list[list[int]]) -> list[PackedBatch]:
     """
     at, made = policy.layout, samples()
     mine = splits[at.dp.rank :: at.dp.size]
-    count = policy.round_num_micro_batches(-(-len(splits) // at.dp.size))
+    count = policy.layout.round_num_micro_batches(-(-len(splits) // at.dp.size))
     batches = [pack(made, indices, multiple_of=policy.pad_multiple) for indices in mine]
     return batches + [filler(policy.pad_multiple) for _ in range(count - len(batches))]
 

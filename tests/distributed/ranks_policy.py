@@ -311,7 +311,7 @@ def check_wrong_micro_batches(ranks: Ranks) -> None:
     raises(ValueError, "has 17 tokens but cu_seqlens ends at 16", policy.compute_logprobs, [wrong] * 2)
     policy = make(ranks, sequence_parallel=True, **TP2)
     raises(ValueError, "has 17 tokens", policy.compute_logprobs, [batch])
-    assert policy.round_num_micro_batches(0) == 1 and policy.pad_multiple == 2
+    assert policy.layout.round_num_micro_batches(0) == 1 and policy.pad_multiple == 2
 
 
 def check_bf16_is_near_fp32(ranks: Ranks) -> None:

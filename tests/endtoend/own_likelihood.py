@@ -25,7 +25,6 @@ class Settings(AlgorithmSettings):
 class OwnLikelihood(Algorithm):
     Settings = Settings
     settings: Settings
-    per_token = True
 
     def samples(self, group: RolloutGroup) -> list[TrainingSample]:
         return [training_sample(group, r, advantage=1.0 if r.correct else -0.5) for r in counted(group)]

@@ -151,15 +151,14 @@ def test_an_enormous_ratio_stays_finite_in_the_log():
 
 
 @pytest.mark.parametrize("settings", [*({"name": name} for name in ALGORITHMS), {"name": "nft", "ratio": "sequence"}])
-def test_a_loss_that_is_per_token_can_be_evaluated_in_pieces(settings, batch, logprobs):
+def test_only_the_sequence_ratio_makes_a_token_depend_on_others(settings, batch, logprobs):
     algorithm = open_algorithm(read_settings(settings), max_response_tokens=20)
     whole = algorithm.loss(logprobs, batch)
-    per_token = ("behaviour_logprobs", "loss_mask", "correct", "correct_rate", "advantage", "segment_ids")
-    pieces = [replace(batch, **{k: getattr(batch, k)[part] for k in per_token}) for part in (slice(9), slice(9, None))]
+    columns = ("behaviour_logprobs", "loss_mask", "correct", "correct_rate", "advantage", "segment_ids")
+    pieces = [replace(batch, **{k: getattr(batch, k)[part] for k in columns}) for part in (slice(9), slice(9, None))]
     found = torch.cat([algorithm.loss(logprobs[:9], pieces[0]), algorithm.loss(logprobs[9:], pieces[1])])
     inside = batch.loss_mask > 0
-    assert torch.equal(found[inside], whole[inside]) == algorithm.per_token
-    assert algorithm.per_token == (settings.get("ratio") != "sequence")
+    assert torch.equal(found[inside], whole[inside]) == (settings.get("ratio") != "sequence")
 
 
 @pytest.mark.parametrize(

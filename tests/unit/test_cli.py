@@ -55,6 +55,17 @@ def test_help_imports_nothing_heavy(command, option):
     assert shown.splitlines()[-1] == "[]"
 
 
+def test_warnings_for_the_user_are_one_plain_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"response": "1", "answer": "1"}\n')
+    command = [sys.executable, "-m", "megatron_nft", "grade", "--input", str(tmp_path / "rows.jsonl")]
+    command += ["--output", str(tmp_path / "out.jsonl"), "--grader", "math_verify,maths"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    warning, error = done.stderr.splitlines()
+    assert warning == "megatron-nft: the grader math_verify is now called maths"
+    assert "named twice in 'math_verify,maths'; math_verify is the former name of maths" in error
+    assert done.returncode == 2
+
+
 def test_help_lists_every_command():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = subprocess.run([sys.executable, "-m", "megatron_nft", "--help"], capture_output=True, text=True, check=True)

@@ -113,6 +113,45 @@ def test_what_no_algorithm_reads_is_refused_wherever_it_stands(write):
     )
 
 
+def test_a_file_that_is_wrong_by_itself_is_refused_under_a_new_name_too(write):
+    wrong = write("wrong", {"name": "grpo", "clamp": 0.5})
+    said = "algorithm.clamp: unknown key for algorithm.name=grpo (read by nft; "
+    assert said in refused(wrong)
+    assert said in refused(write("top", {"name": "nft"}, base="wrong"))
+    assert said in refused(wrong, overrides=("algorithm.name=nft",))
+
+
+def test_keys_of_a_replaced_algorithm_that_cannot_be_loaded_are_refused_with_the_reason(write):
+    write("gone", {"name": "gone:A", "baseline": 0.5})
+    said = refused(write("top", {"name": "nft"}, base="gone"))
+    assert said.startswith("algorithm.name: 'gone:A': cannot import gone: ModuleNotFoundError")
+    write("plain", {"name": "gone:A", "loss_divisor": 5})
+    assert read(write("over", {"name": "nft"}, base="plain"))["loss_divisor"] == 5.0
+
+
+OF_0_1_0 = yaml.safe_load(
+    """
+{name: grpo, negative_weight: 1.0, clamp: 1.0, prompt_weight: dr_grpo, ratio: token, ratio_max_log: 10.0,
+correct_rate_min: 0.02, correct_rate_max: 0.98, clip_low: 0.1, clip_high: 0.2, loss_divisor: tokens,
+truncated: negative, overlong_buffer_tokens: 0, overlong_penalty: 1.0}"""
+)
+
+
+def test_the_section_that_0_1_0_wrote_is_read_with_a_warning(write):
+    old = write("old", OF_0_1_0)
+    said = (
+        "grpo does not read clamp, correct_rate_max, correct_rate_min, negative_weight, overlong_buffer_tokens, "
+        "overlong_penalty, prompt_weight, ratio: dropped"
+    )
+    with pytest.warns(FutureWarning, match=said):
+        assert load_config([old]) == load_config([write("new", {"name": "grpo", "clip_low": 0.1})])
+    with pytest.warns(FutureWarning):
+        assert load_config([old], ["algorithm.name=nft"]) == load_config([write("nft")])
+    assert "algorithm.clamp: unknown key" in refused(
+        write("cut", {key: value for key, value in OF_0_1_0.items() if key != "ratio"})
+    )
+
+
 @pytest.mark.parametrize(
     ("section", "said"),
     [

@@ -25,13 +25,24 @@ def test_bootstrap_matches_the_normal_approximation():
     assert interval.high == pytest.approx(0.6 + half_width, abs=0.006)
 
 
-def test_bootstrap_covers_the_truth_as_often_as_it_says():
+def coverage(trials: int, questions: int, rate: float) -> float:
+    """Share of simulated evaluations whose interval holds the true rate."""
     rng = np.random.default_rng(7)
     hits = 0
-    for trial in range(300):
-        interval = bootstrap_interval((rng.random(150) < 0.4).astype(float), resamples=800, seed=trial)
-        hits += interval.low <= 0.4 <= interval.high
-    assert 0.91 <= hits / 300 <= 0.985  # 95 % +- 3 standard errors of 300 trials
+    for trial in range(trials):
+        interval = bootstrap_interval((rng.random(questions) < rate).astype(float), resamples=800, seed=trial)
+        hits += interval.low <= rate <= interval.high
+    return hits / trials
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says():
+    assert 0.91 <= coverage(300, 150, 0.4) <= 0.985  # 95 % +- 3 standard errors of 300 trials
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rate", [0.2, 0.5, 0.8])
+def test_bootstrap_of_500_questions_covers_the_truth_closely(rate):
+    assert 0.93 <= coverage(3000, 500, rate) <= 0.97  # a standard error of 3000 trials is 0.4 %
 
 
 def test_bootstrap_is_reproducible_and_refuses_nothing_to_resample():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_nft.evaluate.protocol import Sampling
-from megatron_nft.evaluate.tasks import by_answer_room
+from megatron_nft.evaluate.tasks import by_max_tokens
 from megatron_nft.types import Prompt
 
 
@@ -17,7 +17,7 @@ def prompt(index: int, tokens: int) -> Prompt:
 def room(lengths: list[int], max_positions: int) -> dict[int, list[int]]:
     """Answers of at most 20 tokens after prompts of at most 10 -> numbers of the prompts."""
     sampling = Sampling(temperature=1.0, top_p=1.0, max_prompt_tokens=10, max_response_tokens=20, seed=0)
-    groups = by_answer_room([prompt(i, n) for i, n in enumerate(lengths)], sampling, max_positions)
+    groups = by_max_tokens([prompt(i, n) for i, n in enumerate(lengths)], sampling, max_positions)
     return {answer: [p.index for p in prompts] for answer, prompts in groups.items()}
 
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, their digests, and rows of JSONL and parquet."""
+"""Files and folders written whole or not at all, their digests, and rows of JSONL and parquet."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from megatron_nft import files
-from megatron_nft.files import RowsError, read_rows, replacing, sha256_of_file, write_atomically
+from megatron_nft.files import RowsError, publish_folder, read_rows, replacing, sha256_of_file, write_atomically
 
 
 def test_text_and_bytes_take_the_place_of_the_old_file(tmp_path):
@@ -101,6 +102,67 @@ def test_jsonl_that_cannot_be_read_names_file_and_row(tmp_path, content, message
     path.write_bytes(content)
     with pytest.raises(RowsError, match=message):
         list(read_rows(path))
+
+
+def _folder(path, content):
+    (path / "inner").mkdir(parents=True)
+    (path / "inner" / "a.txt").write_text(content)
+    return path
+
+
+def _folders(root):
+    return {p.name: (p / "inner" / "a.txt").read_text() for p in root.iterdir()}
+
+
+@pytest.mark.parametrize("present", [{}, {"out": "old"}, {"out.old": "older"}, {"out": "old", "out.old": "older"}])
+def test_a_folder_takes_its_name_and_what_had_it_is_removed(tmp_path, present):
+    for name, content in present.items():
+        _folder(tmp_path / name, content)
+    publish_folder(_folder(tmp_path / "out.partial", "new"), tmp_path / "out")
+    assert _folders(tmp_path) == {"out": "new"}
+
+
+@pytest.mark.parametrize("present", [{"out": "old"}, {"out.old": "old"}, {"out": "old", "out.old": "older"}])
+def test_a_whole_folder_stands_at_every_step_and_is_on_disk_before_it_has_the_name(tmp_path, monkeypatch, present):
+    for name, content in present.items():
+        _folder(tmp_path / name, content)
+    partial, events = _folder(tmp_path / "out.partial", "new"), []
+
+    def watch(owner, name):
+        original = getattr(owner, name)
+
+        def watched(first, *others):
+            target = Path(os.readlink(f"/proc/self/fd/{first}") if name == "fsync" else first)
+            events.append(f"{name} {target.relative_to(tmp_path)}")
+            found = _folders(tmp_path)
+            assert found.get("out", "new") in ("old", "new") and "old" in (found.get("out"), found.get("out.old"))
+            assert found.get("out") == "new" or found["out.partial"] == "new"
+            original(first, *others)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(files.os, "fsync")
+    watch(files.os, "rename")
+    publish_folder(partial, tmp_path / "out")
+    flushed = [f"fsync out.partial{rest}" for rest in ("/inner/a.txt", "/inner", "")]
+    renamed = ["rename out"] * ("out" in present) + ["rename out.partial"]
+    assert events == [*flushed, *renamed, "fsync ."]
+    assert _folders(tmp_path) == {"out": "new"}
+
+
+def test_a_folder_that_cannot_get_the_name_leaves_it_to_the_old_one(tmp_path, monkeypatch):
+    _folder(tmp_path / "out", "old")
+    partial, rename = _folder(tmp_path / "out.partial", "new"), os.rename
+
+    def refuse(source, target):
+        if source == partial:
+            raise OSError("Stale file handle")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", refuse)
+    with pytest.raises(OSError, match="Stale"):
+        publish_folder(partial, tmp_path / "out")
+    assert _folders(tmp_path) == {"out": "old", "out.partial": "new"}
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

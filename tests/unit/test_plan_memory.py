@@ -35,6 +35,13 @@ def make(folder: Path, family: str, tied: bool = False, **policy) -> tuple[Confi
     return open_policy(folder, **policy)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ranks_are_left():
+    """Other files of this process join ranks of their own."""
+    yield
+    parallel.shutdown()
+
+
 def open_policy(folder: Path, **policy) -> tuple[Config, Policy]:
     """The model in `folder` on this rank, all weights 0.01."""
     config = Config.model_validate(

@@ -7,6 +7,8 @@ import pytest
 
 from megatron_nft.policy.policy import StepReport
 from megatron_nft.train import loop, sync
+from megatron_nft.train.lifecycle import Phases
+from megatron_nft.train.parts import Closer
 from megatron_nft.train.schedule import StepPlan, optimizer_steps
 
 
@@ -102,3 +104,48 @@ def test_only_an_engine_that_was_released_is_resumed(monkeypatch, shares_memory,
     sync.resume_engine(engine, Layout)
     sync.resume_engine(engine, Layout)
     assert calls == expected
+
+
+class Part:
+    """Notes when it is closed, and may fail at it."""
+
+    def __init__(self, name: str, closed: list[str], fails: bool = False) -> None:
+        self.name, self.closed, self.fails = name, closed, fails
+
+    def close(self) -> None:
+        self.closed.append(self.name)
+        if self.fails:
+            raise OSError("no space left")
+
+
+def close(tmp_path, failing: str = "", error: Exception | None = None) -> list[str]:
+    """The order in which parts are closed that were opened as `open_parts` opens them."""
+    closed: list[str] = []
+    phases = Phases(3, tmp_path, 600.0)
+    sink, verifier, engine, sync = (Part(n, closed, n == failing) for n in ("sink", "verifier", "engine", "sync"))
+    try:
+        with Closer(phases) as closer:
+            for part in (sink, verifier, engine):
+                closer.add(part)
+            closer.add(sync, after=engine)
+            if error is not None:
+                raise error
+    finally:
+        phases.close()
+    return closed
+
+
+def test_every_part_is_closed_the_sync_after_the_engine(tmp_path):
+    """Own servers are gone before the sync would ask them to leave a group; the log lasts longest."""
+    assert close(tmp_path) == ["engine", "sync", "verifier", "sink"]
+
+
+@pytest.mark.parametrize("failing", ["engine", "sync", "verifier"])
+def test_a_part_that_cannot_be_closed_keeps_no_other_open(tmp_path, capsys, failing):
+    assert close(tmp_path, failing) == ["engine", "sync", "verifier", "sink"]
+    assert "rank 3 on " in (said := capsys.readouterr().err) and "while closing: OSError: no space left" in said
+
+
+def test_what_failed_is_not_hidden_by_the_closing(tmp_path):
+    with pytest.raises(KeyError, match="weights"):
+        close(tmp_path, "engine", KeyError("weights"))

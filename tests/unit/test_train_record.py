@@ -86,6 +86,14 @@ def test_an_optimizer_step_brings_the_metrics_of_its_algorithm():
     }
 
 
+@pytest.mark.parametrize("name", ["lr", "loss/total", "policy/entropy", "seconds/own", "step", "tokens/trained"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_metric_of_the_trainer_cannot_be_added_to(name, rank):
+    report = StepReport(0.5, 2.0, 1e-6, False, "", 4, {"own/share": Mean(1.0, 4), name: Mean(1.0, 1)})
+    with pytest.raises(ValueError, match=f"metric '{name}' has a name of the trainer's own"):
+        record.add_optimizer_step(Metrics(), rank, report)
+
+
 def test_groups_by_fate_and_staleness():
     metrics = Metrics()
     facts = [GroupFacts(d, 0, fate, 3) for d, fate in enumerate(["kept", "all_wrong", "all_wrong", "too_few", "kept"])]

@@ -100,7 +100,7 @@ class _Forward:
         return logits[:, -1]
 
     def select(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows (int64; repeats allowed) of those so far."""
+        """Goes on with some of the rows so far: their int64 indices, repeats allowed."""
         self.cache.batch_select_indices(rows)
         self.padding_B = self.padding_B[rows]
 

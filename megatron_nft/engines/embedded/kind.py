@@ -34,14 +34,14 @@ class EmbeddedKind:
         )
 
     def check_updates(self, rollout: RolloutConfig, spec: ModelSpec, /) -> None:
-        """Updates of every model come out right."""
+        """Do nothing: updates of every model come out right."""
 
     def memory_base(self, free: int, total: int, fraction: float, /) -> int:
-        """rollout.server.mem_fraction_static is not for this engine."""
+        """Return 0: rollout.server.mem_fraction_static is not for this engine."""
         return 0
 
     def version(self, model_path: Path, server: ServerConfig, /) -> str:
-        """Answers are made by transformers."""
+        """Return the version of transformers, which makes the answers."""
         return f"transformers {version('transformers')}"
 
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def set_version(url: str, version: int) -> None:
-    """The command line has told the server already."""
+    """Do nothing: the command line has told the server its version."""
 
 
 def memory_base(free: int, total: int, fraction: float) -> int:
-    """SGLang takes its share of what is free when it starts."""
+    """Return what is free: SGLang takes its share of that when it starts."""
     return free
 
 

@@ -31,15 +31,17 @@ _FUSED_PART = re.compile(r"\.(" + "|".join(_FUSED) + r")\.")
 
 
 def engine_name(hf_name: str) -> str:
-    """Name of the engine's tensor that holds this HF tensor."""
+    """Return the name of the engine's tensor that holds this HF tensor."""
     if expert := _EXPERT.search(hf_name):
         return hf_name[: expert.start()] + (".experts.w2_weight" if expert[1] == "down" else ".experts.w13_weight")
     return _FUSED_PART.sub(lambda part: f".{_FUSED[part[1]]}.", hf_name)
 
 
 def shards(hf_name: str, tensor: torch.Tensor, geometry: Geometry, tp_size: int) -> Iterator[list[torch.Tensor]]:
-    """What each of the engine's `tp_size` ranks holds of one full HF tensor, in rank order: its parts, one behind the
-    other. All but the rows that pad the vocabulary are views."""
+    """Yield for each of the engine's `tp_size` ranks, in order, the parts that it holds of one full HF tensor.
+
+    Joined, they are the rank's bytes. All but the rows that pad the vocabulary are views.
+    """
     for rank in range(tp_size):
         yield _shard(hf_name, tensor, geometry, rank, tp_size)
 
@@ -64,6 +66,7 @@ def _shard(name: str, tensor: torch.Tensor, geometry: Geometry, rank: int, size:
 
 
 def padded_vocab(rows: int) -> int:
+    """Return the rows of SGLang's embedding for a vocabulary of `rows`: the next multiple of `VOCAB_MULTIPLE`."""
     return math.ceil(rows / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

@@ -22,7 +22,7 @@ def set_version(url: str, version: int) -> None:
 
 
 def memory_base(free: int, total: int, fraction: float) -> int:
-    """vLLM takes its share of the whole device, as far as that is free."""
+    """Return the whole device, or less so that the share is free: vLLM takes its share of the whole."""
     return min(total, int(free / fraction))
 
 

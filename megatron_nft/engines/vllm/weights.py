@@ -22,7 +22,7 @@ class VLLMWeightClient(HttpWeightClient):
     """See `weights.client.WeightClient`."""
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
-        """Run a method of the extension in every worker; their results."""
+        """Run a method of the extension in every worker and return their results."""
         try:
             answer = self._post_optional("/collective_rpc", {"method": method, "args": list(arguments)})
         except WeightSyncError as error:

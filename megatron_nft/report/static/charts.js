@@ -209,7 +209,7 @@ function heatChart(title, xs, rows) {
   return card(title, "darker: more", root);
 }
 
-// The figures of a run: first the ones that matter for NFT, then every other by its prefix.
+// The metrics of a run: first the ones that matter for NFT, then every other by its prefix.
 function drawCurves(metrics) {
   const { step: xs, scalars, histograms } = metrics;
   const used = new Set();
@@ -245,7 +245,7 @@ function drawCurves(metrics) {
   root.append(make("div", { class: "cards" }, ...main.filter(Boolean)));
   const rest = Object.keys(scalars).filter((n) => !used.has(n)).sort();
   if (!rest.length) return;
-  const more = make("details", {}, make("summary", {}, `${rest.length} more figures`));
+  const more = make("details", {}, make("summary", {}, `${rest.length} more metrics`));
   more.addEventListener("toggle", () => {
     if (more.open && more.children.length === 1) {
       const cards = rest.map((n) => lineChart(n, xs, [{ name: n, ys: scalars[n] }])).filter(Boolean);

@@ -26,7 +26,7 @@ _CHUNK_WORDS = 1 << 22  # words hashed at a time: bounds the extra memory (64-bi
 
 @functools.cache
 def _kernel() -> ModuleType | None:
-    """A Triton kernel for the same sums, where Triton is installed. In an engine this file belongs to no package."""
+    """Import the Triton kernel of the same sums, if Triton is there. In an engine this file belongs to no package."""
     try:
         return importlib.import_module(f"{__package__}.nft_checksum_triton" if __package__ else "nft_checksum_triton")
     except ImportError:
@@ -44,9 +44,11 @@ class Sha256:
         self._digest = hashlib.sha256()
 
     def update(self, part: torch.Tensor) -> None:
+        """Hash the bytes of the next part, of any dtype and shape."""
         self._digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:
+        """Return the checksum of the parts so far: 16 hex digits."""
         return self._digest.hexdigest()[:16]
 
 
@@ -69,6 +71,7 @@ class WordHash:
         self._tiles: torch.Tensor | None = None  # int64 [2, tiles], sums of hashed words
 
     def update(self, part: torch.Tensor) -> None:
+        """Hash the bytes of the next part, of any dtype and shape, on the device of the first part."""
         data = part.detach().contiguous().reshape(-1).view(torch.uint8)
         if -data.numel() % 4:
             data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
@@ -101,6 +104,7 @@ class WordHash:
         return _mix32(word ^ salt)
 
     def hexdigest(self) -> str:
+        """Return the checksum: 16 hex digits. RuntimeError before all parts have come."""
         if self._words == 0:
             return _hex(0)
         if self._tiles is None or self._done != self._words:
@@ -129,17 +133,17 @@ def _splitmix64(x: int) -> int:
 
 
 def hasher(device: torch.device, nbytes: int) -> Sha256 | WordHash:
-    """The hash for a tensor of `nbytes` on `device`."""
+    """Return a new hash for a tensor of `nbytes` on `device`; feed it with `update`."""
     return WordHash(nbytes) if device.type == "cuda" else Sha256()
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """The checksum of one tensor: 16 hex digits."""
+    """Return the checksum of one tensor: 16 hex digits."""
     hashed = hasher(tensor.device, tensor.nbytes)
     hashed.update(tensor)
     return hashed.hexdigest()
 
 
 def checksums(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """The checksum of every tensor, by HF name."""
+    """Return the checksum of every tensor, by HF name."""
     return {name: checksum(tensor) for name, tensor in tensors}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_nft.console import SILENT, Progress
+from megatron_nft.files import publish_folder
 from megatron_nft.policy.family import ModelSpec, read_family
 from megatron_nft.weights.buckets import Bucket, TensorMeta
 from megatron_nft.weights.hf_folder import HFFolder
@@ -17,7 +18,6 @@ from megatron_nft.weights.hf_writer import (
     file_names,
     finish_folder,
     open_partial,
-    publish,
     split_into_files,
     write_file,
 )
@@ -66,7 +66,7 @@ def hf_to_megatron(
     write_checkpoint(partial, stored, ranks, {"content_metadata": {}}, progress)
     (partial / HF_FILES).mkdir()
     carry_files(source, partial / HF_FILES, next(iter(stored.values())).dtype)
-    publish(partial, out)
+    publish_folder(partial, out)
     return summary
 
 

@@ -13,7 +13,7 @@ DIRECTIONS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two directions, each with its options."""
+    """Add the two directions, each with its options."""
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     for name, (module, text) in DIRECTIONS.items():
         module.add_arguments(directions.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))

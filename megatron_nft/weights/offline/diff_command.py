@@ -91,7 +91,7 @@ class KindOfTensor:
 
 
 def _summary(kinds: dict[tuple[str, str], KindOfTensor]) -> Table:
-    """One line per kind of tensor."""
+    """Return one line per kind of tensor."""
     table = Table("tensor", "count", "differ", "shape", "bytes", "max |difference|", box=None, pad_edge=False)
     for (name, shape), kind in kinds.items():
         sizes = " / ".join(dict.fromkeys(f"{n:,}" for n in kind.nbytes))

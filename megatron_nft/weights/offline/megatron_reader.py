@@ -157,7 +157,7 @@ class MegatronWeights:
         return name in self.shapes
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one full HF tensor. The tensors of one Megatron parameter are best read one after the other."""
+        """Read one full HF tensor. Tensors of one Megatron parameter are read fastest in succession."""
         place = self._place_of[name]
         if self._last is None or self._last[0] != place:
             self._last = (place, self.read_place(place))
@@ -181,7 +181,7 @@ class MegatronWeights:
         self._checkpoint.read_region_into(target.view((1,) * len(start) + tuple(target.shape)), key, offsets)
 
     def _locate(self, place: Place, masters: bool) -> tuple[str, tuple[int, ...]]:
-        """Key and leading indices of a parameter. Keys with the layer written out are known as well."""
+        """Return key and leading indices of a parameter. Keys with the layer written out are known as well."""
         indices = tuple(i for i in (place.layer, place.expert) if i is not None)
         # Before layers are stacked, a local spec writes its own norm names.
         own = tuple(name.replace("{layer}.", "") for name in place.row.megatron if "{expert}" not in name)

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_nft.console import SILENT, Progress
-from megatron_nft.policy.family import ModelSpec, tensor_parallel_sizes
+from megatron_nft.policy.family import OPTIONS, ModelSpec, division_problems
 from megatron_nft.weights.file_array import names_file
 from megatron_nft.weights.names import Kind, Place
 from megatron_nft.weights.offline.reused_memory import ReusedMemory
@@ -69,14 +69,9 @@ class TargetLayout:
         return 0 if place.row.megatron[0].startswith("embedding.") else self.pp - 1
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise ValueError, with the numbers, where the model cannot be divided so."""
-        for name, size in tensor_parallel_sizes(spec).items():
-            if size % self.tp:
-                raise ValueError(f"--tp {self.tp} must divide the model's {name} ({size})")
-        if spec.num_layers % (self.pp * self.vpp):
-            raise ValueError(
-                f"--pp {self.pp} x --vpp {self.vpp} must divide the model's num_hidden_layers ({spec.num_layers})"
-            )
+        """Raise ValueError, with the first of `division_problems`, where the model cannot be divided so."""
+        for problem in division_problems(spec, tp=self.tp, pp=self.pp, vpp=self.vpp, ep=1, names=OPTIONS):
+            raise ValueError(problem)
 
 
 def boxes(kind: Kind, shape: Sequence[int], tp: int) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
@@ -136,7 +131,7 @@ def _write_rank(
     scratch: ReusedMemory,
     progress: Progress,
 ) -> list[WriteResult]:
-    """One file: every piece as torch.save writes it, one behind the other; flushed to disk."""
+    """Write a rank's file: its pieces in order, each as torch.save writes it; flushed to disk."""
     results = []
     with names_file(folder / name), (folder / name).open("wb") as file:
         for piece in pieces:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from megatron_nft.console import SILENT, Progress
-from megatron_nft.files import sha256_of_file
+from megatron_nft.files import publish_folder, sha256_of_file
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.weights.hf_folder import name_list
-from megatron_nft.weights.hf_writer import open_partial, publish
+from megatron_nft.weights.hf_writer import open_partial
 from megatron_nft.weights.names import Kind, ParameterRow, Place, all_places
 from megatron_nft.weights.offline.megatron_reader import HF_FILES, MegatronCheckpoint, MegatronWeights
 from megatron_nft.weights.offline.megatron_writer import StoredBox, StoredTensor, TargetLayout, boxes, write_checkpoint
@@ -47,7 +47,7 @@ def reshard(source: Path, out: Path, grid: TargetLayout, progress: Progress = SI
         _carry_run_files(checkpoint, partial, grid)
     elif (checkpoint.folder / HF_FILES).is_dir():
         shutil.copytree(checkpoint.folder / HF_FILES, partial / HF_FILES)
-    publish(partial, out)
+    publish_folder(partial, out)
     return summary
 
 
@@ -112,7 +112,7 @@ def _with_layout(common: dict[str, Any], grid: TargetLayout) -> dict[str, Any]:
 
 
 def _carry_run_files(checkpoint: MegatronCheckpoint, partial: Path, grid: TargetLayout) -> None:
-    """Surplus groups and the manifest, with the new layout and the new files' sizes and SHA-256."""
+    """Copy surplus groups, and the manifest with the new layout and the new files' sizes and SHA-256."""
     for path in checkpoint.path.iterdir():
         if path.is_dir() and path != checkpoint.folder:
             shutil.copytree(path, partial / path.name)

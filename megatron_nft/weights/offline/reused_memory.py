@@ -10,7 +10,7 @@ import torch
 
 
 class ReusedMemory:
-    """Memory of `nbytes` in which one tensor after the other is made.
+    """Memory of `nbytes` that is used for one tensor at a time.
 
     A heap keeps the holes that large tensors of many sizes leave, so that a process's peak would depend on their order.
     """

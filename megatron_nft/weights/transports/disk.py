@@ -11,7 +11,7 @@ from megatron_nft.weights.transports.servers import ServerTransport
 
 
 class DiskTransport(ServerTransport):
-    """One file per bucket, written by the stage leaders; the engines read them all at the end."""
+    """Has the stage leaders write one file per bucket; the engines read them all at the end."""
 
     name = "disk"
     _num_files = 0

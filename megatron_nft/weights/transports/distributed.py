@@ -34,7 +34,7 @@ _numbers = count()  # group names are used once per process
 
 
 class DistributedTransport(ServerTransport):
-    """See above. Groups are made at the first sync and kept."""
+    """The transport that the module describes. Groups are made at the first sync and kept."""
 
     name = "distributed"
 
@@ -85,7 +85,7 @@ class DistributedTransport(ServerTransport):
                     raise self._none_left() from None
 
     def _gather_engines(self) -> BroadcastGroup:
-        """A group with the engines that are left. EngineLost where one of them does not answer."""
+        """Return a group with the engines that are left. EngineLost where one of them does not answer."""
         servers = [server for server in self._servers if server.url not in self.lost]
         name = f"megatron-nft-{self._layout.rank}-{os.getpid()}-{next(_numbers)}"  # hosts may have equal process ids
         world_size = 1 + len(servers) * self._facts.tp_size
@@ -155,7 +155,7 @@ class DistributedTransport(ServerTransport):
 
 
 def _arrived(group: BroadcastGroup, answers: list[Future[None]]) -> bool:
-    """Wait for a broadcast and all answers to it; False as soon as one of them has failed.
+    """Wait for a broadcast and all answers to it. Return whether it arrived; False as soon as one answer is an error.
 
     An engine that refuses answers at once and does not take part in the broadcast, which then never ends.
     """
@@ -171,7 +171,7 @@ def _arrived(group: BroadcastGroup, answers: list[Future[None]]) -> bool:
 
 
 def _open_group(rendezvous: Rendezvous, timeout_s: float, answers: list[Future[None]]) -> BroadcastGroup:
-    """The group, once all have joined. Where a server cannot join, its error is raised without waiting for the rest."""
+    """Return the group once all have joined. Raise a server's error at once, without waiting for the others."""
     opened: list[BroadcastGroup] = []
     joining = threading.Thread(target=lambda: opened.append(BroadcastGroup(rendezvous, timeout_s)), daemon=True)
     joining.start()
@@ -189,7 +189,7 @@ def _open_group(rendezvous: Rendezvous, timeout_s: float, answers: list[Future[N
 
 @contextmanager
 def _collected(errors: list[Exception]) -> Iterator[None]:
-    """Keep any error for later: the other ranks wait in a collective."""
+    """Append an error of the block to `errors` instead of raising it, since the other ranks wait in a collective."""
     try:
         yield
     except Exception as error:

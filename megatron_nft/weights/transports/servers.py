@@ -59,7 +59,7 @@ class ServerTransport(Transport):
         self.must_resend = False
 
     def _gather_facts(self) -> ServerFacts:
-        """The servers' settings, which must be alike. Collective."""
+        """Return the servers' settings, which must be alike. Collective."""
         asked: list[ServerFacts] | str = []
         if self._controls:
             try:
@@ -99,7 +99,7 @@ class ServerTransport(Transport):
         """See `transport.Transport.send`."""
 
     def end_stream(self) -> None:
-        """Nothing to do: every bucket was answered for."""
+        """Do nothing: the servers have answered for every bucket."""
 
     def finish(self, version: int) -> None:
         self._each(lambda server: server.end(version))
@@ -108,7 +108,7 @@ class ServerTransport(Transport):
         return sum(self._each(lambda server: self._check(server, reference)))
 
     def _check(self, server: WeightClient, reference: dict[str, str]) -> int:
-        """Number of tensors that agree; 0 where the server cannot tell, or where it does not keep what it was sent."""
+        """Return the number of tensors that agree; 0 where the server cannot tell or does not keep what it was sent."""
         found = server.checksums() if self._facts.plain and self._facts.quantization is None else None
         if found is None:
             return 0
@@ -124,7 +124,7 @@ class ServerTransport(Transport):
         return len(expected)
 
     def _describe(self, server: WeightClient, key: str) -> str:
-        """An engine's tensor and, where it has another name, the HF tensors in it."""
+        """Name an engine's tensor and, where it has another name, the HF tensors in it."""
         name = key.partition("@")[0]
         parts = server.hf_names_of(name, list(hf_shapes(self._spec)))
         return key if parts in ([], [name]) else f"{key} ({', '.join(parts)})"
@@ -152,7 +152,7 @@ class ServerTransport(Transport):
         return self._run(call) if self._controls else []
 
     def _run(self, call: Callable[[WeightClient], T]) -> list[T]:
-        """All servers at once. A lost one is noted; WeightSyncError if none is left or one refuses."""
+        """Run `call` for all servers at once. A lost one is noted; WeightSyncError if none is left or one refuses."""
         servers = [server for server in self._servers if server.url not in self.lost]
         results, refusals = [], []
         for server, future in [(s, self._threads.submit(call, s)) for s in servers]:

@@ -10,7 +10,7 @@ from megatron_nft.weights.transports.servers import ServerTransport
 
 
 class TensorTransport(ServerTransport):
-    """One HTTP call per bucket and server."""
+    """Tells every server, in one HTTP call per bucket, where to read the bucket."""
 
     name = "tensor"
 
