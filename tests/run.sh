@@ -45,7 +45,7 @@ types=$started
 
 status=0
 run_pytest unit tests/unit --numprocesses=2 --dist=loadfile || status=$?
-run_pytest ranks tests/distributed tests/endtoend || status=$?
+run_pytest ranks tests/distributed tests/endtoend tests/hosts || status=$?
 wait "$servers" || status=$?
 cat "$results/servers.log"
 run_pytest browser tests/browser || status=$?

@@ -40,8 +40,9 @@ class ServerConfig(Section):
     """GPUs of one server, each with a part of every matrix."""
     python: Path | None = None
     """Interpreter of the engine's own environment; null looks for .venv-sglang or .venv-vllm, then uses our own."""
-    host: str = "127.0.0.1"
-    """Interface that started servers listen on."""
+    host: str = "auto"
+    """Address that started servers listen on. auto: 127.0.0.1 where the run has one host, else the address at which the
+    other hosts reach this one, as docs/cluster.md describes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of started servers; auto takes the trainer's."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

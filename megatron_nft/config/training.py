@@ -27,6 +27,9 @@ class TrainConfig(Section):
     stall_timeout_s: PositiveFloat = 3600.0
     """Seconds that a phase may go without progress. Then every rank's stacks are written to run_dir/stacks and the run
     ends. Raise it where one phase really takes longer."""
+    collective_timeout_s: PositiveFloat = 7200.0
+    """Seconds that a rank waits in a collective for the others. Then it ends and names the phase: another rank is gone,
+    or its host cannot be reached. Must be longer than ranks with little to generate wait for those with much."""
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:

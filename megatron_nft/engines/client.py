@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_nft.engines.completions import Aborted, BadAnswer, check_completions, check_versions
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
+from megatron_nft.engines.reasons import reason
 from megatron_nft.engines.targets import RequestRouter, Target, Targets
 from megatron_nft.engines.transports import server_transport
 
@@ -58,11 +59,12 @@ class HttpEngine(ABC):
         sleeping: SleepingServers | None = None,
         all_urls: Sequence[str] = (),
         router: RequestRouter | None = None,
+        first: int = 0,
     ) -> None:
         """allow_version_change: an answer may begin under `weight_version` and end under a newer one.
 
         group: servers that this process started, ended with the engine. sleeping: the same servers, where they share
-        the trainer's GPU (rollout.server.memory_saver). router: requests go to it.
+        the trainer's GPU (rollout.server.memory_saver). router: requests go to it. first: see `targets.Targets`.
         """
         if not urls:
             raise ValueError("an engine client needs at least one server URL")
@@ -84,7 +86,7 @@ class HttpEngine(ABC):
                 max_connections=None, max_keepalive_connections=config.max_in_flight, keepalive_expiry=KEEP_ALIVE_S
             ),
         )
-        self._targets = Targets(urls, router, self._client, self._has_wanted_weights)
+        self._targets = Targets(urls, router, self._client, self._has_wanted_weights, first)
 
     # ---- what an engine kind fills in
 
@@ -144,7 +146,7 @@ class HttpEngine(ABC):
             answer = self._submit(self._post(target, path, body)).result()
             logprobs = np.array(self._prompt_logprobs(tokens, answer), dtype=np.float32)
         except (httpx.TransportError, BadAnswer, KeyError, TypeError, ValueError) as e:
-            raise EngineError(self._describe([f"{target.url}: {e or type(e).__name__}"])) from None
+            raise EngineError(self._describe([f"{target.url}: {reason(e)}"])) from None
         if len(logprobs) != len(tokens) - 1:
             raise EngineError(f"{target.url}: {len(logprobs)} prompt log-probs came for {len(tokens)} tokens")
         return logprobs
@@ -152,13 +154,16 @@ class HttpEngine(ABC):
     def adopt_version(self) -> None:
         """Take whatever weights the servers have as the wanted ones. EngineError where they differ or one is down."""
 
-        async def versions() -> list[int]:
-            return await asyncio.gather(*(self._version(self._client, url.rstrip("/")) for url in self.urls))
+        async def version(url: str) -> int:
+            try:
+                return await self._version(self._client, url)
+            except (httpx.HTTPError, KeyError, ValueError) as e:
+                raise EngineError(f"the server at {url} does not answer: {reason(e)}") from None
 
-        try:
-            found = self._submit(versions()).result()
-        except (httpx.HTTPError, KeyError, ValueError) as e:
-            raise EngineError(f"a server of {', '.join(self.urls)} does not answer: {e or type(e).__name__}") from None
+        async def versions() -> list[int]:
+            return await asyncio.gather(*(version(url.rstrip("/")) for url in self.urls))
+
+        found = self._submit(versions()).result()
         if len(set(found)) > 1:
             raise EngineError(f"the servers {', '.join(self.urls)} have different weight versions: {found}")
         self.weight_version = found[0]
@@ -239,7 +244,7 @@ class HttpEngine(ABC):
                 completions = self._parse(answer, request, sampling)
             except (httpx.TransportError, BadAnswer) as e:
                 target.down = True
-                problems.append(f"{target.url}: {e or type(e).__name__}")
+                problems.append(f"{target.url}: {reason(e)}")
             except Aborted as e:
                 problems.append(f"{target.url}: aborted ({e})")
             else:

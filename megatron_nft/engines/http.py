@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_nft.distributed import gather_objects
+from megatron_nft.engines.addresses import LOOPBACK, check_reachable, host_address
 from megatron_nft.engines.client import HttpEngine
 from megatron_nft.engines.discovery import wait_for_engines
 from megatron_nft.engines.engine import NO_WEIGHTS, Engine, EngineError, OpenOptions
@@ -37,6 +38,19 @@ class _Hosts:
     def is_first(self) -> bool:
         return self.rank == self.first_rank
 
+    def address(self, config: ServerConfig) -> str:
+        """Where other ranks reach servers of this host. Collective. EngineError, on every rank, where they cannot."""
+        check_reachable(config.host, self.names)
+        return host_address(self.names, self.rank, self.group)
+
+    def first_server(self, num_servers: int, *, of_all_ranks: bool) -> int:
+        """Which of `num_servers` gets this rank's first request: those who ask the same ones begin far apart.
+
+        of_all_ranks: every rank asks these servers, rather than those of this host alone.
+        """
+        asking = [r for r, name in enumerate(self.names) if of_all_ranks or name == self.names[self.rank]]
+        return asking.index(self.rank) * num_servers // len(asking)
+
     def share(self, urls: list[str], problem: str) -> list[list[str]]:
         """Every rank's URLs. If one has a problem, all raise EngineError, so that none waits for one that has ended."""
         found = gather_objects((urls, problem), self.group)
@@ -52,6 +66,7 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
     version = 0 if options.load_weights else NO_WEIGHTS
     given = _given_urls(config)
     urls, group, problem = given, None, ""
+    address = LOOPBACK if given else hosts.address(config)
     if not given and hosts.is_first:
         try:
             group = start_servers(
@@ -62,9 +77,10 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
                 device=options.layout.device if options.layout else "cpu",
                 log_dir=options.log_dir,
                 weight_version=version,
+                address=address,
             )
             urls = group.urls
-        except EngineError as e:
+        except (EngineError, OSError) as e:  # OSError: rollout.server.host is no address of this host
             problem = str(e)
     try:
         started = hosts.share(urls, problem)
@@ -73,8 +89,9 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
         if group is not None:
             group.close()
         raise
+    asked = given or started[hosts.first_rank]
     engine = kind.client(
-        given or started[hosts.first_rank],
+        asked,
         config,
         weight_version=version,
         allow_version_change=options.allow_version_change,
@@ -82,6 +99,7 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
         sleeping=_sleeping(kind, config, group),
         all_urls=list(dict.fromkeys(url for urls in started for url in urls)),
         router=router,
+        first=hosts.first_server(len(asked), of_all_ranks=bool(given)),
     )
     if given and options.load_weights:
         engine.adopt_version()

@@ -54,7 +54,8 @@ class CommandLine(Protocol):
         gpu: int,
         weight_version: int,
     ) -> list[str]:
-        """device: cpu | cuda. dtype: float32 | bfloat16. gpu: the first of its GPUs. weight_version: at the start."""
+        """config: its `host` is an address. device: cpu | cuda. dtype: float32 | bfloat16. gpu: the first of its GPUs.
+        weight_version: at the start."""
         ...
 
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
 
 from megatron_nft.config import Config, ConfigError, load_config
+from megatron_nft.engines.addresses import LOOPBACK
 from megatron_nft.engines.discovery import register
 from megatron_nft.engines.engine import NO_WEIGHTS, EngineError
 from megatron_nft.engines.http import HttpEngineKind
@@ -43,6 +45,7 @@ def start(config: Config, host: str, node: str) -> ServerGroup:
         device="cuda" if torch.cuda.is_available() else "cpu",
         log_dir=config.run_dir / "engines" / node,
         weight_version=NO_WEIGHTS,
+        address=LOOPBACK if host == "auto" else socket.gethostname(),
     )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -40,13 +39,17 @@ class Server:
         command: Sequence[str],
         *,
         host: str,
+        address: str | None = None,
         environment: Mapping[str, str],
         log_path: Path,
     ) -> None:
-        """`command` gets `--port=N` added; `environment` is added to our own, cleaned. Nothing is started yet."""
+        """`command` gets `--port=N` added; `environment` is added to our own, cleaned. Nothing is started yet.
+
+        host: where it listens. address: where it is called, if not there.
+        """
         self.name, self.log_path = name, log_path
         self.port = free_port(host)
-        self.url = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{self.port}"
+        self.url = f"http://{address or host}:{self.port}"
         self.starts = 0
         self.deaths: list[str] = []  # for error messages: exit code and end of the log, each time it died
         self._command, self._environment = command, environment

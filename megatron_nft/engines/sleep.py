@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.reasons import reason
 
 if TYPE_CHECKING:
     from megatron_nft.engines.server import Server, ServerGroup
@@ -94,6 +95,5 @@ class SleepingServers:
             code = server.exit_code()
             state = "is still running" if code is None else f"ended with exit code {code}"
             raise EngineError(
-                f"{server.name}: {path} was not answered ({error or type(error).__name__}); it {state}"
-                f"{server.log_tail()}"
+                f"{server.name}: {path} was not answered ({reason(error)}); it {state}{server.log_tail()}"
             ) from None

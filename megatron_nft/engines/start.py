@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_nft.engines.addresses import ALL_INTERFACES, LOOPBACK
 from megatron_nft.engines.engine import DTYPES, EngineError
 from megatron_nft.engines.server import Server, ServerGroup
 
@@ -27,9 +28,15 @@ def start_servers(
     device: torch.device | str,
     log_dir: Path,
     weight_version: int,
+    address: str = LOOPBACK,
 ) -> ServerGroup:
-    """`rollout.server.num_servers` healthy servers on this host, each with a log in `log_dir`. EngineError if not."""
+    """`rollout.server.num_servers` healthy servers on this host, each with a log in `log_dir`. EngineError if not.
+
+    address: this host's, at which they are called; they listen there too, unless rollout.server.host says otherwise.
+    """
     config, host = rollout.server, os.uname().nodename
+    if config.host == "auto":
+        config = config.model_copy(update={"host": address})
     device_type = config.device if config.device != "auto" else device if isinstance(device, str) else device.type
     dtype = config.dtype if config.dtype != "auto" else DTYPES[precision]
     python = find_python(kind.name, config.python)
@@ -43,6 +50,7 @@ def start_servers(
             f"{kind.name} server {number} on {host}",
             command,
             host=config.host,
+            address=address if config.host == ALL_INTERFACES else None,
             environment=_merged(kind.environment(config, device=device_type, gpu=gpu), config.env),
             log_path=log_dir / f"{kind.name}-{host}-{number}.log",
         )

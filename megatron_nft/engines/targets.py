@@ -57,12 +57,19 @@ class Targets:
     """Where requests go. All methods run on the client's event loop."""
 
     def __init__(
-        self, urls: Sequence[str], router: RequestRouter | None, client: httpx.AsyncClient, has_weights: WeightsQuery
+        self,
+        urls: Sequence[str],
+        router: RequestRouter | None,
+        client: httpx.AsyncClient,
+        has_weights: WeightsQuery,
+        first: int = 0,
     ) -> None:
+        """first: the number of the server that gets the first request, so that ranks begin with different ones."""
         self._urls = [url.rstrip("/") for url in urls]
         self._router, self._client, self._has_weights = router, client, has_weights
         self._targets = [Target(router.url.rstrip("/"))] if router else [Target(url) for url in self._urls]
         self._admitting = asyncio.Lock()
+        self._next = first % len(self._targets)
 
     async def refresh(self) -> None:
         """See which servers that were down have come back; called before a phase of generation."""
@@ -71,11 +78,18 @@ class Targets:
         await self._look_at_those_down()
 
     async def pick(self) -> Target | None:
-        """Return the server with the fewest answers under way; where none is up, look again at those that are down."""
+        """Return the server with the fewest answers under way; where none is up, look again at those that are down.
+
+        Of several, the next one in turn. Were it always the first, all ranks would give the same servers the answers
+        that are left over when each server has as many as the others.
+        """
         if all(t.down for t in self._targets):
             await self._look_at_those_down()
-        up = [t for t in self._targets if not t.down]
-        return min(up, key=lambda t: t.in_flight, default=None)
+        in_turn = self._targets[self._next :] + self._targets[: self._next]
+        found = min((t for t in in_turn if not t.down), key=lambda t: t.in_flight, default=None)
+        if found is not None:
+            self._next = (self._targets.index(found) + 1) % len(self._targets)
+        return found
 
     @property
     def exhausted(self) -> bool:

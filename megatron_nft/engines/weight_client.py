@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 
 from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.reasons import reason
 from megatron_nft.weights.client import ServerFacts
 from megatron_nft.weights.transport import EngineLost, WeightSyncError
 
@@ -74,10 +75,10 @@ class HttpWeightClient:
         try:
             return self._client.request(method, self.url + path, json=body)
         except httpx.TimeoutException:
-            reason = f"{path} was not answered within sync.timeout_s ({self._timeout_s:g} s)"
-            raise EngineLost(self.url, reason) from None
+            late = f"{path} was not answered within sync.timeout_s ({self._timeout_s:g} s)"
+            raise EngineLost(self.url, late) from None
         except httpx.TransportError as error:
-            raise EngineLost(self.url, f"{path}: {error or type(error).__name__}") from None
+            raise EngineLost(self.url, f"{path}: {reason(error)}") from None
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from megatron_nft.config import PolicyConfig
 from megatron_nft.policy import cpu
 
 LOOPBACK = "127.0.0.1"  # MASTER_ADDR of our own launcher
-COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # longer than the slowest rollout; the run's own watch is shorter
+COLLECTIVE_TIMEOUT_S = 7200.0  # longer than the slowest rollout; the run's own watch is shorter
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,16 @@ class ParallelLayout:
         return dist.get_global_rank(self.pp.group, self.pp.size - 1)
 
 
-def initialize(policy: PolicyConfig, seed: int) -> ParallelLayout:
+def initialize(policy: PolicyConfig, seed: int, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> ParallelLayout:
     """Join torch.distributed (torchrun's environment, or one lone process) and build Megatron's groups and RNG.
+
+    collective_timeout_s: how long a rank waits in a collective for the others before it fails.
 
     May be called again with another layout of the same ranks. ValueError where the layout does not divide the world.
     """
     cpu.install()
-    device = _join()
+    timeout = datetime.timedelta(seconds=collective_timeout_s)
+    device = _join(timeout)
     from megatron.core import parallel_state as ps
 
     policy.data_parallel_size(dist.get_world_size())  # raises where the layout does not divide the world
@@ -94,10 +97,10 @@ def initialize(policy: PolicyConfig, seed: int) -> ParallelLayout:
         expert_model_parallel_size=policy.expert_model_parallel_size,
         expert_tensor_parallel_size=1 if policy.expert_model_parallel_size > 1 else None,
         create_gloo_process_groups=device.type == "cuda",  # without CUDA the groups are gloo anyway
-        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
+        distributed_timeout_minutes=collective_timeout_s / 60,
     )
     seed_trackers(seed)
-    layout = _layout(policy, device)
+    layout = _layout(policy, device, timeout)
     _OWN_GROUPS.extend(group for group in groups if group not in others)
     return layout
 
@@ -134,7 +137,7 @@ def _leave_groups() -> None:
         dist.destroy_process_group(_OWN_GROUPS.pop())
 
 
-def _join() -> torch.device:
+def _join(timeout: datetime.timedelta) -> torch.device:
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -151,9 +154,9 @@ def _join() -> torch.device:
         rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
         store = _loopback_store(int(env["MASTER_PORT"]), rank, world)
     else:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **options)
+        dist.init_process_group(backend, timeout=timeout, **options)
         return device
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT, **options)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, **options)
     return device
 
 
@@ -168,7 +171,7 @@ def _loopback_store(port: int, rank: int, world: int) -> Store:
     return TCPStore(LOOPBACK, port, world, is_master=True, master_listen_fd=listener.detach())
 
 
-def _layout(policy: PolicyConfig, device: torch.device) -> ParallelLayout:
+def _layout(policy: PolicyConfig, device: torch.device, timeout: datetime.timedelta) -> ParallelLayout:
     from megatron.core import parallel_state as ps
 
     world = dist.get_world_size()
@@ -179,8 +182,8 @@ def _layout(policy: PolicyConfig, device: torch.device) -> ParallelLayout:
         tuple(t + tp * (d + dp_size * p) for p in range(pp) for t in range(tp)) for d in range(dp_size)
     )
     dp_rank = ps.get_data_parallel_rank()
-    world_gloo = dist.new_group(everyone, backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-    groups = [dist.new_group(list(ranks), backend="gloo", timeout=COLLECTIVE_TIMEOUT) for ranks in replicas]
+    world_gloo = dist.new_group(everyone, backend="gloo", timeout=timeout)
+    groups = [dist.new_group(list(ranks), backend="gloo", timeout=timeout) for ranks in replicas]
     if dist.get_rank() not in replicas[dp_rank]:
         raise RuntimeError(f"rank {dist.get_rank()} is not in replica {dp_rank} = {replicas[dp_rank]}")
     return ParallelLayout(

@@ -40,7 +40,7 @@ def run_rank(config: Config) -> int:
                 from megatron_nft.train.loop import train
                 from megatron_nft.train.parts import open_parts
 
-                layout = parallel.initialize(config.policy, config.seed)
+                layout = parallel.initialize(config.policy, config.seed, config.train.collective_timeout_s)
                 if rank == 0:
                     _lock_run_folder(config)
                     write_resolved_config(config)
@@ -92,13 +92,19 @@ def write_resolved_config(config: Config) -> None:
 
 
 def _explain(error: BaseException, phases: Phases) -> None:
-    """Print the traceback where it helps, and then one last line that says who failed, where and why."""
+    """Print the traceback where it helps, and then one last line that says who failed, where and why.
+
+    A text of several lines, which may hold the end of a server's log, comes before the last line, which has its first.
+    """
     text = str(error) or type(error).__name__
     if _is_failed_collective(error):
         text = f"lost the connection to another rank, which ended or failed (its own message says why): {text}"
     elif not isinstance(error, (ValueError, OSError, RuntimeError, KeyboardInterrupt)) or _is_unforeseen(error):
         traceback.print_exception(error)
-    print(f"megatron-nft: {phases}: {type(error).__name__}: {text}", file=sys.stderr, flush=True)
+    first, _, rest = text.partition("\n")
+    if rest:
+        print(text, file=sys.stderr)
+    print(f"megatron-nft: {phases}: {type(error).__name__}: {first.rstrip(':')}", file=sys.stderr, flush=True)
 
 
 def _is_failed_collective(error: BaseException) -> bool:

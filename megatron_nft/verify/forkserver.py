@@ -11,6 +11,8 @@ import subprocess
 import sys
 from typing import Any
 
+from megatron_nft.processes import clean_environment
+
 HEADER = struct.Struct(
     ">QIQ"
 )  # in front of each row sent to a worker: row id, first grader to run, bytes of the pickle
@@ -26,7 +28,7 @@ class ForkServer:
 
     def __init__(self, graders: str, memory_bytes: int) -> None:
         self.control, theirs = socket.socketpair()
-        environment = dict(os.environ)
+        environment = clean_environment()
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # for dotted paths
         environment["PYTHONHASHSEED"] = "0"  # sympy orders sets by hash: the same verdict every time
         command = [sys.executable, "-P", "-m", "megatron_nft.verify.worker"]

@@ -1,9 +1,13 @@
 """The clients' retries, spreading and checks, against local servers that answer as SGLang does, or badly."""
 
+import asyncio
+import heapq
 import json
+import random
 import threading
 from collections import Counter
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -13,6 +17,7 @@ from megatron_nft.config import ServerConfig
 from megatron_nft.engines import client as http
 from megatron_nft.engines.engine import EngineError, Request, SamplingParams, WeightVersionError
 from megatron_nft.engines.sglang.client import SGLangEngine
+from megatron_nft.engines.targets import Targets
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +85,10 @@ def serving(answer, version="3"):
 
 
 @contextmanager
-def engine(*servers, version=3, allow_version_change=False, **settings):
+def engine(*servers, version=3, allow_version_change=False, first=0, **settings):
     urls = [s if isinstance(s, str) else s.url for s in servers]
     client = SGLangEngine(
-        urls, ServerConfig(**settings), weight_version=version, allow_version_change=allow_version_change
+        urls, ServerConfig(**settings), weight_version=version, allow_version_change=allow_version_change, first=first
     )
     try:
         yield client
@@ -222,7 +227,8 @@ def test_another_server_takes_over_from_a_dead_one():
 
 
 def test_no_server_at_all_is_a_clear_error():
-    with engine("http://127.0.0.1:9", max_retries=1) as client, pytest.raises(EngineError, match=r"127\.0\.0\.1:9"):
+    why = r"http://127\.0\.0\.1:9: .*Errno 111"  # refused: httpx says "All connection attempts failed"
+    with engine("http://127.0.0.1:9", max_retries=1) as client, pytest.raises(EngineError, match=why):
         run(client, requests(1))
 
 
@@ -318,5 +324,57 @@ def test_servers_given_by_url_keep_their_version():
         b.version = "4"
         with pytest.raises(EngineError, match=r"different weight versions: \[3, 4\]"):
             client.adopt_version()
-    with engine("http://127.0.0.1:9") as client, pytest.raises(EngineError, match="does not answer"):
+    why = r"the server at http://127\.0\.0\.1:9 does not answer: .*Errno 111"
+    with engine("http://127.0.0.1:9") as client, pytest.raises(EngineError, match=why):
         client.adopt_version()
+
+
+def test_ranks_load_all_servers_alike():
+    """16 ranks, 16 servers: the 24 questions of a rank are one for each server, and eight that are left over."""
+    num, questions = 16, 24
+    all_are_there = threading.Barrier(num * questions, timeout=60)
+
+    def answer(body):
+        all_are_there.wait()
+        return good(body)
+
+    with ExitStack() as opened:
+        servers = [opened.enter_context(serving(answer)) for _ in range(num)]
+        ranks = [opened.enter_context(engine(*servers, first=r)) for r in range(num)]
+        with ThreadPoolExecutor(num) as threads:
+            for answers in threads.map(run, ranks, [requests(questions)] * num):
+                assert len(answers) == 2 * questions
+    loads = [len(server.bodies) for server in servers]
+    assert sum(loads) == num * questions
+    assert max(abs(load - questions) for load in loads) <= 0.1 * questions, loads
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 6, 12, 20])
+def test_ranks_load_all_servers_alike_while_answers_come_in(max_in_flight):
+    """The choice alone, with answers that take seconds drawn at random; a rank asks again as soon as it has one."""
+    num, questions, draw = 16, 100, random.Random(1)
+    loads = Counter()
+
+    async def simulate():
+        ranks = [Targets(list("abcdefghijklmnop"), None, None, None, first=r) for r in range(num)]
+        under_way, left = [], dict.fromkeys(ranks, questions)
+
+        async def ask(rank, now):
+            left[rank] -= 1
+            target = await rank.pick()
+            target.in_flight += 1
+            loads[target.url] += 1
+            heapq.heappush(under_way, (now + draw.uniform(1, 3), draw.random(), rank, target))
+
+        for _ in range(max_in_flight):
+            for rank in ranks:
+                await ask(rank, 0.0)
+        while under_way:
+            now, _, rank, target = heapq.heappop(under_way)
+            target.in_flight -= 1
+            if left[rank]:
+                await ask(rank, now)
+
+    asyncio.run(simulate())
+    assert sum(loads.values()) == num * questions and len(loads) == num
+    assert max(abs(load - questions) for load in loads.values()) <= 0.1 * questions, loads

@@ -15,7 +15,7 @@ COMMON = {"dtype": "bfloat16", "gpu": 4, "weight_version": -1}
 
 
 def command(module, device, **settings):
-    config = ServerConfig(**settings)
+    config = ServerConfig(host="127.0.0.1", **settings)
     return module.command_line(Path("/e/python"), Path("/m"), config, device=device, **COMMON)
 
 

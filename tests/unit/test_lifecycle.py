@@ -109,6 +109,19 @@ def test_the_status_of_a_run_follows_from_its_ranks(codes, expected):
     assert launch.start_local([sys.executable, "-c", code], len(codes)) == expected
 
 
+@pytest.mark.parametrize(("given", "of_ranks"), [(None, "lo"), ("eth7", "eth7")])
+def test_loopback_is_set_for_the_launchers_own_ranks_alone(tmp_path, monkeypatch, given, of_ranks):
+    """A run on many hosts that inherited it could not connect its ranks."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    if given:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
+    before = dict(os.environ)
+    code = "import os, pathlib, sys; pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(os.environ[sys.argv[2]])"
+    assert launch.start_local([sys.executable, "-c", code, str(tmp_path), "GLOO_SOCKET_IFNAME"], 2) == 0
+    assert [(tmp_path / r).read_text() for r in "01"] == [of_ranks, of_ranks]
+    assert dict(os.environ) == before
+
+
 def test_ranks_are_told_who_they_are_and_end_with_the_launcher(tmp_path):
     code = (
         "import os, pathlib, sys, time\n"

@@ -87,7 +87,7 @@ class DistributedTransport(ServerTransport):
     def _gather_engines(self) -> BroadcastGroup:
         """Return a group with the engines that are left. EngineLost where one of them does not answer."""
         servers = [server for server in self._servers if server.url not in self.lost]
-        name = f"megatron-nft-{os.getpid()}-{next(_numbers)}"
+        name = f"megatron-nft-{self._layout.rank}-{os.getpid()}-{next(_numbers)}"  # hosts may have equal process ids
         world_size = 1 + len(servers) * self._facts.tp_size
         timeout_s = self._config.sync.timeout_s
         rendezvous = Rendezvous.open(address_towards(servers[0].url), name, world_size, self._layout.device, timeout_s)

@@ -2,7 +2,7 @@
 
 NFT_TEST_HALT names the step, the phase and a path: "2 evaluate /tmp/halted". Each rank makes PATH-RANK when it is about
 to begin that phase, or, in the phase "checkpoint", when all files are written and the folder waits for its name. It
-goes on when it has noted a stop signal.
+goes on when it has noted a stop signal, or once PATH-go is there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_nft.train.lifecycle import Phases
 def halt(path: str) -> None:
     stop = signal.getsignal(signal.SIGTERM).__self__  # lifecycle.StopSignals
     open(f"{path}-{os.environ['RANK']}", "w").close()
-    while not stop.signum:
+    while not stop.signum and not os.path.exists(f"{path}-go"):
         time.sleep(0.01)
 
 

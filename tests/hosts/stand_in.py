@@ -1,0 +1,63 @@
+"""A stand-in for SGLang and for its router: it takes their command lines and answers each token with its own id.
+
+    python stand_in.py -m sglang.launch_server --host=… --port=… [--record=FOLDER]
+
+With --record it writes its environment to FOLDER/server.json or FOLDER/router.json before it answers. GET tells which
+host it is on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+def interpreter(folder: Path) -> Path:
+    """An executable for rollout.server.python."""
+    path = folder / "stand-in"
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(__file__)} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+class Handler(BaseHTTPRequestHandler):
+    version: str
+
+    def do_GET(self) -> None:
+        self.answer({"host": os.uname().nodename, "weight_version": self.version})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        ids = [body["input_ids"][0]]
+        meta = {"finish_reason": {"type": "stop"}, "weight_version": self.version}
+        meta["output_token_logprobs"] = [[-1.0, ids[0], None]]
+        self.answer({"output_ids": ids, "meta_info": meta})
+
+    def answer(self, value: dict) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def main() -> None:
+    if sys.argv[1] == "-c":  # whether a package is there
+        return
+    arguments = dict(a.removeprefix("--").split("=", 1) for a in sys.argv if "=" in a)
+    if "record" in arguments:
+        name = "router" if "sglang_router.launch_router" in sys.argv else "server"
+        Path(arguments["record"], f"{name}.json").write_text(json.dumps(dict(os.environ)))
+    Handler.version = arguments.get("weight-version", "0")
+    ThreadingHTTPServer((arguments["host"], int(arguments["port"])), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
