@@ -12,12 +12,17 @@ _named = re.compile(
 )
 _bracketed = re.compile(r"\(\s*([A-J])\s*\)\s*[.:]?\s*(?=\S|$)")
 _marked = re.compile(r"([A-J])(?:\s?(?:[.:](?!\d)|\))|\s+[-–—]\s+(?=[A-Za-z]{2})|(?=\s?\([A-Za-z]{3}))\s*(?=\S|$)")  # noqa: RUF001
+_goes_on = re.compile(  # `(C) and (D)`, `(C), (D)`, `(C) is wrong`
+    r"\s*\)?\s*(?:[;/&]|(?:[.:,]\s*)?(?:and|or|but|is\s+(?:wrong|not|incorrect|false))\b|,\s*\(\s*[A-J]\s*\))",
+    re.IGNORECASE,
+)
+_another = re.compile(r"[,;]\s*(?:(?:and|or|but|not)\s+)*\(\s*[A-J]\s*\)")  # `(A) none, (B) some`
 
 
 def choice_of(text: str) -> tuple[str, str] | None:
     r"""Return the letter of a choice and the content that follows it, which may be empty; None for other answers.
 
-    text: a normalised answer. A letter alone is an ordinary symbol, and `A` before a word may be an article.
+    Several choices, or words that take the choice back, are other answers. text: a normalised answer. A letter alone is an ordinary symbol, and `A` before a word may be an article.
     """
     if text[:1].isdigit():
         return None
@@ -25,6 +30,10 @@ def choice_of(text: str) -> tuple[str, str] | None:
     for pattern in (_named, _bracketed, _marked):
         match = pattern.match(plain)
         if match:
+            if _goes_on.match(plain, match.end(1)) or _another.search(plain, match.end(1)):
+                return None
+            if pattern is not _named and plain[match.end() :].startswith(","):
+                return None
             return match[1].upper(), _rest(text, plain, match.end())
     return None
 

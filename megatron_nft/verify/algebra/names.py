@@ -9,6 +9,7 @@ from megatron_nft.verify.algebra.values import symbols
 
 _TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
 _COORDINATES = frozenset("xyz")  # an equation in these may be a curve
+_VARIABLES = frozenset("xyztunmks")  # letters that stand for any number; the A of P(A) is a certain thing
 _indexed = re.compile(r"(.+_)([A-Za-z])$|(.+_)((?:\d*[-+])?\d*)([A-Za-z])([-+]\d+)$")  # a_n, a_n+1
 
 
@@ -56,7 +57,8 @@ def _is_derivative(tree: Tree) -> bool:
 def with_names_of(gold: Tree, found: Tree) -> Tree:
     """Return the relation `found` with the arguments of its left side called as in `gold`: f(n) = 2n as f(x) = 2x.
 
-    It is returned unchanged where the left sides differ in more than that, or where a letter would get two meanings.
+    It is returned unchanged where the left sides differ in more than that, or where a letter would get two meanings,
+    or where the letters may be given things: P(B) = 1/3 is not P(A) = 1/3.
     """
     if _length_of(gold[2]) == _length_of(found[2]):  # |AB| is AB
         return (*found[:2], gold[2], *found[3:])
@@ -68,6 +70,10 @@ def with_names_of(gold: Tree, found: Tree) -> Tree:
         return found
     if any(new in symbols(found) and new not in renamed for new in renamed.values()):
         return found
+    right: Tree = found[3:]
+    for old, new in renamed.items():
+        if not {old, new} <= _VARIABLES and rename(right, {old: new}) == right:
+            return found
     return rename(found, renamed)
 
 

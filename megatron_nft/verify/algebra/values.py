@@ -24,6 +24,8 @@ Point = dict[str, Any]  # the value of each symbol
 
 _INTEGER_FUNCTIONS = frozenset(("floor", "ceil"))
 _TRIGONOMETRIC = frozenset(words("sin cos tan cot sec csc"))
+_HYPERBOLIC = frozenset(words("sinh cosh tanh coth"))
+_TINY_MAG = -40  # smaller values of sines, tangents and logarithms may be rounding
 _FUNCTIONS = {
     "sin": mp.sin, "cos": mp.cos, "tan": mp.tan, "cot": mp.cot, "sec": mp.sec, "csc": mp.csc, "sinh": mp.sinh,
     "cosh": mp.cosh, "tanh": mp.tanh, "coth": mp.coth, "arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan,
@@ -75,8 +77,8 @@ def value(tree: Tree, point: Point) -> Any:
 class Evaluation:
     """Computes values and records what may spoil a comparison at the present precision.
 
-    lost_bits: bits that cancelled in sums. spread_bits: how much smaller the smallest term of a sum was than the
-    largest; so many further bits are needed for it to count. left_reals: whether a root, a logarithm or a power was
+    lost_bits: bits that cancelled in sums, sines and logarithms. spread_bits: how much smaller the smallest term of a
+    sum was than the largest; so many further bits are needed for it to count. left_reals: whether a root, a logarithm or a power was
     taken of a number that is not positive. has_steps: whether a number was rounded to an integer.
     """
 
@@ -157,6 +159,11 @@ class Evaluation:
         if x and mp.isfinite(x):
             self.spread_bits = max(self.spread_bits, -2 * mp.mag(x))
 
+    def _see_cancelled(self, result: Any, argument_mag: Any) -> None:
+        """Record a result that is tiny beside an argument of this magnitude: sin(pi) and ln(1) are only rounding."""
+        if result and mp.isfinite(result) and mp.mag(result) < _TINY_MAG:
+            self.lost_bits += max(0, argument_mag - mp.mag(result))
+
     def _function(self, name: str, argument: Tree, point: Point) -> Any:
         """Return the value of a named function; a trigonometric function of degrees is converted."""
         x = self.value(argument, point)
@@ -174,7 +181,14 @@ class Evaluation:
             self.left_reals = self.left_reals or not _is_positive(x)
         elif name != "abs":
             self._see_small(x)
-        return _FUNCTIONS[name](x)
+        if name in _HYPERBOLIC:  # tanh(x) differs from 1, and cosh(x) from sinh(x), by a part e^{-2x}
+            self.spread_bits = max(self.spread_bits, 3 * float(abs(x)))
+        result = _FUNCTIONS[name](x)
+        if name in _TRIGONOMETRIC:
+            self._see_cancelled(result, mp.mag(x))
+        elif name == "ln":
+            self._see_cancelled(result, 0)
+        return result
 
     def _power(self, base: Any, exponent: Any) -> Any:
         if not mp.isint(exponent):
@@ -184,7 +198,11 @@ class Evaluation:
 
     def _root_or_log(self, kind: str, first: Any, second: Any) -> Any:
         self.left_reals = self.left_reals or not (second == 0 or _is_positive(second))
-        return _root(first, second) if kind == "root" else mp.ln(second) / mp.ln(first)
+        if kind == "root":
+            return _root(first, second)
+        result = mp.ln(second) / mp.ln(first)
+        self._see_cancelled(result, 0)
+        return result
 
 
 def _is_positive(x: Any) -> bool:
