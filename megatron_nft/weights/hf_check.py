@@ -3,9 +3,10 @@ engines and evaluation."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from megatron_nft.policy.family import UnsupportedModelError, read_family
+from megatron_nft.policy.family import ModelSpec, UnsupportedModelError, read_family, spec_from_config
 from megatron_nft.weights.hf_folder import HFFolder, name_list
 from megatron_nft.weights.names import Geometry, hf_shapes
 
@@ -43,12 +44,24 @@ def check_folder(folder: HFFolder, geometry: Geometry) -> None:
 def check_model_folder(path: Path | str) -> str | None:
     """Check the tensors of the folder `path` before an engine reads it; ValueError names what is wrong.
 
-    Returns None, or why the tensors could not be compared: the config is one that cannot be trained here (another
-    family, another RoPE scaling), so that only the engine knows what it needs.
+    Returns None, or why the tensors could not be compared: the config is of a model that is not known here, so that
+    only the engine knows what it needs.
     """
     try:
         spec = read_family(path)
     except UnsupportedModelError as error:
-        return f"the tensors of {path} were not compared with its config: {error}"
+        found = _without_rope(Path(path))
+        if found is None:
+            return f"the tensors of {path} were not compared with its config: {error}"
+        spec = found
     check_folder(HFFolder(path), spec)
     return None
+
+
+def _without_rope(path: Path) -> ModelSpec | None:
+    """The model's sizes where only its RoPE scaling cannot be trained here, which changes no tensor; None else."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    try:
+        return spec_from_config({k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling")})
+    except UnsupportedModelError:
+        return None

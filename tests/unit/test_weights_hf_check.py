@@ -96,13 +96,26 @@ def test_a_tied_output_layer_that_differs_is_refused(model, tmp_path):
         check_model_folder(folder)
 
 
-def test_a_config_that_is_not_trained_here_leaves_the_engine_to_look(model, tmp_path):
-    """Another RoPE scaling: the table of names is not asked, and transformers says what it did not find."""
+@pytest.mark.parametrize(("change", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_rope_scaling_that_is_not_trained_here_hides_no_fault(model, tmp_path, change, message):
+    """It changes no tensor, and long-context folders have it."""
+    yarn = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}
+    folder = broken(model(), tmp_path / "m", change)
+    whole = broken(model(), tmp_path / "whole", lambda tensors: None)
+    for path in (folder, whole):
+        config = json.loads((path / "config.json").read_text())
+        config.pop("rope_scaling", None)
+        (path / "config.json").write_text(json.dumps({**config, "rope_parameters": yarn}))
+    assert check_model_folder(whole) is None
+    with pytest.raises(ValueError, match=message):
+        check_model_folder(folder)
+
+
+def test_a_config_that_is_not_known_leaves_the_engine_to_look(model, tmp_path):
+    """The table of names is not asked, and transformers says what it did not find."""
     folder = broken(model(), tmp_path / "m", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     config = json.loads((folder / "config.json").read_text())
-    config.pop("rope_scaling", None)
-    config["rope_parameters"] = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({**config, "partial_rotary_factor": 0.5}))
     assert "were not compared with its config" in (check_model_folder(folder) or "")
     with pytest.raises(EngineError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         EmbeddedEngine.create(folder)
