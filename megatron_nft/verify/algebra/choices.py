@@ -22,7 +22,9 @@ _another = re.compile(r"[,;]\s*(?:(?:and|or|but|not)\s+)*\(\s*[A-J]\s*\)")  # `(
 def choice_of(text: str) -> tuple[str, str] | None:
     r"""Return the letter of a choice and the content that follows it, which may be empty; None for other answers.
 
-    Several choices, or words that take the choice back, are other answers. text: a normalised answer. A letter alone is an ordinary symbol, and `A` before a word may be an article.
+    Several choices, or words that take the choice back, are other answers.
+
+    text: a normalised answer. A letter alone is an ordinary symbol, and `A` before a word may be an article.
     """
     if text[:1].isdigit():
         return None

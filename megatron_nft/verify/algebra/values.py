@@ -78,8 +78,8 @@ class Evaluation:
     """Computes values and records what may spoil a comparison at the present precision.
 
     lost_bits: bits that cancelled in sums, sines and logarithms. spread_bits: how much smaller the smallest term of a
-    sum was than the largest; so many further bits are needed for it to count. left_reals: whether a root, a logarithm or a power was
-    taken of a number that is not positive. has_steps: whether a number was rounded to an integer.
+    sum was than the largest; so many further bits are needed for it to count. left_reals: whether a root, a logarithm
+    or a power was taken of a number that is not positive. has_steps: whether a number was rounded to an integer.
     """
 
     def __init__(self) -> None:
