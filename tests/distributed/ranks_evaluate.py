@@ -5,7 +5,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from megatron_nft.engines.engine import Completion, Request, SamplingParams
 from megatron_nft.train.held_out import HeldOut, evaluate_held_out
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle, Phases, StopSignals
 from megatron_nft.types import Prompt, Verdict
+from megatron_nft.verify import Graded
 
 QUESTIONS, SAMPLES = 8, 2
 
@@ -44,7 +44,7 @@ class Verifier:
     def submit(self, response, answer, data_source="", extra=None, *, prompt_opens_thinking=False) -> Future:
         future: Future = Future()
         verdict = Verdict.WRONG if int(answer) % 2 else Verdict.CORRECT
-        future.set_result(SimpleNamespace(verdict=verdict, extracted=response, by_grader={}, seconds=0.0))
+        future.set_result(Graded(verdict, response, "parity", 0.0, {}, False, ""))
         return future
 
 
