@@ -48,7 +48,7 @@ def test_a_submitted_job_has_the_header_of_its_script(cluster, launch):
         ([], {"NFT_ENGINE_NODES": "2"}, "NFT_ENGINE_NODES=2: must be below NFT_NODES (2)"),
         ([], {"NFT_ENGINE_NODES": "1", "NFT_PROCS_PER_NODE": "2"}, "NFT_ENGINE_NODES needs rollout.engine=sglang"),
         (["model.architecture={model_type: qwen2}"], {"NFT_GPU": "h100"}, "num_attention_heads is None"),
-        (["data.max_prompt_tokens=400"], {"NFT_GPU": "h100"}, "exceeds the model's max_position_embeddings"),
+        (["data.max_prompt_tokens=400"], {"NFT_GPU": "h100"}, "is more than the model's max_position_embeddings"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_with_a_clear_line(cluster, launch, arguments, settings, words):
