@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from itertools import groupby
 
 _html_tag = re.compile(
     r"</?(?:a|b|big|blockquote|br|center|code|details|div|em|font|h[1-6]|hr|i|li|mark|ol|p|pre|small|span|strong|summary"
@@ -30,7 +31,7 @@ _after = re.compile(
 _QUOTES = (('"', '"'), ("''", "''"), ("``", "''"), ("'", "'"), ("«", "»"), ("„", '"'), ("「", "」"))
 _QUOTE_STARTS = frozenset(opening[0] for opening, _ in _QUOTES)
 TAIL_CHARS = 200  # marks behind an answer are looked for in this many last characters
-KEPT_SIGNS = frozenset("°△▵∠")
+KEPT_SIGNS = frozenset("°△▵∠\N{REPLACEMENT CHARACTER}")  # the last is a token that is no text
 
 
 def plain_lines(text: str) -> str:
@@ -54,12 +55,23 @@ def _as_line(match: re.Match[str]) -> str:
 
 
 def without_signs(text: str) -> str:
-    """Return `text` without emoji, ticks, boxes and other characters that are pictures."""
-    return "".join(character for character in text if character.isascii() or not _is_picture(character))
+    """Return `text` without emoji, ticks, boxes and other characters that are pictures.
+
+    One between two digits or letters stays: 7 and 2 with something between them are not 72.
+    """
+    if text.isascii():
+        return text
+    runs = [(picture, "".join(group)) for picture, group in groupby(text, key=_is_picture)]
+    kept = []
+    for i, (picture, run) in enumerate(runs):
+        inside = 0 < i < len(runs) - 1 and runs[i - 1][1][-1].isalnum() and runs[i + 1][1][0].isalnum()
+        if inside or not picture:
+            kept.append(run)
+    return "".join(kept)
 
 
 def _is_picture(character: str) -> bool:
-    if character in KEPT_SIGNS:
+    if character.isascii() or character in KEPT_SIGNS:
         return False
     kind = unicodedata.category(character)
     return kind in ("So", "Sk", "Me", "Cn") or character in "\N{VARIATION SELECTOR-16}\N{END OF PROOF}"
