@@ -9,6 +9,10 @@ ENGINES = {
 }
 """rollout.engine -> the module that holds its `KIND` (engines/kind.py)."""
 
+SHARE_OF = {"sglang": "free", "vllm": "device"}
+"""rollout.engine -> what rollout.server.mem_fraction_static is a share of, where an engine has servers: `free`, what is
+free on the GPU when a server starts, or `device`, the whole GPU. plan/engine.py has the formulas and their sources."""
+
 
 def known_engine(name: str) -> str:
     """`name`, if the table has it. ValueError else."""

@@ -28,13 +28,6 @@ class EngineKind(Protocol):
         """ValueError where live weight updates of such a model come out wrong with these settings."""
         ...
 
-    def memory_base(self, free: int, total: int, fraction: float, /) -> int:
-        """Bytes of a GPU of which the engine takes the share `fraction` (rollout.server.mem_fraction_static).
-
-        free: bytes that the trainer leaves; total: bytes of the device.
-        """
-        ...
-
     def version(self, model_path: Path, server: ServerConfig, /) -> str:
         """Name and version of the software that answers. ValueError where a given server has another model."""
         ...
@@ -86,8 +79,6 @@ class ServerKind:
     """(URL, version): tell a server that has just started which version its weights are."""
     memory_calls: Mapping[str, MemoryCalls]
     """rollout.server.sleep_level -> how memory is released and resumed."""
-    memory_base: Callable[[int, int, float], int]
-    """See `EngineKind.memory_base`."""
     served_version: Callable[[str, Path], str]
     """(URL, model folder): name and version that a running server gives. ValueError where it serves another model."""
     router: type[RequestRouter] | None = None

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 GIB = 1 << 30
 
 
+def gib(nbytes: float) -> str:
+    """Bytes for people."""
+    return f"{nbytes / GIB:.1f} GiB"
+
+
 @dataclass(frozen=True)
 class Chip:
     """One device. Rates are per second, of this device alone; links are in one direction."""

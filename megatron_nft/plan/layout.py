@@ -106,6 +106,11 @@ def with_seq_len(config: Config, seq_len: int) -> Config:
     return config.model_copy(update={"policy": policy, "rollout": rollout})
 
 
+def element_bytes(config: Config) -> int:
+    """Bytes of one weight in the precision that trains."""
+    return 2 if config.policy.precision == "bf16" else 4
+
+
 def longest_sequence(config: Config) -> int:
     """Tokens of the longest question with the longest answer."""
     return config.data.max_prompt_tokens + config.rollout.max_response_tokens
@@ -117,7 +122,7 @@ def problems(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: C
     return [
         *_processes(policy, config, cluster),
         *split_problems(spec, policy),
-        *_lengths(spec, policy, config),
+        *_micro_batch(policy, config),
         *_fp8(spec, policy, cluster),
         *_engine(spec, config, cluster),
     ]
@@ -144,21 +149,16 @@ def _processes(policy: PolicyConfig, config: Config, cluster: Cluster) -> list[s
     return problems
 
 
-def _lengths(spec: ModelSpec, policy: PolicyConfig, config: Config) -> list[str]:
-    """Say whether the longest answer exceeds a micro-batch or the model's context."""
-    problems, longest, multiple = [], longest_sequence(config), policy.token_multiple
+def _micro_batch(policy: PolicyConfig, config: Config) -> list[str]:
+    """Say whether the longest answer exceeds a micro-batch. Its positions are `policy.positions.check_positions`'s."""
+    longest, multiple = longest_sequence(config), policy.token_multiple
     padded = -(-longest // multiple) * multiple
-    if padded > policy.micro_batch_tokens:
-        problems.append(
-            f"micro_batch_tokens ({policy.micro_batch_tokens}) must hold the longest answer: {longest} tokens, "
-            f"{padded} when padded to a multiple of {multiple}"
-        )
-    if longest > spec.max_position_embeddings:
-        problems.append(
-            f"the longest answer ({longest} tokens with its question) exceeds the model's "
-            f"max_position_embeddings ({spec.max_position_embeddings})"
-        )
-    return problems
+    if padded <= policy.micro_batch_tokens:
+        return []
+    return [
+        f"micro_batch_tokens ({policy.micro_batch_tokens}) must hold the longest answer: {longest} tokens, "
+        f"{padded} when padded to a multiple of {multiple}"
+    ]
 
 
 def _fp8(spec: ModelSpec, policy: PolicyConfig, cluster: Cluster) -> list[str]:

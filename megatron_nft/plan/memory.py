@@ -11,7 +11,8 @@ logits      logprob_chunk_tokens C x V/tp: the head's output e, its fp32 copy 4,
             the fp32 gradient of the output weight 4 h V/tp and its e-byte copy; and T h e each for the hidden states
             (whole, also under sequence parallel) and their gradient. In bf16 on a GPU (policy/logprobs_triton.py): half
             as many logits, in fp32, and their gradient e; the weight's gradient e h V/tp alone; and T h 4 more
-engine      SGLang and vLLM hold mem_fraction_static of the device: weights, and KV cache with the rest
+engine      `engine.py`. With rollout.server.memory_saver its working memory alone stays in the training phase, and at
+            sleep_level kv_cache its weights
 """
 
 from __future__ import annotations
@@ -23,13 +24,12 @@ from megatron_nft.plan.activations import cpu_ends, cpu_layer, gpu_layer, packed
 from megatron_nft.plan.architecture import (
     dense_params,
     embedding_params,
-    kv_bytes_per_token,
-    layer_matrices,
     local_expert_params,
     local_layer_matrices,
     total_params,
 )
-from megatron_nft.plan.layout import Cluster, LayoutSettings, longest_sequence
+from megatron_nft.plan.engine import EngineMemory, engine_memory, shares_device
+from megatron_nft.plan.layout import Cluster, LayoutSettings, element_bytes
 from megatron_nft.policy.family import ModelSpec
 
 PARTS = (
@@ -42,6 +42,7 @@ PARTS = (
     "export buckets",
     "engine weights",
     "engine KV cache",
+    "engine working",
     "reserve",
 )
 
@@ -74,42 +75,6 @@ class DeviceMemory:
     @property
     def fits(self) -> bool:
         return self.peak <= self.capacity
-
-
-@dataclass(frozen=True)
-class EngineMemory:
-    """One inference device. `kv_tokens` is the capacity of a whole engine."""
-
-    weights: int
-    kv_cache: int
-    kv_tokens: int
-
-
-def element_bytes(config: Config) -> int:
-    """Bytes of one weight in the precision that trains."""
-    return 2 if config.policy.precision == "bf16" else 4
-
-
-def engine_memory(spec: ModelSpec, config: Config, cluster: Cluster) -> EngineMemory:
-    """Weights and KV cache per device of an engine."""
-    e = element_bytes(config)
-    if not config.rollout.uses_servers:
-        tokens = config.rollout.embedded_batch_tokens
-        kv = tokens * kv_bytes_per_token(spec) * e // 2
-        return EngineMemory(total_params(spec) * e, kv, tokens)
-    server = config.rollout.server
-    tp = server.tensor_parallel_size
-    if server.dtype != "auto":
-        e = {"float32": 4, "bfloat16": 2}[server.dtype]
-    matrix_e = 1 if server.quantization == "fp8" else e
-    matrices = layer_matrices(spec)
-    weights = (matrices * matrix_e + (total_params(spec) - matrices) * e) // tp
-    heads_per_device = max(1, spec.num_query_groups // tp)  # replicated where tp exceeds the key/value heads
-    token_bytes = 2 * spec.num_layers * heads_per_device * spec.kv_channels * e
-    if server.max_total_tokens is not None:
-        return EngineMemory(weights, server.max_total_tokens * token_bytes, server.max_total_tokens)
-    kv = max(0, int(server.mem_fraction_static * cluster.chip.memory_bytes) - weights)
-    return EngineMemory(weights, kv, kv // token_bytes)
 
 
 def optimizer_shard(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int) -> int:
@@ -167,55 +132,77 @@ def export_bytes(spec: ModelSpec, config: Config, layout: LayoutSettings) -> int
     return min(2 * config.sync.bucket_bytes, total_params(spec) * e) + largest * gathers
 
 
+def resident(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int) -> dict[str, int]:
+    """Bytes by part that a rank of `stage` keeps in every phase."""
+    params = dense_params(spec, layout.tp, layout.pp, stage)
+    params += local_expert_params(spec, layout.tp, layout.pp, layout.ep)
+    quantized = local_layer_matrices(spec, layout.tp, layout.pp, layout.ep)
+    fp8_copies = 2 * quantized if config.policy.fp8.recipe != "none" else 0
+    return {
+        "weights": params * element_bytes(config) + fp8_copies,
+        "gradients": params * 4,
+        "optimizer": 0 if layout.offload else optimizer_bytes(spec, config, layout, cluster, stage),
+    }
+
+
+def engine_beside_trainer(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> EngineMemory:
+    """An engine where the settings put it; on the trainer's devices it gets what the fullest stage leaves."""
+    held = 0
+    if shares_device(config, cluster):
+        held = max(sum(resident(spec, config, layout, cluster, stage).values()) for stage in range(layout.pp))
+    return engine_memory(spec, config, cluster.chip, held)
+
+
+def sync_bytes_beside_engine(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> int:
+    """Bytes that a weight sync takes on a device of an engine."""
+    if shares_device(config, cluster):
+        return export_bytes(spec, config, layout)
+    return min(config.sync.bucket_bytes, total_params(spec) * element_bytes(config))
+
+
+def _engine_phases(config: Config, engine: EngineMemory) -> dict[str, dict[str, int]]:
+    """What an engine on the trainer's device holds there, by phase."""
+    weights, cache = {"engine weights": engine.weights}, {"engine KV cache": engine.kv_cache}
+    if not config.rollout.uses_servers:  # the embedded engine allocates its cache per generation and gives it back
+        return {"train": weights, "sync": weights, "generate": weights | cache}
+    server, working = config.rollout.server, {"engine working": engine.working}
+    awake = weights | cache | working
+    asleep = working | (weights if server.sleep_level == "kv_cache" else {})
+    return {"train": asleep if server.memory_saver else awake, "sync": awake, "generate": awake}
+
+
 def trainer_memory(
     spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, num_micro_batches: int
 ) -> list[DeviceMemory]:
     """One entry per pipeline stage."""
-    e = element_bytes(config)
-    engine = engine_memory(spec, config, cluster)
-    embedded = not config.rollout.uses_servers
-    shares_device = (cluster.engine_nodes == 0 and not config.rollout.server.urls) or embedded
-    frees_device = config.rollout.server.memory_saver and not embedded
+    engine: dict[str, dict[str, int]] = {}
+    if shares_device(config, cluster):
+        engine = _engine_phases(config, engine_beside_trainer(spec, config, layout, cluster))
     devices = []
     for stage in range(layout.pp):
-        params = dense_params(spec, layout.tp, layout.pp, stage)
-        params += local_expert_params(spec, layout.tp, layout.pp, layout.ep)
-        quantized = local_layer_matrices(spec, layout.tp, layout.pp, layout.ep)
-        fp8_copies = 2 * quantized if config.policy.fp8.recipe != "none" else 0
-        resident = {
-            "weights": params * e + fp8_copies,
-            "gradients": params * 4,
-            "optimizer": 0 if layout.offload else optimizer_bytes(spec, config, layout, cluster, stage),
-            "reserve": cluster.chip.reserve_bytes,
+        parts = {
+            "train": _training(spec, config, layout, cluster, stage, num_micro_batches),
+            "sync": {"export buckets": export_bytes(spec, config, layout)},
+            "generate": {},
         }
-        weights, cache = {"engine weights": engine.weights}, {"engine KV cache": engine.kv_cache}
-        # The embedded engine allocates its cache per generation and gives it back.
-        always = {} if not shares_device or frees_device else weights | ({} if embedded else cache)
-        train = resident | always | _training(spec, config, layout, cluster, stage, num_micro_batches)
-        sync = (
-            resident
-            | always
-            | {"export buckets": export_bytes(spec, config, layout)}
-            | (weights if shares_device else {})
-        )
-        generate = resident | (weights | cache if shares_device else {})
+        always = resident(spec, config, layout, cluster, stage) | {"reserve": cluster.chip.reserve_bytes}
         devices.append(
             DeviceMemory(
                 role=f"pipeline stage {stage}" if layout.pp > 1 else "every device",
                 capacity=cluster.chip.memory_bytes,
-                phases={"train": train, "sync": sync, "generate": generate},
+                phases={phase: always | engine.get(phase, {}) | own for phase, own in parts.items()},
             )
         )
     return devices
 
 
-def engine_device(spec: ModelSpec, config: Config, cluster: Cluster) -> DeviceMemory | None:
+def engine_device(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> DeviceMemory | None:
     """A device of an engine node; None when engines share the trainer's devices."""
     if not cluster.engine_nodes:
         return None
-    engine = engine_memory(spec, config, cluster)
-    held = {"engine weights": engine.weights, "engine KV cache": engine.kv_cache, "reserve": cluster.chip.reserve_bytes}
-    bucket = {"export buckets": min(config.sync.bucket_bytes, total_params(spec) * element_bytes(config))}
+    engine = engine_memory(spec, config, cluster.chip)
+    held = _engine_phases(config, engine)["generate"] | {"reserve": cluster.chip.reserve_bytes}
+    bucket = {"export buckets": sync_bytes_beside_engine(spec, config, layout, cluster)}
     return DeviceMemory("engine nodes", cluster.chip.memory_bytes, {"sync": held | bucket, "generate": held})
 
 
@@ -225,16 +212,3 @@ def host_bytes_per_node(spec: ModelSpec, config: Config, layout: LayoutSettings,
         return 0
     largest = max(optimizer_bytes(spec, config, layout, cluster, stage) for stage in range(layout.pp))
     return largest * cluster.devices_per_node
-
-
-def engine_problem(spec: ModelSpec, config: Config, cluster: Cluster) -> str | None:
-    """Why an engine cannot hold one longest answer, or None."""
-    engine, longest = engine_memory(spec, config, cluster), longest_sequence(config)
-    if engine.kv_tokens >= longest:
-        return None
-    return (
-        f"the engine's KV cache holds {engine.kv_tokens} tokens, one longest answer needs {longest}: "
-        "raise rollout.server.mem_fraction_static or rollout.server.tensor_parallel_size"
-        if config.rollout.uses_servers
-        else f"rollout.embedded_batch_tokens ({engine.kv_tokens}) must hold the longest answer ({longest} tokens)"
-    )

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field, replace
 
 from megatron_nft.config import Config
 from megatron_nft.plan import layout as layouts
+from megatron_nft.plan.engine import EngineMemory, engine_problem, largest_fraction
+from megatron_nft.plan.hardware import gib
 from megatron_nft.plan.layout import Cluster, LayoutSettings
 from megatron_nft.plan.memory import (
     DeviceMemory,
+    engine_beside_trainer,
     engine_device,
-    engine_memory,
-    engine_problem,
     host_bytes_per_node,
+    sync_bytes_beside_engine,
     trainer_memory,
 )
 from megatron_nft.plan.timing import Workload, num_micro_batches, step_times, sync_bytes
@@ -31,7 +33,7 @@ class Plan:
     devices: list[DeviceMemory] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     num_micro_batches: int = 0
-    kv_tokens: int = 0
+    engine: EngineMemory | None = None
     sync_bytes: int = 0
     host_bytes_per_node: int = 0
     trained_tokens: int = 0
@@ -50,6 +52,11 @@ class Plan:
         return self.trained_tokens / self.step_s * DAY_S if self.times else 0.0
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache of one engine holds."""
+        return self.engine.kv_tokens if self.engine else 0
+
+    @property
     def fullest(self) -> DeviceMemory:
         return max(self.devices, key=lambda d: d.peak / d.capacity)
 
@@ -61,26 +68,55 @@ def make_plan(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: 
         return Plan(layout, broken)
     m = num_micro_batches(work, layout, layout.dp(cluster))
     devices = trainer_memory(spec, config, layout, cluster, m)
-    engine = engine_device(spec, config, cluster)
-    devices += [engine] if engine else []
+    engines = engine_device(spec, config, layout, cluster)
+    devices += [engines] if engines else []
     problems = [
-        f"{d.role} needs {d.peak / 2**30:.1f} GiB in phase {d.peak_phase}, has {d.capacity / 2**30:.1f} GiB "
-        f"(most of it: {d.largest_part})"
+        f"{d.role} needs {gib(d.peak)} in phase {d.peak_phase}, has {gib(d.capacity)} (most of it: {d.largest_part})"
         for d in devices
         if not d.fits
     ]
-    problems += [p for p in [engine_problem(spec, config, cluster)] if p]
+    engine = engine_beside_trainer(spec, config, layout, cluster)
+    beside = sync_bytes_beside_engine(spec, config, layout, cluster)
+    problems += [p for p in [engine_problem(config, engine, cluster.chip, beside)] if p]
     return Plan(
         layout,
         problems,
         devices,
         step_times(spec, config, layout, cluster, work),
         m,
-        engine_memory(spec, config, cluster).kv_tokens,
+        engine,
         sync_bytes(spec, config),
         host_bytes_per_node(spec, config, layout, cluster),
         work.trained_tokens,
     )
+
+
+def recompute_choices(
+    spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload
+) -> list[Plan]:
+    """The same layout with each setting of policy.recompute: what keeping more activations costs and brings."""
+    return [
+        make_plan(spec, config, replace(layout, recompute=recompute), cluster, work)
+        for recompute in ("none", "selective", "full")
+    ]
+
+
+def fraction_choices(
+    spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload
+) -> list[tuple[float, Plan]]:
+    """The same layout with rollout.server.mem_fraction_static as it is set, and with the largest that fits, in order of
+    size; empty where the engine has no such share."""
+    if not config.rollout.uses_servers:
+        return []
+    beside = sync_bytes_beside_engine(spec, config, layout, cluster)
+    engine = engine_beside_trainer(spec, config, layout, cluster)
+    fractions = {config.rollout.server.mem_fraction_static, largest_fraction(config, engine, cluster.chip, beside)}
+    found = []
+    for fraction in sorted(fractions - {0.0}):
+        server = config.rollout.server.model_copy(update={"mem_fraction_static": fraction})
+        changed = config.model_copy(update={"rollout": config.rollout.model_copy(update={"server": server})})
+        found.append((fraction, make_plan(spec, changed, layout, cluster, work)))
+    return found
 
 
 def search(spec: ModelSpec, config: Config, cluster: Cluster, work: Workload) -> list[Plan]:

@@ -10,7 +10,7 @@ from megatron_nft.plan.architecture import total_params
 from megatron_nft.plan.hardware import GIB
 from megatron_nft.plan.layout import Cluster
 from megatron_nft.plan.memory import PARTS, DeviceMemory
-from megatron_nft.plan.plan import Neighbour, Plan
+from megatron_nft.plan.plan import Neighbour, Plan, fraction_choices, recompute_choices
 from megatron_nft.plan.timing import Workload
 from megatron_nft.policy.family import ModelSpec
 
@@ -71,6 +71,31 @@ def _time_table(plan: Plan, work: Workload) -> list[str]:
     ]
 
 
+def _choices(spec: ModelSpec, config: Config, cluster: Cluster, work: Workload, plan: Plan) -> list[str]:
+    """Return what other values of the two settings that trade memory for time would bring."""
+
+    def row(name: str, other: Plan, is_set: bool, cells: list[str]) -> str:
+        if not other.devices:
+            return f"  {name:<10}cannot run: {other.problems[0]}"
+        note = "" if other.fits else "  does not fit"
+        return f"  {name:<10}" + "".join(f"{c:>19}" for c in cells) + ("  (set)" if is_set else "") + note
+
+    lines = ["What policy.recompute brings:", f"  {'':<10}{'step':>19}{'train phase':>19}"]
+    for p in recompute_choices(spec, config, plan.layout, cluster, work):
+        cells = [duration(p.step_s), size(max((d.total("train") for d in p.devices if "train" in d.phases), default=0))]
+        lines.append(row(p.layout.recompute, p, p.layout.recompute == plan.layout.recompute, cells))
+    shares = fraction_choices(spec, config, plan.layout, cluster, work)
+    if shares and plan.engine:
+        lines += [
+            f"What rollout.server.mem_fraction_static brings ({size(plan.engine.free)} are free for the engine):",
+            f"  {'':<10}{'step':>19}{'KV cache':>19}",
+        ]
+    for fraction, p in shares:
+        cells = [duration(p.step_s), f"{p.kv_tokens:,} tokens"]
+        lines.append(row(f"{fraction:g}", p, fraction == config.rollout.server.mem_fraction_static, cells))
+    return lines
+
+
 def as_text(
     spec: ModelSpec, config: Config, cluster: Cluster, work: Workload, plan: Plan, near: Neighbour | None
 ) -> str:
@@ -82,7 +107,7 @@ def as_text(
             lines += ["", *_memory_table(device)]
         if plan.host_bytes_per_node:
             lines.append(f"  host memory per node for the optimizer: {size(plan.host_bytes_per_node)}")
-        lines += ["", *_time_table(plan, work)]
+        lines += ["", *_time_table(plan, work), "", *_choices(spec, config, cluster, work, plan)]
     lines.append("")
     if plan.fits:
         return "\n".join([*lines, "FITS"])
@@ -139,6 +164,7 @@ def plan_dict(plan: Plan, cluster: Cluster) -> dict[str, Any]:
             "sync_bytes": plan.sync_bytes,
             "host_bytes_per_node": plan.host_bytes_per_node,
             "engine_kv_tokens": plan.kv_tokens,
+            "engine_free_bytes": plan.engine.free if plan.engine else None,
             "trained_tokens_per_step": plan.trained_tokens,
             "trained_tokens_per_day": plan.tokens_per_day,
         }

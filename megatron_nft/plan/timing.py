@@ -33,8 +33,8 @@ from megatron_nft.plan.architecture import (
     q_size,
     total_params,
 )
-from megatron_nft.plan.layout import Cluster, LayoutSettings
-from megatron_nft.plan.memory import element_bytes, engine_memory, optimizer_shard
+from megatron_nft.plan.layout import Cluster, LayoutSettings, element_bytes
+from megatron_nft.plan.memory import engine_beside_trainer, optimizer_shard
 from megatron_nft.policy.family import ModelSpec
 
 DECODE_OVERHEAD_S_PER_LAYER = 20e-6
@@ -170,9 +170,9 @@ def num_engines(config: Config, cluster: Cluster) -> int:
     return len(server.urls) or (cluster.engine_nodes or cluster.nodes) * server.num_servers
 
 
-def generation_s(spec: ModelSpec, config: Config, cluster: Cluster, work: Workload) -> float:
+def generation_s(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload) -> float:
     """Seconds until the last answer of a step is there."""
-    chip, memory = cluster.chip, engine_memory(spec, config, cluster)
+    chip, memory = cluster.chip, engine_beside_trainer(spec, config, layout, cluster)
     tp = config.rollout.server.tensor_parallel_size if config.rollout.uses_servers else 1
     engines = num_engines(config, cluster)
     answers = math.ceil(work.sampled_answers / engines)
@@ -215,7 +215,7 @@ def step_times(
     spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload
 ) -> dict[str, float]:
     """Seconds by phase, in the order of the loop. Verification overlaps generation: only what is left counts."""
-    generation = generation_s(spec, config, cluster, work)
+    generation = generation_s(spec, config, layout, cluster, work)
     verification = work.sampled_answers * VERIFY_S_PER_ANSWER / (cluster.trainer_devices * config.verify.workers)
     kept_tokens = work.sampled_questions * work.kept_share * work.answers_per_question * work.mean_tokens
     passes = _training_passes(spec, layout)

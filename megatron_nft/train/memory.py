@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from megatron_nft.config import Config
-from megatron_nft.engines.open import engine_kind
-from megatron_nft.plan.hardware import CHIPS
-from megatron_nft.plan.layout import Cluster, LayoutSettings, longest_sequence
-from megatron_nft.plan.memory import engine_memory, trainer_memory
+from megatron_nft.plan.engine import engine_memory, engine_problem, shares_device
+from megatron_nft.plan.hardware import CHIPS, gib
+from megatron_nft.plan.layout import Cluster, LayoutSettings
+from megatron_nft.plan.memory import export_bytes, resident, trainer_memory
 from megatron_nft.policy.family import ModelSpec
 
-RESIDENT = ("weights", "gradients", "optimizer")
 TRAINING = ("activations", "packed attention", "logits chunk")
-GIB = 1 << 30
+ENGINE = ("engine weights", "engine KV cache", "engine working")
 
 
 def check_memory(config: Config, spec: ModelSpec, device: torch.device, *, stage: int, world_size: int) -> list[str]:
@@ -25,14 +26,20 @@ def check_memory(config: Config, spec: ModelSpec, device: torch.device, *, stage
     stage: the rank's place in the pipeline.
 
     Weights, gradients, optimizer, and the engine's weights with room for one longest answer are counted; activations
-    are estimated (plan/activations.py). Nothing is asked of a rank without a GPU.
+    are estimated (plan/activations.py), and so is the engine's working memory (plan/engine.py). Nothing is asked of a
+    rank without a GPU.
     """
     if device.type != "cuda":
         return []
     free, total = torch.cuda.mem_get_info(device)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return memory_problems(
-        config, spec, free=free, total=total, stage=stage, world_size=world_size, local_world_size=local
+        config,
+        spec,
+        free=free,
+        total=total,
+        stage=stage,
+        world_size=world_size,
+        local_world_size=_ranks_of_this_host(world_size),
     )
 
 
@@ -40,49 +47,66 @@ def memory_problems(
     config: Config, spec: ModelSpec, *, free: int, total: int, stage: int, world_size: int, local_world_size: int
 ) -> list[str]:
     """`check_memory` for a device of `total` bytes, of which `free` are free before anything is allocated."""
-    chip = replace(CHIPS["h100"], name="this GPU", memory_bytes=total)
+    own = CHIPS["h100"].reserve_bytes
+    # What others hold on the device already is reserved like our own context.
+    chip = replace(CHIPS["h100"], name="this GPU", memory_bytes=total, reserve_bytes=own + total - free)
     cluster = Cluster(chip, max(1, world_size // local_world_size), local_world_size)
-    plan = LayoutSettings.of(config)
-    train = trainer_memory(spec, config, plan, cluster, plan.pp)[stage].phases["train"]
-    resident = {name: train[name] for name in RESIDENT}
-    left = free - sum(resident.values()) - chip.reserve_bytes
+    layout = LayoutSettings.of(config)
+    kept = resident(spec, config, layout, cluster, stage)
+    left = free - sum(kept.values()) - own
     if left < 0:
         raise ValueError(
-            f"the trainer alone needs {_gib(free - left)} on this GPU ({_parts(resident)}, "
-            f"reserve {_gib(chip.reserve_bytes)}), {_gib(free)} of {_gib(total)} are free: raise "
-            "policy.tensor_model_parallel_size or pipeline_model_parallel_size, or set policy.optimizer_offload=true"
+            f"the trainer alone needs {gib(free - left)} on this GPU ({_parts(kept)}, reserve {gib(own)}), "
+            f"{gib(free)} of {gib(total)} are free: raise policy.tensor_model_parallel_size or "
+            "pipeline_model_parallel_size, or set policy.optimizer_offload=true"
         )
-    held = _engine(config, spec, cluster, left, total, resident)
+    train = trainer_memory(spec, config, layout, cluster, layout.pp)[stage].phases["train"]
+    held = 0
+    if config.rollout.uses_servers and shares_device(config, cluster):
+        engine = engine_memory(spec, config, chip, sum(kept.values()))
+        problem = engine_problem(config, engine, chip, export_bytes(spec, config, layout))
+        if problem:
+            mend = "" if layout.offload else "; policy.optimizer_offload=true moves the optimizer to the host"
+            raise ValueError(f"{problem}. The trainer keeps {_parts(kept)}{mend}")
+        held = sum(nbytes for name, nbytes in train.items() if name in ENGINE)
     needed = {name: train[name] for name in TRAINING if name in train}
     if sum(needed.values()) <= left - held:
         return []
-    engine = f" and the engine keeps {_gib(held)}" if held else ""
+    beside = f" and the engine keeps {gib(held)}" if held else ""
+    mends = ["lower policy.micro_batch_tokens"]
+    mends += ["set policy.recompute=full"] * (layout.recompute != "full")
+    mends += ["set rollout.server.memory_saver=true"] * bool(held and not config.rollout.server.memory_saver)
     return [
-        f"warning: a step may need more memory than there is: {_parts(needed)} are estimated, {_gib(left - held)} are "
-        f"left beside {_parts(resident)}{engine}. If it runs out: lower policy.micro_batch_tokens or set "
-        "policy.recompute=full" + (" or rollout.server.memory_saver=true" if held else "")
+        f"warning: a step may need more memory than there is: {_parts(needed)} are estimated, {gib(left - held)} are "
+        f"left beside {_parts(kept)}{beside}. If it runs out: {' or '.join(mends)}"
     ]
 
 
-def _engine(config: Config, spec: ModelSpec, cluster: Cluster, left: int, total: int, resident: dict[str, int]) -> int:
-    """Bytes that an engine on this GPU keeps while the trainer works. ValueError where it cannot hold one answer."""
-    server = config.rollout.server
-    if not config.rollout.uses_servers or server.urls or server.registry:
-        return 0
-    base = engine_kind(config.rollout.engine).memory_base(left, total, server.mem_fraction_static)
-    engine = engine_memory(spec, config, replace(cluster, chip=replace(cluster.chip, memory_bytes=base)))
-    share, longest = int(base * server.mem_fraction_static), longest_sequence(config)
-    if engine.weights > share or engine.kv_tokens < longest:
-        raise ValueError(
-            f"the engine cannot hold one longest answer ({longest} tokens) beside the trainer on this GPU: the trainer "
-            f"({_parts(resident)}) leaves {_gib(left)}, rollout.server.mem_fraction_static "
-            f"({server.mem_fraction_static:g}) gives the engine {_gib(share)} of it, its weights take "
-            f"{_gib(engine.weights)} and its KV cache then holds {engine.kv_tokens} tokens. Raise the fraction, shard "
-            "the trainer over more GPUs, or set policy.optimizer_offload=true"
-        )
-    if not server.memory_saver:
-        return engine.weights + engine.kv_cache
-    return engine.weights if server.sleep_level == "kv_cache" else 0
+@contextmanager
+def keep_room(config: Config, spec: ModelSpec, device: torch.device, *, stage: int, world_size: int) -> Iterator[None]:
+    """Hold, while servers start, the bytes that this rank has yet to allocate for good on its GPU.
+
+    Adam's state comes with the first step. An engine that takes its share of what is free (SGLang) would take that
+    place too, or leave it, by whether the run is new or goes on; so it gets what plan and `check_memory` count.
+    """
+    local = _ranks_of_this_host(world_size)
+    cluster = Cluster(CHIPS["h100"], max(1, world_size // local), local)
+    if device.type != "cuda" or not config.rollout.uses_servers or not shares_device(config, cluster):
+        yield
+        return
+    torch.cuda.empty_cache()
+    planned = sum(resident(spec, config, LayoutSettings.of(config), cluster, stage).values())
+    missing = max(0, planned - torch.cuda.memory_reserved(device))
+    room = torch.empty(missing, dtype=torch.uint8, device=device)
+    try:
+        yield
+    finally:
+        del room
+        torch.cuda.empty_cache()
+
+
+def _ranks_of_this_host(world_size: int) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def release_unused() -> None:
@@ -116,9 +140,5 @@ class PhaseMemory:
         return phases
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.1f} GiB"
-
-
 def _parts(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {_gib(nbytes)}" for name, nbytes in parts.items() if nbytes)
+    return ", ".join(f"{name} {gib(nbytes)}" for name, nbytes in parts.items() if nbytes)

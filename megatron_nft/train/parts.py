@@ -32,7 +32,7 @@ from megatron_nft.policy.policy import Policy
 from megatron_nft.train.checkpoints import CheckpointStore, RunState, read_surplus
 from megatron_nft.train.held_out import HeldOut, load_held_out
 from megatron_nft.train.lifecycle import Lifecycle, Phases
-from megatron_nft.train.memory import PhaseMemory, check_memory
+from megatron_nft.train.memory import PhaseMemory, check_memory, keep_room
 from megatron_nft.train.recorder import Recorder
 from megatron_nft.train.sync import sync_weights
 from megatron_nft.verify import VerifierPool
@@ -96,7 +96,8 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
             closer.add(sink)
         verifier = VerifierPool(config.verify)
         closer.add(verifier)
-        engine = create_engine(config, layout)
+        with keep_room(config, spec, layout.device, stage=layout.pp.rank, world_size=layout.world_size):
+            engine = create_engine(config, layout)
         closer.add(engine)
         sync = open_weight_sync(config, spec, layout, engine)
         # Servers of our own are gone by then; others are told to leave the update group.

@@ -15,8 +15,6 @@ from megatron_nft.engines.engine import EngineError
 from megatron_nft.engines.http import HttpEngineKind
 from megatron_nft.engines.open import engine_kind
 
-GIB = 1 << 30
-
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_with_servers_is_complete(name):
@@ -25,14 +23,6 @@ def test_an_engine_with_servers_is_complete(name):
     if isinstance(kind, HttpEngineKind):
         assert kind.name == name
         assert kind.memory_calls.keys() == set(get_args(ServerConfig.model_fields["sleep_level"].annotation))
-
-
-def test_share_of_the_memory():
-    """Of 80 GiB, 30 of them free: SGLang takes its share of the 30, vLLM of the 80, if that is free."""
-    free, total = 30 * GIB, 80 * GIB
-    assert engine_kind("sglang").memory_base(free, total, 0.5) * 0.5 == 15 * GIB
-    assert engine_kind("vllm").memory_base(free, total, 0.25) * 0.25 == 20 * GIB
-    assert engine_kind("vllm").memory_base(free, total, 0.5) * 0.5 == 30 * GIB
 
 
 def test_engine_nodes_need_servers(tmp_path):

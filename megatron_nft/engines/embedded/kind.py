@@ -36,10 +36,6 @@ class EmbeddedKind:
     def check_updates(self, rollout: RolloutConfig, spec: ModelSpec, /) -> None:
         """Do nothing: updates of every model come out right."""
 
-    def memory_base(self, free: int, total: int, fraction: float, /) -> int:
-        """Return 0: rollout.server.mem_fraction_static is not for this engine."""
-        return 0
-
     def version(self, model_path: Path, server: ServerConfig, /) -> str:
         """Return the version of transformers, which makes the answers."""
         return f"transformers {version('transformers')}"

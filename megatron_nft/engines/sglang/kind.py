@@ -21,11 +21,6 @@ def set_version(url: str, version: int) -> None:
     """Do nothing: the command line has told the server its version."""
 
 
-def memory_base(free: int, total: int, fraction: float) -> int:
-    """Return what is free: SGLang takes its share of that when it starts."""
-    return free
-
-
 def served_version(url: str, model: Path) -> str:
     """See `kind.HttpEngineKind.served_version`. The first of each pair of paths is that of older servers."""
     check_served_model(url, first_answer(url, ("/get_model_info", "/model_info")).get("model_path"), model)
@@ -55,7 +50,6 @@ KIND = HttpEngineKind(
     environment=environment,
     set_version=set_version,
     memory_calls=MEMORY_CALLS,
-    memory_base=memory_base,
     served_version=served_version,
     router=Router,
     check_updates=check_updates,

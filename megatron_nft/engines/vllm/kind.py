@@ -21,11 +21,6 @@ def set_version(url: str, version: int) -> None:
         raise EngineError(f"{url}/update_weight_version: HTTP {answer.status_code}: {answer.text[:500]}")
 
 
-def memory_base(free: int, total: int, fraction: float) -> int:
-    """Return the whole device, or less so that the share is free: vLLM takes its share of the whole."""
-    return min(total, int(free / fraction))
-
-
 def served_version(url: str, model: Path) -> str:
     """See `kind.HttpEngineKind.served_version`."""
     served = (first_answer(url, ("/v1/models",)).get("data") or [{}])[0]
@@ -41,6 +36,5 @@ KIND = HttpEngineKind(
     environment=environment,
     set_version=set_version,
     memory_calls=MEMORY_CALLS,
-    memory_base=memory_base,
     served_version=served_version,
 )
