@@ -8,6 +8,10 @@ import yaml
 
 from megatron_nft.config import Config, ConfigError, dump_config, load_config
 from megatron_nft.config.load import REMOVED
+from megatron_nft.plan.hardware import CHIPS, GIB
+from megatron_nft.plan.layout import Cluster, LayoutSettings
+from megatron_nft.plan.plan import fraction_choices, make_plan
+from megatron_nft.plan.timing import Workload
 from megatron_nft.policy.family import check_layout, spec_from_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -116,6 +120,20 @@ def test_published_figures_of_the_32b_run():
     assert (figures["num_attention_heads"], figures["num_key_value_heads"], figures["vocab_size"]) == (40, 8, 152064)
     assert (figures["rope_theta"], figures["rms_norm_eps"]) == (1_000_000.0, 1e-5)
     assert figures["max_position_embeddings"] == 131072
+
+
+@pytest.mark.parametrize(("size", "gpus"), SIZES.items())
+def test_published_runs_fit_h100s_without_recompute(size, gpus):
+    """With room to spare: 5 GiB in every phase, for what the model does not see."""
+    config = load(f"nft_{size}")
+    spec, cluster = spec_from_config(config.model.architecture), Cluster(CHIPS["h100"], gpus // 8, 8)
+    work = Workload.of(config, None, 0.5)
+    plan = make_plan(spec, config, LayoutSettings.of(config), cluster, work)
+    assert plan.fits, plan.problems
+    assert config.policy.recompute == "none" and config.rollout.server.mem_fraction_static == 0.8
+    assert max(device.peak for device in plan.devices) < (79.6 - 5) * GIB
+    fractions = [fraction for fraction, _ in fraction_choices(spec, config, plan.layout, cluster, work)]
+    assert fractions[0] == 0.8 and 0.9 < fractions[1] < 0.95
 
 
 @pytest.mark.parametrize("size", [*SIZES, "quickstart"])

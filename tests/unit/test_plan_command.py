@@ -128,6 +128,60 @@ def test_broken_rules_exit_1_and_name_the_numbers(tmp_path, override, words):
     assert words in done.stdout
 
 
+CONFIG_32B = Path(__file__).parents[2] / "configs" / "nft_qwen2.5_32b.yaml"
+H100_16 = ("--nodes", "16", "--gpus-per-node", "8", "--gpu", "h100")
+
+
+def test_the_share_of_sglang_by_hand():
+    """32B, TP 8, PP 2, DP 8 on 79.65 GiB: stage 1 has 32 layers, the last norm and the output; its engine of TP 4 gets
+    80 % of what is free, of which its weights are a part."""
+    done = plan(CONFIG_32B, *H100_16, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)["plan"]
+    attention = 5120 * (40 + 8 + 8) * 128 + 40 * 128 * 5120
+    layer = (attention + (40 + 8 + 8) * 128 + 3 * 5120 * 27648) // 8 + 2 * 5120
+    params = 32 * layer + 5120 + 152064 * 5120 // 8
+    free = (81559 << 20) - (4 << 30) - 6 * params - 12 * -(-params // 8)
+    assert report["engine_free_bytes"] == free
+    held = report["memory"][1]["phases"]["generate"]["parts_bytes"]
+    assert held["engine weights"] == 32_763_876_352 * 2 // 4
+    assert held["engine KV cache"] == int(0.8 * free) - held["engine weights"]
+    # one token: keys and values, 64 layers, 2 of 8 heads, 128 each, 2 bytes
+    assert report["engine_kv_tokens"] == held["engine KV cache"] // (2 * 64 * 2 * 128 * 2)
+    # one chunk of a prefill, logits of 256 rows, CUDA graphs
+    working = 8192 * 2 * (2 * 5120 + 3 * 27648 // 4) + 256 * 152064 * 6 + (3 << 29)
+    assert held["engine working"] == working
+    memory = report["memory"][1]["phases"]
+    assert memory["train"]["parts_bytes"]["engine working"] == working  # asleep, the rest is released
+    assert "engine KV cache" in memory["sync"]["parts_bytes"]  # woken before the weights come
+
+
+def test_the_share_of_vllm_is_of_the_whole_gpu():
+    done = plan(CONFIG_32B, *H100_16, "rollout.engine=vllm")
+    assert done.returncode == 1
+    assert "(0.8) gives the engine 63.7 GiB of 79.6 GiB on the GPU, 61.3 GiB are free" in done.stdout
+    assert "set at most 0.73" in done.stdout
+    done = plan(CONFIG_32B, *H100_16, "rollout.engine=vllm", "rollout.server.mem_fraction_static=0.73", "--json")
+    assert done.returncode == 0, done.stdout
+    held = json.loads(done.stdout)["plan"]["memory"][1]["phases"]["generate"]["parts_bytes"]
+    assert sum(held[p] for p in held if p.startswith("engine")) == int(0.73 * (81559 << 20))
+
+
+def test_plan_says_what_recompute_and_the_share_bring():
+    """Selective and full recompute take longer and less memory; a larger share holds more tokens."""
+    lines = plan(CONFIG_32B, *H100_16).stdout.splitlines()
+    start = lines.index("What policy.recompute brings:") + 2
+    rows = [line.split() for line in lines[start : start + 3]]
+    assert [row[0] for row in rows] == ["none", "selective", "full"] and rows[0][-1] == "(set)"
+    minutes, gib = [float(row[1]) for row in rows], [float(row[3]) for row in rows]
+    assert minutes == sorted(minutes) and gib == sorted(gib, reverse=True)
+    assert rows[0][3:5] == ["50.82", "GiB"]
+    assert lines[start + 3] == "What rollout.server.mem_fraction_static brings (61.34 GiB are free for the engine):"
+    shares = [line.split() for line in lines[start + 5 : start + 7]]
+    assert [row[0] for row in shares] == ["0.8", "0.92"] and shares[0][3:] == ["554,054", "tokens", "(set)"]
+    assert lines[start + 7 :] == ["", "FITS"]
+
+
 def test_fp8_alignment_with_tensor_parallel(tmp_path):
     """QKV rows of 36 heads x 64 over TP 4: 576, a multiple of 16 and of 32 but not of 128."""
     architecture = QWEN_7B | {"head_dim": 64}
