@@ -51,7 +51,8 @@ class ServerConfig(Section):
     """fp8: the engine quantizes the weights it loads. With sglang only for dense models without query/key norms (Qwen2,
     Llama)."""
     mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] = 0.6
-    """Share of a GPU's memory that the engine takes for weights and KV cache."""
+    """Share of a GPU's memory that the engine takes for weights and KV cache: with sglang of what is free beside the
+    trainer when the server starts, with vllm of the whole GPU. `megatron-nft plan` names the largest that fits."""
     max_total_tokens: PositiveInt | None = None
     """Size of the KV cache in tokens (sglang only); null lets the engine choose (32768 on a CPU)."""
     max_running_requests: PositiveInt | None = None
@@ -79,8 +80,10 @@ class ServerConfig(Section):
     """Requests under way at once, from each trainer rank."""
     max_retries: NonNegativeInt = 3
     """Further tries of a request that a server failed or dropped."""
-    start_timeout_s: PositiveFloat = 300.0
-    """Seconds that a server may take to start, or to wake up."""
+    start_timeout_s: PositiveFloat | None = None
+    """Seconds that a server may take to start, or to wake up. null: 300, and for the bytes of the model 1 s per 0.2 GB
+    where the server reads them (from a disk that all hosts share), or 1 s per GB and GPU where it only makes room for
+    what the first weight sync brings."""
     request_timeout_s: PositiveFloat = 1800.0
     """Seconds that one request may take; raise it for very long answers."""
     max_restarts: NonNegativeInt = 2

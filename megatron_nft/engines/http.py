@@ -13,6 +13,7 @@ from megatron_nft.engines.client import HttpEngine
 from megatron_nft.engines.discovery import wait_for_engines
 from megatron_nft.engines.engine import NO_WEIGHTS, Engine, EngineError, OpenOptions
 from megatron_nft.engines.kind import ServerKind
+from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.server import ServerGroup
 from megatron_nft.engines.sleep import SleepingServers
 from megatron_nft.engines.start import find_python, start_servers
@@ -64,7 +65,8 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
     """See `kind.EngineKind.open`."""
     config, hosts = rollout.server, _Hosts(options)
     version = 0 if options.load_weights else NO_WEIGHTS
-    given = _given_urls(config)
+    patience_s = start_timeout_s(config, model_path, version)
+    given = _given_urls(config, patience_s)
     urls, group, problem = given, None, ""
     address = LOOPBACK if given else hosts.address(config)
     if not given and hosts.is_first:
@@ -96,7 +98,7 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
         weight_version=version,
         allow_version_change=options.allow_version_change,
         group=group,
-        sleeping=_sleeping(kind, config, group),
+        sleeping=_sleeping(kind, config, group, patience_s),
         all_urls=list(dict.fromkeys(url for urls in started for url in urls)),
         router=router,
         first=hosts.first_server(len(asked), of_all_ranks=bool(given)),
@@ -106,18 +108,20 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
     return engine
 
 
-def _given_urls(server: ServerConfig) -> list[str]:
+def _given_urls(server: ServerConfig, timeout_s: float) -> list[str]:
     """Servers that others run: those of `urls`, or of the nodes that announce themselves; empty where we run them."""
     if server.urls or server.registry is None:
         return list(server.urls)
-    return wait_for_engines(server.registry, server.registry_nodes, server.start_timeout_s)
+    return wait_for_engines(server.registry, server.registry_nodes, timeout_s)
 
 
-def _sleeping(kind: ServerKind, config: ServerConfig, group: ServerGroup | None) -> SleepingServers | None:
+def _sleeping(
+    kind: ServerKind, config: ServerConfig, group: ServerGroup | None, timeout_s: float
+) -> SleepingServers | None:
     """The servers that this rank started, where they release their memory while the trainer works."""
     if group is None or not config.memory_saver:
         return None
-    return SleepingServers(group, kind.memory_calls[config.sleep_level], config.start_timeout_s)
+    return SleepingServers(group, kind.memory_calls[config.sleep_level], timeout_s)
 
 
 def _open_router(kind: ServerKind, config: ServerConfig, hosts: _Hosts, log_dir: Path) -> RequestRouter:

@@ -48,7 +48,7 @@ class CommandLine(Protocol):
         weight_version: int,
     ) -> list[str]:
         """config: its `host` is an address. device: cpu | cuda. dtype: float32 | bfloat16. gpu: the first of its GPUs.
-        weight_version: at the start."""
+        weight_version: at the start; NO_WEIGHTS where the first weight sync brings the weights (see `patience`)."""
         ...
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_nft.engines.addresses import ALL_INTERFACES, LOOPBACK
 from megatron_nft.engines.engine import DTYPES, EngineError
+from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.server import Server, ServerGroup
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def start_servers(
 
     group = ServerGroup(
         [server(i) for i in range(config.num_servers)],
-        start_timeout_s=config.start_timeout_s,
+        start_timeout_s=start_timeout_s(config, model_path, weight_version),
         max_restarts=config.max_restarts,
     )
     try:

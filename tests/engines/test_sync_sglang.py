@@ -6,6 +6,7 @@ import pytest
 from sync_checks import names_of, report, run
 from tiny import make_model
 
+from megatron_nft.engines.engine import NO_WEIGHTS
 from megatron_nft.engines.sglang.kind import KIND
 from megatron_nft.engines.start import start_servers
 
@@ -17,7 +18,10 @@ def other_model(sglang_model):
 
 @pytest.fixture(scope="module")
 def mortal_servers(request, sglang_model, sglang_rollout, tmp_path_factory):
-    """Beside the session's server, which outlives this module, some that the tests may kill; `param` is how many."""
+    """Beside the session's server, which outlives this module, some that the tests may kill; `param` is how many.
+
+    They start as those of a run, without weights: what the syncs bring is all that they ever get.
+    """
     server = sglang_rollout.server.model_copy(update={"num_servers": request.param, "max_restarts": 0})
     group = start_servers(
         KIND,
@@ -26,7 +30,7 @@ def mortal_servers(request, sglang_model, sglang_rollout, tmp_path_factory):
         precision="fp32",
         device="cpu",
         log_dir=tmp_path_factory.mktemp("mortal-logs"),
-        weight_version=0,
+        weight_version=NO_WEIGHTS,
     )
     yield group
     group.close()

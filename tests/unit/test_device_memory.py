@@ -99,9 +99,17 @@ def test_what_the_engine_keeps_depends_on_the_sleep_level():
         # buckets of 0.5, and the embedding of 1.02
         # 1 - (2.69 + 2.02) / 93.44 = 0.949; (93.44 - 2.02) / 140 = 0.653
         ("sglang", 0.94, None),
-        ("sglang", 0.97, r"gives the engine 90\.6 GiB of 93\.4 GiB that are free; .*take 2\.7 GiB .*: set at most 0\.94\."),
+        (
+            "sglang",
+            0.97,
+            r"gives the engine 90\.6 GiB of 93\.4 GiB that are free; .*take 2\.7 GiB .*: set at most 0\.94\.",
+        ),
         ("vllm", 0.65, None),
-        ("vllm", 0.67, r"gives the engine 93\.8 GiB of 140\.0 GiB on the GPU, 93\.4 GiB are free .*: set at most 0\.65\."),
+        (
+            "vllm",
+            0.67,
+            r"gives the engine 93\.8 GiB of 140\.0 GiB on the GPU, 93\.4 GiB are free .*: set at most 0\.65\.",
+        ),
     ],
 )
 def test_the_share_is_of_what_is_free_or_of_the_whole_gpu(engine, fraction, problem):

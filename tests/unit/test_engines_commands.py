@@ -7,7 +7,8 @@ import pytest
 
 from megatron_nft.config import ServerConfig
 from megatron_nft.engines import start
-from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.engine import NO_WEIGHTS, EngineError
+from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.sglang import command as sglang
 from megatron_nft.engines.vllm import command as vllm
 
@@ -68,7 +69,6 @@ def test_sglang_on_a_gpu():
     assert "--load-format=flash_rl" in line  # the loader that can quantize what a live update brings
     assert "--disable-cuda-graph" not in line
     assert "--disable-cuda-graph" in command(sglang, "cuda", cuda_graphs=False)
-    assert not any(a.startswith("--load-format") for a in command(sglang, "cuda"))
     assert "SGLANG_USE_CPU_ENGINE" not in sglang.environment(ServerConfig(), device="cuda", gpu=0)
 
 
@@ -92,6 +92,35 @@ def test_vllm_on_a_gpu(monkeypatch):
     assert vllm.environment(ServerConfig(**settings), device="cuda", gpu=1)["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-c"
     assert "--enforce-eager" in command(vllm, "cuda", cuda_graphs=False)
     assert environment["VLLM_BATCH_INVARIANT"] == "1"
+
+
+@pytest.mark.parametrize("module", [sglang, vllm])
+def test_weights_that_a_sync_brings_are_not_read_first(module):
+    """A run's servers start at version -1; those of an evaluation at 0, and what is quantized starts as it goes on."""
+
+    def formats(version: int, **settings) -> list[str]:
+        config = ServerConfig(host="127.0.0.1", **settings)
+        line = module.command_line(
+            Path("/e"), Path("/m"), config, device="cuda", dtype="bfloat16", gpu=0, weight_version=version
+        )
+        return [a for a in line if a.startswith("--load-format")]
+
+    assert formats(NO_WEIGHTS) == ["--load-format=dummy"]
+    assert formats(0) == formats(3) == []
+    assert "--load-format=dummy" not in formats(NO_WEIGHTS, quantization="fp8")
+    assert formats(NO_WEIGHTS, extra_args=["--load-format=auto"])[-1] == "--load-format=auto"  # the later one counts
+
+
+def test_patience_follows_from_the_size_of_the_model(tmp_path):
+    for number, nbytes in ((1, 40_000_000_000), (2, 20_000_000_000)):
+        with (tmp_path / f"model-{number}.safetensors").open("wb") as file:
+            file.truncate(nbytes)  # sparse
+    server = ServerConfig(tensor_parallel_size=4)
+    assert start_timeout_s(server, tmp_path, 0) == 300 + 300  # 60 GB at 0.2 GB/s
+    assert start_timeout_s(server, tmp_path, NO_WEIGHTS) == 300 + 15  # a quarter on each GPU, at 1 GB/s
+    assert start_timeout_s(ServerConfig(quantization="fp8"), tmp_path, NO_WEIGHTS) == 600
+    assert start_timeout_s(ServerConfig(start_timeout_s=42), tmp_path, 0) == 42
+    assert start_timeout_s(server) == 300
 
 
 def test_interpreter_that_is_set(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_nft.engines.patience import reads_weights
+
 if TYPE_CHECKING:
     from megatron_nft.config import ServerConfig
 
@@ -44,6 +46,8 @@ def command_line(
     if config.quantization != "none":
         arguments["quantization"] = config.quantization
         arguments["load-format"] = QUANTIZED_LOADER
+    elif not reads_weights(config, weight_version):
+        arguments["load-format"] = "dummy"
     flags += ["enable-memory-saver"] * config.memory_saver
     flags += ["enable-fp32-lm-head"] * config.fp32_lm_head
     flags += ["enable-deterministic-inference"] * config.deterministic

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 
 from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.server import Server, ServerGroup
 from megatron_nft.processes import free_port
 
@@ -47,7 +48,7 @@ class Router:
             environment={},
             log_path=log_dir / f"sglang-router-{os.uname().nodename}.log",
         )
-        group = ServerGroup([server], start_timeout_s=config.start_timeout_s, max_restarts=config.max_restarts)
+        group = ServerGroup([server], start_timeout_s=start_timeout_s(config), max_restarts=config.max_restarts)
         return cls(server.url, group)
 
     async def admit(self, client: httpx.AsyncClient, urls: Collection[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.patience import reads_weights
 from megatron_nft.engines.vllm import worker
 from megatron_nft.weights import checksum
 
@@ -44,6 +45,8 @@ def command_line(
     else:
         arguments["gpu-memory-utilization"] = config.mem_fraction_static
         flags += ["enforce-eager"] * (not config.cuda_graphs)
+    if not reads_weights(config, weight_version):
+        arguments["load-format"] = "dummy"
     if config.quantization != "none":
         arguments["quantization"] = config.quantization
     given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
