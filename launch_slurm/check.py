@@ -1,8 +1,9 @@
-"""Checks of a job before it trains: settings, layout, files. Prints the run folder and NFT_ADDRESS.
+"""Checks of a job before it trains: settings, layout, model, files. Prints the run folder and NFT_ADDRESS.
 
     check.py --ranks N [--engine-nodes M] --config FILE … [key=value …]
 
-One line on stderr and status 2 for what cannot be used.
+One line on stderr and status 2 for what cannot be used. Imports no torch, since it runs on a login node too; the ranks
+look at questions, graders and weights before they build a model (train/rank.py).
 """
 
 from __future__ import annotations
@@ -13,17 +14,13 @@ import sys
 from pathlib import Path
 
 from megatron_nft.config import Config, ConfigError, load_config
+from megatron_nft.train.preflight import check_without_torch
 
 
 def check(config: Config, world_size: int, engines: bool) -> None:
     """ValueError for the first thing that would stop the run."""
     config.policy.data_parallel_size(world_size)
-    if not (config.model.path / "config.json").is_file():
-        raise ValueError(f"model.path {config.model.path}: no model there (no config.json)")
-    for key, paths in (("data.train", config.data.train), ("eval.data", config.eval.data)):
-        for path in paths:
-            if not path.is_file():
-                raise ValueError(f"{key}: {path} is not a file")
+    check_without_torch(config)
     if engines and not config.rollout.uses_servers:
         raise ValueError("NFT_ENGINE_NODES needs rollout.engine=sglang or vllm, not embedded")
     if engines and config.rollout.server.urls:

@@ -40,7 +40,10 @@ nft_explain() { # $1 status of srun
     fi
     read -r _ status node rank <<<"$first"
     line=$(grep -aE "megatron-nft: rank $rank on " "$log" | tail -n 1)
-    if [ -n "$line" ]; then
+    ((status != 2)) || line=$(grep -a '^megatron-nft train: ' "$log" | tail -n 1) # rank 0 says it for all
+    if [ -n "$line" ] && ((status == 2)); then
+        echo "refused: ${line#megatron-nft train: }"
+    elif [ -n "$line" ]; then
         echo "node $node: ${line#megatron-nft: }"
     elif ((status > 128)); then
         echo "rank $rank on node $node, ${phase:-before the first phase}: ended by signal $((status - 128))" \
@@ -141,8 +144,11 @@ nft_finish() { # $1 status of the train step
     [ "$before" = "${newest:-none}" ] || failures=0
     failures=$((failures + 1))
     echo "${newest:-none} $failures" >"$run_dir/slurm/failures"
-    # Status 2: the settings cannot be used, so a second try would end the same way.
-    if ((failures < NFT_MAX_FAILURES)) && ! awk '$2 == 2 { bad = 1 } END { exit !bad }' "$NFT_STATUS_DIR"/rank-*; then
+    if awk '$2 == 2 { bad = 1 } END { exit !bad }' "$NFT_STATUS_DIR"/rank-*; then
+        say "$failure" # settings or inputs that cannot be used: a second try would end the same way
+        exit 2
+    fi
+    if ((failures < NFT_MAX_FAILURES)); then
         [ "$NFT_REQUEUE" = 0 ] || say "failed: $failure"
         nft_again "failure $failures of at most $NFT_MAX_FAILURES in a row without a new checkpoint"
     fi

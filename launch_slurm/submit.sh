@@ -19,7 +19,7 @@ nft_sort_arguments() {
 }
 
 nft_check_train() { # ends with status 2 and one line if the run cannot work
-    if ! "$NFT_PYTHON" -c 'import pydantic, yaml' 2>/dev/null; then
+    if ! "$NFT_PYTHON" -c 'import numpy, pydantic, yaml' 2>/dev/null; then
         say "$NFT_PYTHON cannot read the settings here; they are checked when the job starts"
         return
     fi

@@ -38,11 +38,11 @@ def _dry_run(config: Config, plan: str) -> int:
     print(dump_config(config), end="")
     print(plan)
     try:
-        if (config.model.path / "config.json").is_file():
-            from megatron_nft.policy.family import read_family
+        if config.model.architecture or (config.model.path / "config.json").is_file():
+            from megatron_nft.plan.architecture import read_architecture
             from megatron_nft.policy.positions import check_positions
 
-            check_positions(read_family(config.model.path), config)
+            check_positions(read_architecture(config.model), config)
         from megatron_nft.train.preview import first_prompt
 
         print(first_prompt(config))
@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         world_size = int(os.environ["WORLD_SIZE"]) if launch.joined() else config.num_processes
         plan = rank_plan(config, world_size)
     except (ConfigError, ValueError) as e:
-        print(f"megatron-nft train: settings cannot be used:\n{e}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each host, whose files may differ
+            print(f"megatron-nft train: settings cannot be used:\n{e}", file=sys.stderr)
         return 2
     if args.dry_run:
         return _dry_run(config, plan)
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as e:
         print(f"megatron-nft train: {e}", file=sys.stderr)
         return 2
+    os.environ[launch.INPUTS_CHECKED] = "1"
     command = [sys.executable, "-m", "megatron_nft", "train"]
     command += [x for path in args.config for x in ("--config", path)] + list(args.overrides)
     return launch.start_local(command, world_size)

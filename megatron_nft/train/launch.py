@@ -18,6 +18,8 @@ from megatron_nft.processes import die_with_parent, free_port
 GRACE_S = 30.0  # for the other ranks to end by themselves once one has failed
 EXIT_SAVED = 75  # EX_TEMPFAIL: state is saved, run the same command again
 EXIT_INTERRUPTED = 130
+EXIT_REFUSED = 2  # settings or inputs that cannot be used; a second try would end the same way
+INPUTS_CHECKED = "NFT_INPUTS_CHECKED"  # variable: `preflight.check_inputs` passed before the ranks were started
 
 
 def adopt_slurm_environment() -> bool:

@@ -8,27 +8,34 @@ from pathlib import Path
 
 from megatron_nft.config import Config, ModelConfig
 from megatron_nft.data.prompts import TOKENIZER_FILES
+from megatron_nft.policy.family import ModelSpec, check_layout, read_family
+from megatron_nft.policy.positions import check_positions
+from megatron_nft.policy.precision import check_sizes
 
 
 def check_inputs(config: Config) -> None:
     """Raises ValueError or OSError with one clear line for the first problem found."""
-    _check_files(config)
+    spec = check_without_torch(config)
     _check_writable(config.run_dir)
     _check_graders(config.verify.grader)
-    _check_tokenizer(config.model.path)
-    from megatron_nft.policy.family import check_layout, read_family
-    from megatron_nft.policy.positions import check_positions
-    from megatron_nft.policy.precision import check_sizes
     from megatron_nft.weights.hf_check import check_folder
     from megatron_nft.weights.hf_folder import HFFolder
 
+    _check_prompts(config)
+    check_folder(HFFolder(config.model.path), spec)
+
+
+def check_without_torch(config: Config) -> ModelSpec:
+    """The part of `check_inputs` for a login node: seconds, and neither torch nor a grader is imported. The same
+    errors. Returns the model."""
+    _check_files(config)
+    _check_tokenizer(config.model.path)
     spec = read_family(config.model.path)
     check_layout(spec, config.policy)
     check_sizes(spec, config.policy)
     _check_architecture(config.model)
-    _check_prompts(config)
     check_positions(spec, config)
-    check_folder(HFFolder(config.model.path), spec)
+    return spec
 
 
 def _check_prompts(config: Config) -> None:

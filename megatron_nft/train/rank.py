@@ -10,13 +10,17 @@ import sys
 import traceback
 import warnings
 from contextlib import ExitStack
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_nft.config import Config, dump_config
 from megatron_nft.console import Console
 from megatron_nft.files import write_atomically
-from megatron_nft.train.launch import EXIT_INTERRUPTED, EXIT_SAVED
+from megatron_nft.train import launch
+from megatron_nft.train.launch import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_SAVED
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle, Phases, StopSignals
+
+if TYPE_CHECKING:
+    from megatron_nft.policy.parallel import ParallelLayout
 
 LIBRARIES = r"(megatron\.core|torch\.(distributed|utils|nn)|transformers)(\.|$)"
 """Modules whose warnings are meant for their own developers (deprecations, optional packages). Errors pass."""
@@ -41,6 +45,7 @@ def run_rank(config: Config) -> int:
                 from megatron_nft.train.parts import open_parts
 
                 layout = parallel.initialize(config.policy, config.seed, config.train.collective_timeout_s)
+                _refuse_bad_inputs(config, layout)
                 if rank == 0:
                     _lock_run_folder(config)
                     write_resolved_config(config)
@@ -49,6 +54,10 @@ def run_rank(config: Config) -> int:
             status = 0
         except Interrupted as e:
             status = EXIT_INTERRUPTED if e.signum == signal.SIGINT else EXIT_SAVED
+        except InputsRefused as e:
+            status = EXIT_REFUSED
+            if rank == 0:
+                print(f"megatron-nft train: {e}", file=sys.stderr, flush=True)
         except BaseException as e:
             status = 1
             _explain(e, phases)
@@ -72,9 +81,31 @@ def _leave_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
+class InputsRefused(Exception):
+    """Inputs that cannot be used; the same on every rank."""
+
+
+def _refuse_bad_inputs(config: Config, layout: ParallelLayout) -> None:
+    """InputsRefused on every rank for what rank 0 finds wrong, unless our launcher has looked already. Collective.
+
+    torchrun and Slurm start ranks without looking.
+    """
+    from megatron_nft.distributed import gather_objects
+    from megatron_nft.train.preflight import check_inputs
+
+    problem = ""
+    if layout.rank == 0 and launch.INPUTS_CHECKED not in os.environ:
+        try:
+            check_inputs(config)
+        except (ValueError, OSError) as e:
+            problem = str(e)
+    problem = gather_objects(problem, layout.world_gloo)[0]
+    if problem:
+        raise InputsRefused(problem)
+
+
 def _lock_run_folder(config: Config) -> None:
     """Lock the run folder for as long as this process lives. ValueError where another run has it."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)  # under torchrun no preflight has made it
     fd = os.open(config.run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # closed with the process
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -33,7 +33,7 @@ def test_a_submitted_job_has_the_header_of_its_script(cluster, launch):
 @pytest.mark.parametrize(
     ("arguments", "settings", "words"),
     [
-        (["model.path=nowhere"], {}, "model.path nowhere: no model there"),
+        (["model.path=nowhere"], {}, "model.path nowhere: not a folder"),
         (["data.train=[nowhere.jsonl]"], {}, "data.train: nowhere.jsonl is not a file"),
         ([], {"NFT_CONFIG": "nowhere.yaml"}, "NFT_CONFIG=nowhere.yaml: no such file"),
         (["policy.tensor_model_parallel_size=3"], {}, "2 processes cannot be divided"),

@@ -1,5 +1,6 @@
 """`algorithm.*`: one flat section whose keys are those of the algorithm that is named, over files and overrides."""
 
+import json
 import os
 import subprocess
 import sys
@@ -200,8 +201,11 @@ def test_a_module_of_your_own_is_found_in_the_working_directory(write, tmp_path)
     """By the check of a Slurm job as by the command itself; neither imports torch for it."""
     (tmp_path / "own_loss.py").write_text((ROOT / "tests" / "endtoend" / "own_likelihood.py").read_text())
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "train.jsonl").write_text("")
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 264, "max_position_embeddings": 8192, "model_type": "qwen2"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "train.jsonl").write_text("{}")
     settings = ["--config", str(write("own", {"name": "own_loss:OwnLikelihood", "strength": 2.0}))]
     check = [sys.executable, str(ROOT / "launch_slurm" / "check.py"), "--ranks", "1", *settings]
     console = f"import sys; from megatron_nft.cli import main; print(main({['train', *settings, '--dry-run']}))"
