@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     found = search(spec, config, cluster, work) if args.search else None
     near = None if plan.fits else nearest(spec, config, plan.layout, cluster, work)
     if args.json:
-        print(json.dumps(as_dict(spec, cluster, work, plan, near, found), indent=1))
+        print(json.dumps(as_dict(spec, config, cluster, work, plan, near, found), indent=1))
     else:
         print(as_text(spec, config, cluster, work, plan, near))
         if found is not None:

@@ -71,6 +71,11 @@ def _time_table(plan: Plan, work: Workload) -> list[str]:
     ]
 
 
+def _train_bytes(plan: Plan) -> int:
+    """Bytes on the fullest device while it trains."""
+    return max((d.total("train") for d in plan.devices if "train" in d.phases), default=0)
+
+
 def _choices(spec: ModelSpec, config: Config, cluster: Cluster, work: Workload, plan: Plan) -> list[str]:
     """Return what other values of the two settings that trade memory for time would bring."""
 
@@ -82,7 +87,7 @@ def _choices(spec: ModelSpec, config: Config, cluster: Cluster, work: Workload, 
 
     lines = ["What policy.recompute brings:", f"  {'':<10}{'step':>19}{'train phase':>19}"]
     for p in recompute_choices(spec, config, plan.layout, cluster, work):
-        cells = [duration(p.step_s), size(max((d.total("train") for d in p.devices if "train" in d.phases), default=0))]
+        cells = [duration(p.step_s), size(_train_bytes(p))]
         lines.append(row(p.layout.recompute, p, p.layout.recompute == plan.layout.recompute, cells))
     shares = fraction_choices(spec, config, plan.layout, cluster, work)
     if shares and plan.engine:
@@ -171,8 +176,27 @@ def plan_dict(plan: Plan, cluster: Cluster) -> dict[str, Any]:
     return out
 
 
+def _choices_dict(spec: ModelSpec, config: Config, cluster: Cluster, work: Workload, plan: Plan) -> dict[str, Any]:
+    return {
+        "policy.recompute": [
+            {"value": p.layout.recompute, "fits": p.fits, "step_s": p.step_s, "train_bytes": _train_bytes(p)}
+            for p in recompute_choices(spec, config, plan.layout, cluster, work)
+        ],
+        "rollout.server.mem_fraction_static": [
+            {"value": fraction, "fits": p.fits, "step_s": p.step_s, "engine_kv_tokens": p.kv_tokens}
+            for fraction, p in fraction_choices(spec, config, plan.layout, cluster, work)
+        ],
+    }
+
+
 def as_dict(
-    spec: ModelSpec, cluster: Cluster, work: Workload, plan: Plan, near: Neighbour | None, found: list[Plan] | None
+    spec: ModelSpec,
+    config: Config,
+    cluster: Cluster,
+    work: Workload,
+    plan: Plan,
+    near: Neighbour | None,
+    found: list[Plan] | None,
 ) -> dict[str, Any]:
     """The report for `--json`. The key `search` is present only with `--search`."""
     out: dict[str, Any] = {
@@ -185,6 +209,7 @@ def as_dict(
         },
         "assumptions": asdict(work),
         "plan": plan_dict(plan, cluster),
+        "choices": _choices_dict(spec, config, cluster, work, plan),
         "nearest": plan_dict(near.plan, near.cluster) | {"nodes": near.cluster.nodes} if near else None,
     }
     if found is not None:

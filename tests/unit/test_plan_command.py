@@ -137,7 +137,8 @@ def test_the_share_of_sglang_by_hand():
     80 % of what is free, of which its weights are a part."""
     done = plan(CONFIG_32B, *H100_16, "--json")
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)["plan"]
+    everything = json.loads(done.stdout)
+    report, shares = everything["plan"], everything["choices"]["rollout.server.mem_fraction_static"]
     attention = 5120 * (40 + 8 + 8) * 128 + 40 * 128 * 5120
     layer = (attention + (40 + 8 + 8) * 128 + 3 * 5120 * 27648) // 8 + 2 * 5120
     params = 32 * layer + 5120 + 152064 * 5120 // 8
@@ -148,6 +149,8 @@ def test_the_share_of_sglang_by_hand():
     assert held["engine KV cache"] == int(0.8 * free) - held["engine weights"]
     # one token: keys and values, 64 layers, 2 of 8 heads, 128 each, 2 bytes
     assert report["engine_kv_tokens"] == held["engine KV cache"] // (2 * 64 * 2 * 128 * 2)
+    assert shares[0]["value"] == 0.8 and shares[0]["engine_kv_tokens"] == report["engine_kv_tokens"]
+    assert shares[1]["engine_kv_tokens"] > shares[0]["engine_kv_tokens"] and shares[1]["fits"]
     # one chunk of a prefill, logits of 256 rows, CUDA graphs
     working = 8192 * 2 * (2 * 5120 + 3 * 27648 // 4) + 256 * 152064 * 6 + (3 << 29)
     assert held["engine working"] == working
