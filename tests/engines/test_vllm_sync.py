@@ -42,7 +42,7 @@ def test_the_only_server_dies_in_the_middle(last_lost, check):
 
 
 @pytest.fixture(scope="module")
-def first_sync(last_lost, models, tmp_path_factory):
+def first_sync(models, tmp_path_factory):
     """A server of its own, started as those of a run: without weights."""
     group = start_servers(
         VLLM,
