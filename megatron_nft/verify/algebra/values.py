@@ -166,13 +166,15 @@ class Evaluation:
 
     def _function(self, name: str, argument: Tree, point: Point) -> Any:
         """Return the value of a named function; a trigonometric function of degrees is converted."""
+        lost_before = self.lost_bits
         x = self.value(argument, point)
         if name in _TRIGONOMETRIC and argument[0] == "deg":
             x = x * mp.pi / 180
         if name in _INTEGER_FUNCTIONS:
             self.has_steps = True
             nearest = mp.nint(x)
-            if abs(x - nearest) < mp.ldexp(1, SLACK_BITS - mp.prec):
+            may_be_rounding = nearest or self.lost_bits > lost_before  # e^{-1000} by itself is not 0
+            if may_be_rounding and abs(x - nearest) < mp.ldexp(1, SLACK_BITS - mp.prec):
                 return nearest
             return mp.floor(x) if name == "floor" else mp.ceil(x)
         if name not in ("ln", "abs") and abs(x) > MAX_LOG2:
