@@ -75,7 +75,7 @@ def normalize(text: str) -> str:
     """Return `text` in one spelling, with the same meaning."""
     if text.isascii():
         if text.isalnum():
-            return text
+            return _python_base.sub(_python_numeral, text) if text[0] == "0" else text
     else:
         text = _plain_characters(text)
     text = without_marks(text)
@@ -83,8 +83,6 @@ def normalize(text: str) -> str:
         text = _markdown.sub("", _python_power.sub("^", text))
     if "_" in text and "(" in text:
         text = _base_in_brackets.sub(r"_{\1}", text)
-    if text[:1] == "0" and text[1:2].isalpha():
-        text = _python_base.sub(_python_numeral, text)
     if "US" in text:
         text = _us_dollar.sub(r"\$", text)
     if ")_" in text:

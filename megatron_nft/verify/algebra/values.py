@@ -89,6 +89,11 @@ class Evaluation:
         self.has_steps = False
         self.num_terms = 0
 
+    def whole(self, tree: Tree, point: Point) -> Any:
+        """Return the value of a whole tree at `point`; each has MAX_TERMS terms, whatever was computed before it."""
+        self.num_terms = 0
+        return self.value(tree, point)
+
     def value(self, tree: Tree, point: Point) -> Any:
         """Return the value of `tree` at `point`; see the function of the same name."""
         kind = tree[0]
