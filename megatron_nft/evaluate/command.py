@@ -243,6 +243,7 @@ def _protocol(
 ) -> dict[str, Any]:
     from megatron_nft.evaluate.protocol import build_protocol, describe_benchmark, digest
     from megatron_nft.evaluate.versions import package_versions
+    from megatron_nft.verify.graders import RULES
 
     server = config.rollout.server
     return build_protocol(
@@ -255,6 +256,7 @@ def _protocol(
         },
         grading={
             "graders": config.verify.grader,
+            "rules": RULES,
             "timeout_s": config.verify.timeout_s,
             "memory_bytes": config.verify.memory_bytes,
         },

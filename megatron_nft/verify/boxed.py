@@ -1,6 +1,8 @@
 r"""The one parser for `\boxed{}`, `\fbox{}` and `\framebox{}`, for responses and for solutions that hold a reference.
 
-A box is complete when its brace is closed; escaped braces do not count, and `\boxed 5` boxes one character, as in TeX.
+A box is complete when its brace is closed; escaped braces do not count. A box without a brace holds what stands up to
+the next space or the end of the formula: TeX would box the 1 of `\boxed 12`, but whoever writes that means 12. Where a
+word follows (`the answer in \boxed as asked`) the command is only spoken of. A box that is empty says nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +14,17 @@ from collections.abc import Iterator
 Span = tuple[int, int]  # start and end in the text
 
 MAX_BOXES = 20  # only this many boxes, complete or not, are looked at, from the end
+MAX_UNBRACED_CHARS = 200  # a box without a brace is not longer
+MAX_BEFORE_CHARS = 60  # so much of the text before a box may take it back
 MAX_BETWEEN_CHARS = 300  # boxes further apart are not one sentence
 
-_box = re.compile(r"\\(?:boxed|fbox|framebox)\s*(\{?)")
+_box = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(\{?)")
+_unbraced_start = re.compile(r"\$?(?P<content>[-+\N{MINUS SIGN}]?\s*(?=[\w\\$({\[\N{SQUARE ROOT}]|\.\d))")
+_unbraced_part = re.compile(
+    r"\\[A-Za-z]+(?:\s+(?=[\d{\[]))? | \\[%$!,] | \$(?=\d) | (?P<open>[({\[]) | [^\s\\$(){}\[\]]", re.VERBOSE
+)
+_bracket = re.compile(r"\\.|(?P<open>[({\[])|[]})]")
+_blank = re.compile(r"(?:\s|\\[ ,;:!]|~)*")
 _brace = re.compile(r"\\[{}\\]|[{}]")
 _torn_command = re.compile(r"\\(?:b|bo|box|boxe|boxed|fb|fbo|fbox|framebox)\s*$")
 _between_boxes = re.compile(
@@ -31,7 +41,15 @@ _goes_on = re.compile(  # the first box led to the second one, or was corrected 
       | that\sis | i\.e | same | simplif\w+ | round\w* | approx\w* | however | again | final\w* | answer | earlier
       | before | previous\w* | chang\w+ | to | from | after | Rightarrow | now | later | yield\w* | mean\w* | oops
       | sorry | hmm | let | substitut\w+ | using | with | when | if | where | for\sa\stotal | total\w* | altogether
-    ) (?![A-Za-z]) | [→⇒] | [-=]>""",
+      | wrong\w* | incorrect\w* | false | invalid | fail\w* | extraneous | leaving | leaves | reject\w* | discard\w*
+      | exclud\w* | ignor\w* | remain\w* | impossible | step | \w+n['’]t
+    ) (?![A-Za-z]) | [→⇒] | [-=]>""",  # noqa: RUF001
+    re.VERBOSE | re.IGNORECASE,
+)
+_taken_back = re.compile(  # ends before a box that is not the answer
+    r"""(?<![A-Za-z]) (?: not(?:\s+(?:be|equal\s+to|the|simply))? | \w+n['’]t(?:\s+be)? | oops | instead\s+of | rather\s+than
+      | reject\w* | discard\w* | exclud\w* | ignor\w* | without | except(?:\s+for)? | wrongly
+    ) (?:\s+(?:the|a|an|value|root|solution|answer|case)){0,2} [\s,$*\\([]*$""",  # noqa: RUF001
     re.VERBOSE | re.IGNORECASE,
 )
 _name = re.compile(r"=[\s$({\\\[]*$")
@@ -58,7 +76,7 @@ def last_boxes(text: str) -> str | None:
         if contents and box_end >= start:  # a box around the previous one
             start = box_start
             continue
-        if contents and not _are_joined(text[box_end:start]):
+        if contents and (not _are_joined(text[box_end:start]) or _is_taken_back(text, box_start)):
             break
         if inner not in contents:
             contents.append(inner)
@@ -71,15 +89,10 @@ def last_boxes(text: str) -> str | None:
     return answer + percent_sign(text, end, answer)
 
 
-def has_box(text: str) -> bool:
-    """Whether a text has a box, complete or not."""
-    return next(_commands(text), None) is not None
-
-
 def is_cut_off(text: str) -> bool:
     """Whether the text ends within a box: the last one is not closed."""
     match = next(_commands(text), None)
-    if match is not None and (closing_brace(text, match.end()) < 0 if match[1] else not text[match.end() :].strip()):
+    if match is not None and (closing_brace(text, match.end()) < 0 if match[1] else match.end() == len(text)):
         return True
     return bool(_torn_command.search(text[-20:]))
 
@@ -102,6 +115,11 @@ def _are_joined(between: str) -> bool:
     return bool(_joint.search(between))
 
 
+def _is_taken_back(text: str, start: int) -> bool:
+    r"""Whether the words before the box at `start` say that it is not the answer: `not \boxed{3}, \boxed{7}`."""
+    return bool(_taken_back.search(text[max(0, start - MAX_BEFORE_CHARS) : start]))
+
+
 def _commands(text: str) -> Iterator[re.Match[str]]:
     """Yield the box commands of a text, the last one first."""
     stop = len(text)
@@ -114,14 +132,38 @@ def _commands(text: str) -> Iterator[re.Match[str]]:
 
 
 def _boxes(text: str) -> Iterator[tuple[Span, Span]]:
-    """Yield the spans of the last complete boxes and of their contents, the last box first."""
+    """Yield the spans of the last complete boxes and of their contents, the last box first; empty boxes are left out."""
     for match in itertools.islice(_commands(text), MAX_BOXES):
         if match[1]:
-            end = closing_brace(text, match.end())
-        else:  # \boxed 5
-            end = match.end() + 1 if match.end() < len(text) and text[match.end()].isalnum() else -1
-        if end >= 0:
-            yield (match.start(), end + (1 if match[1] else 0)), (match.end(), end)
+            start, end = match.end(), closing_brace(text, match.end())
+        else:
+            start, end = _without_brace(text, match.end())
+        if end >= 0 and not _blank.fullmatch(text, start, end):
+            yield (match.start(), end + len(match[1])), (start, end)
+
+
+def _without_brace(text: str, start: int) -> Span:
+    r"""Return the span of what `\boxed 12` or `\boxed\frac12` holds; its end is -1 if the command is only spoken of."""
+    first = _unbraced_start.match(text, start)
+    if first is None:
+        return start, -1
+    start, end = first.start("content"), first.end()
+    while 0 <= end < start + MAX_UNBRACED_CHARS and (part := _unbraced_part.match(text, end)):
+        end = _behind_bracket(text, part.end()) if part["open"] else part.end()
+    content = text[start : max(end, start)].rstrip(".,;:?*`\"'")
+    is_word = content.isalpha() and len(content) > 1 and not content.isupper()
+    return start, -1 if not content or is_word else start + len(content)
+
+
+def _behind_bracket(text: str, start: int) -> int:
+    """Return the index behind the bracket of any kind that closes the one before `start`; -1 if it is missing."""
+    depth = 1
+    for match in _bracket.finditer(text, start, start + MAX_UNBRACED_CHARS):
+        if match[0][0] != "\\":
+            depth += 1 if match["open"] else -1
+            if depth == 0:
+                return match.end()
+    return -1
 
 
 def closing_brace(text: str, start: int) -> int:

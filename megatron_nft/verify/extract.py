@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import re
 
-from megatron_nft.verify.boxed import has_box, is_cut_off, last_boxes, percent_sign
+from megatron_nft.verify.boxed import is_cut_off, last_boxes, percent_sign
 from megatron_nft.verify.markup import plain_lines
 from megatron_nft.verify.thinking import NoAnswer, answer_part
 
@@ -24,7 +24,8 @@ _anchor = re.compile(
       | \b(?:answers?|correct\s+(?:option|choice))\s+(?:is|are|must\s+be|should\s+be|equals)\b\s*:?
       | ^[^\w\n]*(?:the\s+)?(?:(?:final\s+)?(?:answer|result)s?|final\s+solution)[^\w\n]*$
       | ^[^\w\n]*(?:the\s+)?(?:final\s+)?answer(?:\*\*|__)?[ \t]+(?=[-+]?[\d$\\(\[{*])
-      | (?:最终|最後の|正确)?答(?:案|え)?\s*(?:应该)?(?:是|为|為|は|[:：])\s*[:：]?
+      | (?:最终|最後の|正确)?答(?:案|え)?\s*(?:应该)?(?:是|为|為|は|[:：])\s*[:：]? | 答案(?:\*\*|__|】)\s*[:：]?
+      | ^[^\w\n]*(?:最终|最後の|正确)?答(?:案|え)[^\w\n]*$
       | \b(?:la\s+respuesta|la\s+réponse|die\s+antwort|a\s+resposta|la\s+risposta)\s+(?:final\s+)?
         (?:es|est|ist|lautet|é|è)\b
       | \b(?:respuesta|réponse|antwort|resposta|risposta|ответ)\s*(?:\*\*)?\s*[:：]""",  # noqa: RUF001
@@ -53,12 +54,12 @@ _bold_answer = re.compile(r"[^\w\n]*(?:[A-Za-z]\w{0,3}\s*=\s*)?[-+(\[$\\]*(?:\d.
 _concluding = re.compile(
     r"\s*(?:so|thus|hence|therefore|then|in total|altogether|finally|in conclusion|this means)\b"
     r"|(?:\b(?:is|are|was|were|equals?|has|have|had|gets?|got|costs?|needs?|takes?|gives?|makes?|totals?|totall?ing)"
-    rf"|[=:→])\s*(?:exactly\s+)?{_number.pattern}[^\d]*$"
+    rf"|[=:→])[\s*_]*(?:exactly\s+)?{_number.pattern}[^\d]*$"
     rf"|^[^\w\n]*{_number.pattern}\s?[A-Za-z]*\W*$",
     re.IGNORECASE,
 )
 _fence = re.compile(r"^\s*```\w*\n")
-_told = re.compile(r"\s*[A-Z][a-z]*\s+[a-z]+\s+\\?\$?[-+]?\d")  # He pays $5
+_told = re.compile(r"\s*[A-Z][a-z]*\s+[a-z]+\s+\**\\?\$?[-+]?\d")  # He pays $5
 _tag = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 _markers = " \t*_:=→⇒➜➡|："  # noqa: RUF001
 SHORT_CHARS = 300  # a response of at most this length may be nothing but an answer
@@ -86,7 +87,7 @@ def final_answer(response: str, *, opened: bool = False) -> str:
     if is_cut_off(response):
         raise NoAnswer("the last box is cut off")
     answer = last_boxes(response)
-    if answer is None and not has_box(response):
+    if answer is None:
         answer = _without_box(plain_lines(response[-TAIL_CHARS:]))
     if answer is None:
         raise NoAnswer("no answer found in the response")

@@ -23,7 +23,7 @@ from megatron_nft.files import RowsError, sha256_of_file
 from megatron_nft.types import Verdict
 from megatron_nft.verify.grade_report import Tally, disagree
 from megatron_nft.verify.grade_rows import as_text, opens_thinking_in, response_column, rows_to_grade, write_rows
-from megatron_nft.verify.graders import split_names
+from megatron_nft.verify.graders import RULES, split_names
 from megatron_nft.verify.outcome import Graded
 from megatron_nft.verify.pool import VerifierPool
 
@@ -43,7 +43,8 @@ def grade_file(source: Path, target: Path, config: VerifyConfig, console: Consol
     names = split_names(config.grader)
     _check_paths(source, target)
     num_rows, checksum = _scan(source)
-    key = {"input": checksum, "graders": names, "timeout_s": config.timeout_s, "memory_bytes": config.memory_bytes}
+    limits = {"timeout_s": config.timeout_s, "memory_bytes": config.memory_bytes}
+    key = {"input": checksum, "graders": names, "rules": RULES, **limits}
     journal = target.with_name(f"{target.name}.journal")
     done = _open_journal(journal, key)
     if done:

@@ -37,10 +37,15 @@ def response_column(row: dict[str, Any], path: Path) -> str:
 
 
 def opens_thinking_in(row: dict[str, Any]) -> bool:
-    """Whether the prompt of a row ends in `<think>`: `prompt_opens_thinking` says so, or a text in `prompt`."""
+    """Whether the prompt of a row ends in `<think>`.
+
+    `prompt_opens_thinking` says so, or a text in `prompt`, or the assistant's turn that ends the messages in `prompt`.
+    """
     if isinstance(said := row.get(PROMPT_OPENS_THINKING), bool):
         return said
     prompt = row.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(last := prompt[-1], dict) and last.get("role") == "assistant":
+        prompt = last.get("content")
     return isinstance(prompt, str) and opens_thinking(prompt)
 
 

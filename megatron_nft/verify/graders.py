@@ -26,6 +26,9 @@ BUILTIN = {
     "numeric": "megatron_nft.verify.numeric.grade",
 }
 GRADERS = tuple(BUILTIN)
+RULES = 2
+"""Goes up when a built-in grader judges some answers otherwise than before. It stands in the protocol of an evaluation,
+so that results of different rules are not compared unnoticed; 1 was not written down."""
 FORMER_NAMES = {"math_verify": "maths"}
 """Former name -> name. The former name is still accepted, with a warning, and stands in files written under it."""
 

@@ -23,11 +23,16 @@ _entity = re.compile(
     r"|#x[0-9a-fA-F]{1,5});"
 )
 _quote = re.compile(r"^[ \t]*(?:>[ \t]?)+(?=\S)", re.MULTILINE)
+_rule = re.compile(r"^[ \t]*(?:-{2,}|={2,}|\*{3,}|_{3,})[ \t]*$", re.MULTILINE)  # below a heading, or between parts
+_end_of_proof = re.compile(
+    r"(?:\$\$?|\\[(\[])\s*(?:\\hfill\s*)?\\(?:blacksquare|square|Box|qed|qedsymbol|checkmark)\s*(?:\$\$?|\\[)\]])"
+)
 _table_row = re.compile(r"^[ \t]*\|(.*)\|[ \t]*$", re.MULTILINE)
 _before = re.compile(r"^\s*(?:(?:\\(?:to|rightarrow|Rightarrow|longrightarrow|implies)(?![A-Za-z])|[-=]>)\s*)+")
 _after = re.compile(
     r"(?:\s*(?:\\(?:blacksquare|square|Box|qed|qedsymbol|checkmark)(?![A-Za-z])|(?:(?<=\s)|^)Q\.?E\.?D\.?))+\s*$"
 )
+_PROOF_SIGNS = ("square", "Box", "qed", "checkmark")
 _QUOTES = (('"', '"'), ("''", "''"), ("``", "''"), ("'", "'"), ("«", "»"), ("„", '"'), ("「", "」"))
 _QUOTE_STARTS = frozenset(opening[0] for opening, _ in _QUOTES)
 TAIL_CHARS = 200  # marks behind an answer are looked for in this many last characters
@@ -35,7 +40,10 @@ KEPT_SIGNS = frozenset("°△▵∠\N{REPLACEMENT CHARACTER}")  # the last is a 
 
 
 def plain_lines(text: str) -> str:
-    """Return a response without HTML tags, block-quote signs and the bars of table rows; bold tags become `**`."""
+    """Return a response without HTML tags, block quotes, rules, bars of table rows and signs of the end of a proof.
+
+    Bold tags become `**`.
+    """
     if "<" in text:
         text = _raised.sub(lambda match: ("^" if match[1].lower() == "sup" else "_") + f"{{{match[2]}}}", text)
         text = _html_tag.sub(" ", _line_tag.sub("\n", _bold_tag.sub("**", text)))
@@ -45,12 +53,18 @@ def plain_lines(text: str) -> str:
         text = _quote.sub("", text)
     if "|" in text:
         text = _table_row.sub(_as_line, text)
+    if any(line in text for line in ("\n--", "\n==", "\n***", "\n___")):
+        text = _rule.sub("", text)
+    if any(sign in text for sign in _PROOF_SIGNS):
+        text = _end_of_proof.sub("", text)
     return text
 
 
 def _as_line(match: re.Match[str]) -> str:
-    """Write the table row `| Answer | 73 |` as `Answer: 73`; others are kept."""
+    """Write the table rows `| Answer | 73 |` as `Answer: 73` and `| 73 |` as `73`; longer ones are kept."""
     cells = [cell.strip() for cell in match[1].split("|")]
+    if len(cells) == 1:
+        return cells[0]
     return f"{cells[0].strip('*_ :')}: {cells[1]}" if len(cells) == 2 and cells[0] else match[0]
 
 
@@ -83,7 +97,7 @@ def without_marks(text: str) -> str:
     if text[:1] in ("\\", "-", "="):
         text = _before.sub("", text)
     tail = text[-TAIL_CHARS:]
-    if any(word in tail for word in ("square", "Box", "qed", "checkmark", "Q")):
+    if "Q" in tail or any(sign in tail for sign in _PROOF_SIGNS):
         text = text[:-TAIL_CHARS] + _after.sub("", tail)
     if text[:1] not in _QUOTE_STARTS:
         return text

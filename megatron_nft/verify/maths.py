@@ -62,6 +62,8 @@ def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | 
     gold = gold_text(answer)
     if not gold:
         return Outcome(Verdict.UNPARSEABLE, reason="the reference answer is empty")
+    if gold.lower() == "nan":  # what a missing number becomes as text
+        return Outcome(Verdict.UNPARSEABLE, reason=f"the reference answer is {gold!r}, a missing number written as text")
     try:
         extracted = final_answer(response, opened=is_opened(extra))
     except NoAnswer as error:

@@ -1,16 +1,17 @@
 """Which part of a response may hold its answer: what stands outside `<think>` and behind `</think>`.
 
 Thinking that was not finished, or with nothing behind it, gives no answer, whatever it boxes. A prompt that ends in
-`<think>` has opened it. The graders learn of that from their `extra`, under the key `PROMPT_OPENS_THINKING`.
+`<think>` has opened it. `<thinking>` and `<thought>` mean the same, in letters of any case. The graders learn of that from their `extra`, under the key `PROMPT_OPENS_THINKING`.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 PROMPT_OPENS_THINKING = "prompt_opens_thinking"
-_OPEN = "<think>"
-_CLOSE = "</think>"
+_tag = re.compile(r"<(/?)\s*(?:think(?:ing)?|thoughts?)\s*>", re.IGNORECASE)
+MAX_TAG_CHARS = 40
 
 
 class NoAnswer(ValueError):
@@ -19,7 +20,8 @@ class NoAnswer(ValueError):
 
 def opens_thinking(prompt: str) -> bool:
     """Whether a rendered prompt ends in `<think>`, so that the response starts within it."""
-    return prompt.rstrip().endswith(_OPEN)
+    tags = list(_tag.finditer(prompt.rstrip()[-MAX_TAG_CHARS:]))
+    return bool(tags) and not tags[-1][1] and tags[-1].end() == len(tags[-1].string)
 
 
 def is_opened(extra: dict[str, Any] | None) -> bool:
@@ -37,17 +39,19 @@ def answer_part(response: str, *, opened: bool = False) -> str:
 
     opened: the prompt ends in `<think>`. Raises NoAnswer if the thinking is not finished or nothing follows it.
     """
-    if not opened and "think>" not in response and response and not response.isspace():
+    if not opened and "<" not in response and response and not response.isspace():
         return response
-    closed = response.rfind(_CLOSE)
-    rest = response if closed < 0 else response[closed + len(_CLOSE) :]
-    reopened = rest.find(_OPEN)
-    if closed < 0 and opened:
+    closed_at, reopened_at = 0, len(response)
+    for tag in _tag.finditer(response):
+        if tag[1]:
+            closed_at, reopened_at = tag.end(), len(response)
+        else:
+            reopened_at = min(reopened_at, tag.start())
+    if opened and not closed_at:
         raise NoAnswer("the thinking is not finished: the prompt opens it, and there is no </think>")
-    if reopened >= 0:
-        rest = rest[:reopened]
+    rest = response[closed_at:reopened_at]
     if rest.strip():
         return rest
-    if reopened >= 0:
+    if reopened_at < len(response):
         raise NoAnswer("the thinking is not finished: there is no </think>")
-    raise NoAnswer("nothing follows </think>" if closed >= 0 else "the response is empty")
+    raise NoAnswer("nothing follows </think>" if closed_at else "the response is empty")

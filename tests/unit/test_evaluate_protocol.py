@@ -68,6 +68,16 @@ def test_every_other_setting_changes_the_protocol(change, words):
     assert differences(protocol(), changed) == [words]
 
 
+def test_results_of_other_grading_rules_differ():
+    """An evaluation from before the rules were numbered has none in its protocol."""
+    unnumbered, second, third = (
+        protocol(grading={"graders": "maths", **rules}) for rules in ({}, {"rules": 2}, {"rules": 3})
+    )
+    assert len({p["protocol_hash"] for p in (unnumbered, second, third)}) == 3
+    assert differences(unnumbered, second) == ["grading.rules: absent against 2"]
+    assert differences(second, third) == ["grading.rules: 2 against 3"]
+
+
 @pytest.mark.parametrize("graders", ["math_verify,dapo_boxed", "maths,dapo_boxed"])
 def test_a_renamed_grader_keeps_the_hash(graders):
     """The hashes are those that were written when `maths` was still called `math_verify`."""

@@ -14,6 +14,7 @@ from megatron_nft.verify.extract import find_answer
 from megatron_nft.verify.grade_file import grade_file
 from megatron_nft.verify.thinking import NoAnswer, answer_part, opens_thinking
 
+_QUESTION = {"role": "user", "content": "5 + 7?"}
 OPENED = "so it could be \\boxed{12}"
 
 
@@ -27,6 +28,12 @@ OPENED = "so it could be \\boxed{12}"
         ("<think>a</think> b <think>c</think> d", False, " d"),
         ("<think>a</think> b <think>c", False, " b "),
         ("b <think>c", False, "b "),
+        ("<THINK>a</THINK> b", False, " b"),
+        ("<thinking>a</thinking> b", False, " b"),
+        ("<Thought>a</Thought> b", False, " b"),
+        ("a</THINK> b", True, " b"),
+        ("<think>a</thinking> b <THINK>c", False, " b "),
+        ("I think> so, and a < b", False, "I think> so, and a < b"),
     ],
 )
 def test_the_part_that_may_hold_the_answer(response, opened, part):
@@ -39,6 +46,9 @@ def test_the_part_that_may_hold_the_answer(response, opened, part):
         (OPENED, True, "the prompt opens it"),
         (f"<think>{OPENED}", False, "there is no </think>"),
         (f"<think>{OPENED}</think>", False, "nothing follows </think>"),
+        (f"<THINK>{OPENED}", False, "there is no </think>"),
+        (f"<thinking>{OPENED}", False, "there is no </think>"),
+        (f"<thought>{OPENED}</thought>\n", False, "nothing follows </think>"),
         (f"{OPENED}</think>\n \n", True, "nothing follows </think>"),
         (f"<think>a</think>\n<think>{OPENED}", False, "there is no </think>"),
         (" \n", False, "empty"),
@@ -55,6 +65,10 @@ def test_thinking_that_gives_no_answer(response, opened, reason):
     [
         ("<|assistant|>\n<think>\n", True),
         ("<|assistant|><think>", True),
+        ("<|assistant|><THINK>\n", True),
+        ("<|assistant|><thinking>", True),
+        ("<|assistant|><thinking>a", False),
+        ("<|assistant|></think>", False),
         ("<|assistant|>", False),
         ("Put your thoughts between <think> and </think>.\n<|assistant|>\n", False),
         ("<|assistant|>\n<think>\n\n</think>\n\n", False),
@@ -132,6 +146,11 @@ def test_a_file_is_graded_as_in_training(tmp_path):
         {"prompt": "Q\n", "text": OPENED, "answer": "12"},
         {"prompt": "Q<think>", "text": OPENED, "answer": "12"},
         {"prompt": [{"role": "user", "content": "<think>"}], "text": OPENED, "answer": "12"},
+        {"prompt": [_QUESTION, {"role": "assistant", "content": "<think>\n"}], "text": OPENED, "answer": "12"},
+        {"prompt": [_QUESTION, {"role": "assistant", "content": "<Thinking>"}], "text": OPENED, "answer": "12"},
+        {"prompt": [_QUESTION, {"role": "assistant", "content": "The sum"}], "text": OPENED, "answer": "12"},
+        {"prompt": [_QUESTION, {"role": "assistant", "content": None}], "text": OPENED, "answer": "12"},
+        {"prompt": [], "text": OPENED, "answer": "12"},
         {"prompt_opens_thinking": True, "text": OPENED, "answer": "12"},
         {"extra_info": {"prompt_opens_thinking": True}, "text": OPENED, "answer": "12"},
         {"prompt_opens_thinking": False, "prompt": "<think>", "text": OPENED, "answer": "12"},
@@ -141,7 +160,7 @@ def test_a_file_is_graded_as_in_training(tmp_path):
     grade_file(source, target, VerifyConfig(workers=1), Console(file=io.StringIO()))
     verdicts = [json.loads(line)["verdict"] for line in target.read_text(encoding="utf-8").splitlines()]
     c, u = "correct", "unparseable"
-    assert verdicts == [u, c, u, c, u, u, c]
+    assert verdicts == [u, c, u, c, u, u, c, c, c, u, u, c]
 
 
 def test_a_verdict_of_the_users_function_has_a_reason():

@@ -7,6 +7,7 @@ import itertools
 import re
 
 from megatron_nft.verify.algebra.choices import choice_of
+from megatron_nft.verify.algebra.families import BIG, big_union, number_set, set_builder, with_domain
 from megatron_nft.verify.algebra.normalize import without_spaces
 from megatron_nft.verify.algebra.parse import Parser
 from megatron_nft.verify.algebra.presentation import strip_presentation
@@ -33,7 +34,6 @@ _RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", r"\in", r"\approx", r"\
 _choice = re.compile(r"\(?([A-J])\)?[.:)]?$")
 _choices = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|,?\s*and|,?\s*or|&)\s*\(?[A-J]\)?)+$")  # (A) and (C)
 _short_unit = re.compile(rf"(?<![A-Za-z\\])(?:{'|'.join(sorted(SHORT_WORDS))})(?![A-Za-z])")
-_number_sets = frozenset(("Z", "N", "R", "Q", "C"))
 
 
 def read(text: str, *, lenient: bool = True) -> tuple[Tree, ...]:
@@ -89,8 +89,11 @@ def _item_or_list(tokens: list[str]) -> Tree:
     for part in parts:
         item = _item(part)
         items.extend(item[1:] if item[0] == "list" else [item])
-    kept = [item for item in items if not _is_number_set(item)]  # k \pi, k \in \mathbb{Z}
-    return ("list", *kept) if len(kept) > 1 else kept[0] if kept else items[0]
+    memberships = [kind for item in items if (kind := number_set(item)) is not None]  # k \pi, k \in \mathbb{Z}
+    kept = [item for item in items if number_set(item) is None]
+    if not kept:
+        return items[0]
+    return with_domain(("list", *kept) if len(kept) > 1 else kept[0], memberships)
 
 
 def _groups(tokens: list[str]) -> Tree | None:
@@ -102,13 +105,6 @@ def _groups(tokens: list[str]) -> Tree | None:
     if len(groups) < 2 or len(sizes) != 1 or sizes == {1}:
         return None
     return ("list", *(("tuple", "(", ")", *map(_item, group)) for group in groups))
-
-
-def _is_number_set(item: Tree) -> bool:
-    r"""Whether an item only says which kind of number a letter is: `k \in \mathbb{Z}`."""
-    if item[0] != "rel" or item[1] != (r"\in",):
-        return False
-    return item[3] == ("reals",) or (item[3][0] == "s" and item[3][1].removeprefix(r"mathbb:") in _number_sets)
 
 
 def _split(tokens: list[str], separators: tuple[str, ...]) -> list[list[str]]:
@@ -166,6 +162,8 @@ def _relation(tokens: list[str]) -> Tree:
 
 def _braced(tokens: list[str]) -> Tree | None:
     """Read a tuple, interval, set, union, matrix or the name of a set; None for a plain expression."""
+    if tokens and tokens[0] in BIG:
+        return big_union(tokens, _item)
     parts = _split(tokens, (r"\cup",))
     if len(parts) == 1 and "U" in tokens:
         parts = _split(tokens, ("U",))
@@ -193,10 +191,10 @@ def _braced(tokens: list[str]) -> Tree | None:
 def _by_condition(tokens: list[str]) -> Tree | None:
     r"""Read the condition of `\{x \mid x > 2\}`; None if the braces list elements."""
     bar = next((index for index, token in enumerate(tokens) if token in ("|", ":")), 0)
-    if not bar or any(token[0].isdigit() or token == "," for token in tokens[:bar]):
-        return None
     condition = tokens[bar + 1 :]
-    return _item_or_list(condition) if any(token in _RELATIONS for token in condition) else None
+    if not bar or not any(token in _RELATIONS for token in condition):
+        return None
+    return set_builder(_item(tokens[:bar]), _item_or_list(condition))
 
 
 def _items(tokens: list[str]) -> list[Tree]:

@@ -8,10 +8,10 @@ becomes an argument: within a sum over k, `a_k` is read as a(k).
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from megatron_nft.verify.algebra.indices import index_letters, index_terms
 from megatron_nft.verify.algebra.tree import NotUnderstood, Tree
 
 if TYPE_CHECKING:
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 BINDERS = frozenset(("sum", "prod", "int", "lim"))
 _SIGNS = frozenset(("<", "<=", ">", ">=", "!=", "|", r"\in"))
+_DESCENDING = frozenset((">", ">="))
+_ORDERS = _DESCENDING | {"<", "<=", "!="}
+_DEPTH = {"{": 1, "}": -1}
 _CLOSING = {"(": ")", r"\{": r"\}", "{": "}", "[": "]"}
-_term = re.compile(r"([+-]?)(\d*)([A-Za-z]?)")
 
 
 def binder(parser: Parser, name: str) -> Tree:
@@ -28,35 +30,48 @@ def binder(parser: Parser, name: str) -> Tree:
     if name == "int":
         return _integral(parser)
     if name == "lim":
-        variable, bounds = _variable(parser, r"\to")
-        return _bound("lim", variable, bounds, parser.product())
-    variable, bounds = "", []
-    if chain := _chain(parser):
-        return _bound_chain(name, *chain, parser.product())
+        variables, bounds = _variables(parser, r"\to")
+        return _bound("lim", variables[0], bounds, parser.product())
+    if condition := conditions(parser):
+        return _bound_by_condition(parser, name, *condition)
+    variables, bounds = index_and_bounds(parser)
+    if not variables:
+        raise NotUnderstood(f"a {name} without a variable")
+    body = parser.product()
+    for variable in reversed(variables):
+        body = _bound(name, variable, bounds, body)
+    return body
+
+
+def index_and_bounds(parser: Parser) -> tuple[list[str], list[Tree]]:
+    r"""Read `_{k=1}^n`, `_{i,j}` or `_k`: the variables, none without a subscript, and the bounds that are given."""
+    variables: list[str] = []
+    bounds: list[Tree] = []
     for _ in range(2):
-        if parser.peek() == "_" and not variable:
-            variable, bounds = _variable(parser, "=")
+        if parser.peek() == "_" and not variables:
+            variables, lower = _variables(parser)
+            bounds = lower + bounds
         elif parser.peek() == "^":
             parser.at += 1
             bounds.append(_limit(parser))
-    if not variable:
-        raise NotUnderstood(f"a {name} without a variable")
-    return _bound(name, variable, bounds, parser.product())
+    return variables, bounds
 
 
-def _variable(parser: Parser, sign: str) -> tuple[str, list[Tree]]:
-    r"""Read `_k`, `_{k}`, `_{k=1}` or `_{x \to 0}`: the variable, and its lower bound or limit."""
+def _variables(parser: Parser, sign: str = "=") -> tuple[list[str], list[Tree]]:
+    r"""Read `_k`, `_{i,j}`, `_{k=1}` or `_{x \to 0}`: the variables, and their lower bound or limit."""
     parser.expect("_")
     if parser.peek() != "{":
         name = parser.take()
         if not name.isalpha():
             raise NotUnderstood("a sum without a variable")
-        return name, []
-    parser.at += 1
-    name = parser.take()
-    if not (name.isalpha() and len(name) == 1):
+        return [name], []
+    names: list[str] = []
+    while not names or (parser.peek() == "," and sign == "="):
+        parser.at += 1
+        names.append(parser.take())
+    if not all(name.isalpha() and len(name) == 1 for name in names):
         raise NotUnderstood("a sum without a variable")
-    bounds = []
+    bounds: list[Tree] = []
     if parser.peek() == sign:
         parser.at += 1
         bounds.append(parser.sum())
@@ -64,41 +79,69 @@ def _variable(parser: Parser, sign: str) -> tuple[str, list[Tree]]:
         parser.at += 1
         bounds += [parser.sum(), ("inf",)]
     parser.expect("}")
-    return name, bounds
+    return names, bounds
 
 
-def _chain(parser: Parser) -> tuple[str, list[str], list[Tree]] | None:
+def conditions(parser: Parser) -> tuple[list[str], list[list[str]]] | None:
     r"""Read the condition of `_{d \mid n}`, `_{i \in S}` or `_{1 \le i < j \le n}`; take nothing of other subscripts.
 
-    Returns the signs, the bound variables (the first letter, or those between two signs) and the other sides.
+    Returns the signs and the tokens of the sides.
     """
     start = parser.at
-    end = next((i for i in range(start, len(parser.tokens)) if parser.tokens[i] == "}"), start)
-    inner = parser.tokens[start + 2 : end]
-    signs = [token for token in inner if token in _SIGNS]
-    if parser.tokens[start : start + 2] != ["_", "{"] or not signs or signs == [">="] or "{" in inner:
+    if parser.tokens[start : start + 2] != ["_", "{"]:
         return None
+    depth, end = 1, start + 2
+    while end < len(parser.tokens) and (depth := depth + _DEPTH.get(parser.tokens[end], 0)):
+        end += 1
+    signs: list[str] = []
     sides: list[list[str]] = [[]]
-    for token in inner:
+    for token in parser.tokens[start + 2 : end]:
         if token in _SIGNS:
+            signs.append(token)
             sides.append([])
         else:
             sides[-1].append(token)
-    variables = sides[1:-1] if len(sides) > 2 else sides[:1]
-    if not all(len(side) == 1 and side[0].isalpha() and len(side[0]) == 1 for side in variables):
-        raise NotUnderstood("a sum without a variable")
-    others = [side for side in sides if side not in variables]
+    if not signs or signs == [">="]:
+        return None
     parser.at = end + 1
-    bounds = [type(parser)(side).parse() for side in others]
-    return " ".join(signs), [side[0] for side in variables], bounds
+    return signs, sides
 
 
-def _bound_chain(kind: str, signs: str, variables: list[str], bounds: list[Tree], body: Tree) -> Tree:
-    """Return nested sums, one for each variable; the bounds stand in the innermost one."""
+def _bound_by_condition(parser: Parser, kind: str, signs: list[str], sides: list[list[str]]) -> Tree:
+    """Return nested sums, one for each variable; the bounds stand in the innermost one.
+
+    Variables are the first side, or those between two signs, and letters of an order that are indices in the summand:
+    both letters of `i < j` below a sum of `x_i x_j`, but not the n of `d | n`.
+    """
+    body = parser.product()
+    inner = sides[1:-1] if len(sides) > 2 else sides[:1] if _letters_of(sides[0]) else sides[1:]
+    indices = index_letters(body) if set(signs) <= _ORDERS else set()
+    if set(signs) <= _DESCENDING:
+        signs, sides = [sign.replace(">", "<") for sign in reversed(signs)], sides[::-1]
+    variables: list[str] = []
+    bounds: list[Tree] = []
+    shape = kind
+    for side, sign in zip(sides, [*signs, ""], strict=True):
+        letters = _letters_of(side)
+        if side in inner or (letters and indices.issuperset(letters)):
+            if not letters:
+                raise NotUnderstood("a sum without a variable")
+            variables += letters
+            shape += f" .{sign}"
+        else:
+            bounds.append(type(parser)(side).parse())
+            shape += f" _{sign}"
     for variable in reversed(variables):
-        body = _bound(f"{kind} {signs}", variable, bounds, body)
+        body = _bound(shape, variable, bounds, body)
         bounds = []
     return body
+
+
+def _letters_of(side: list[str]) -> list[str]:
+    """Return i and j of the side `i, j`; nothing for a side that is more than letters."""
+    letters = side[::2]
+    is_list = all(token == "," for token in side[1::2]) and len(side) % 2 == 1
+    return letters if is_list and all(letter.isalpha() and len(letter) == 1 for letter in letters) else []
 
 
 def _limit(parser: Parser) -> Tree:
@@ -183,52 +226,3 @@ def _linear(terms: dict[str, int]) -> Tree:
         for letter, number in terms.items()
     ]
     return parts[0] if len(parts) == 1 else ("+", *parts)
-
-
-def index_terms(index: str) -> list[dict[str, int]] | None:
-    """Read an index such as `n-1-k` or `i,j`: for each part the factor of each letter, "" for the number.
-
-    Letters that stand side by side are indices of their own: `ij`. None for names such as `max`.
-    """
-    parts = index.split(",")
-    if index.isalpha() and len(index) == 2:
-        parts = list(index)
-    read = [_terms(part.strip()) for part in parts]
-    known = [part for part in read if part]
-    return known if len(known) == len(read) else None
-
-
-def _terms(text: str) -> dict[str, int] | None:
-    found: dict[str, int] = {}
-    at = 0
-    while at < len(text):
-        match = _term.match(text, at)
-        if (
-            match is None
-            or match.end() == at
-            or not (match[2] or match[3])
-            or (at and not match[1])
-            or len(match[2]) > 9
-        ):
-            return None
-        number = int(match[2] or 1) * (-1 if match[1] == "-" else 1)
-        found[match[3]] = found.get(match[3], 0) + number
-        at = match.end()
-    return found
-
-
-def canonical_index(index: str) -> str:
-    """Return one spelling of an index: `n-k-1` for `n-1-k`. Names such as `max` are kept."""
-    if "+" not in index and "-" not in index:
-        return index
-    parts = index_terms(index)
-    return index if parts is None else ",".join(map(_written, parts))
-
-
-def _written(terms: dict[str, int]) -> str:
-    text = ""
-    for letter in sorted(terms, key=lambda letter: (not letter, letter)):
-        if number := terms[letter]:
-            size = "" if abs(number) == 1 and letter else str(abs(number))
-            text += ("-" if number < 0 else "+" if text else "") + size + letter
-    return text or "0"

@@ -107,7 +107,7 @@ def proportional(first: Tree, second: Tree) -> int:
 
 def _both(first: Tree, second: Tree, point: Point) -> Pair:
     """Return the values of both trees at a point."""
-    return lambda run: (run.value(first, point), run.value(second, point))
+    return lambda run: (run.whole(first, point), run.whole(second, point))
 
 
 def _crosswise(first: Tree, second: Tree, point: Point, reference: Point) -> Pair:
@@ -115,8 +115,8 @@ def _crosswise(first: Tree, second: Tree, point: Point, reference: Point) -> Pai
 
     def pair(run: Evaluation) -> tuple[Any, Any]:
         return (
-            run.value(first, point) * run.value(second, reference),
-            run.value(second, point) * run.value(first, reference),
+            run.whole(first, point) * run.whole(second, reference),
+            run.whole(second, point) * run.whole(first, reference),
         )
 
     return pair
@@ -171,7 +171,7 @@ def _computed(pair: Pair, evaluation: Evaluation) -> tuple[Any, Any]:
 
 
 def _value_or_none(evaluation: Evaluation, tree: Tree, point: Point) -> Any:
-    return _computed(lambda run: (run.value(tree, point), 0), evaluation)[0]
+    return _computed(lambda run: (run.whole(tree, point), 0), evaluation)[0]
 
 
 def _real_if_it_is(result: Any) -> Any:

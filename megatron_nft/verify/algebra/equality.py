@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from megatron_nft.verify.algebra.comparison import proportional
+from megatron_nft.verify.algebra.families import same_family
 from megatron_nft.verify.algebra.names import by_name, is_name, points_of, with_names_of
 from megatron_nft.verify.algebra.quantity import is_rounded, same_quantity
 from megatron_nft.verify.algebra.regions import FLIPPED, ORDERS, combine_inequalities, region, variable
@@ -21,6 +22,8 @@ def same(gold: Tree, found: Tree) -> bool:
     """Whether `found` is the same answer as the reference `gold`. Raises Undecided where a value cannot be computed."""
     if gold == found:
         return True
+    if gold[0] == "family" or found[0] == "family":
+        return same_family(gold, found, same)
     return any(_same_expanded(*pair) for pair in itertools.product(_expansions(gold), _expansions(found)))
 
 

@@ -23,7 +23,7 @@ def exact(tree: Tree) -> Fraction | None:
         return Fraction(int(tree[1] or "0")) if tree[2] == "10" and tree[1].isdecimal() else None
     if kind in _EXACT:
         values = [exact(part) for part in tree[1:]]
-    elif kind == "fn":
+    elif kind == "fn" or (kind == "f" and tree[1] in _ROUNDED):
         values = [exact(part) for part in tree[2:]]
     else:
         return None
@@ -31,7 +31,10 @@ def exact(tree: Tree) -> Fraction | None:
     if len(known) < len(values):
         return None
     try:
-        result = of_integers(tree[1], known) if kind == "fn" else _EXACT[kind](*known)
+        if kind == "f":
+            result: Fraction | None = Fraction(_ROUNDED[tree[1]](known[0]))
+        else:
+            result = of_integers(tree[1], known) if kind == "fn" else _EXACT[kind](*known)
     except ZeroDivisionError:
         return None
     return result if result is not None and _is_moderate(result) else None
@@ -93,3 +96,4 @@ _EXACT: dict[str, Callable[..., Fraction | None]] = {
     "!": _factorial,
     "binom": _binomial,
 }
+_ROUNDED: dict[str, Callable[[Fraction], Fraction | int]] = {"floor": math.floor, "ceil": math.ceil, "abs": abs}

@@ -105,6 +105,8 @@ def rename(tree: Tree, names: dict[str, str]) -> Tree:
         if indexed[1]:
             return ("s", indexed[1] + names[letter])
         return ("s", f"{indexed[3]}{indexed[4]}{names[letter]}{indexed[6]}")
+    if tree[0] == "bind" and tree[2] in names:  # a letter of its own
+        names = {old: new for old, new in names.items() if old != tree[2]}
     return tuple(rename(part, names) if isinstance(part, tuple) and part else part for part in tree)
 
 

@@ -35,6 +35,13 @@ _in_base = re.compile(  # 1101 \text{ in base } 2, 1101 (base 2), 1101_{\text{ba
     r"(?:\\text\s*\{\s*)?(?<![\w.])(?P<digits>[0-9A-F]+)\s*(?P<open>[({]|_\s*\{)?\s*(?:\\text\s*\{\s*)?(?:\(\s*)?(?:in\s+)?[Bb]ase[\s-]*"
     r"(?:\}\s*)?\{?(?P<base>\d+|[a-z]+)\b\s*\}?[)}\s]*$"
 )
+_base_first = re.compile(  # base 2: 1101, \text{In base 2: } 1101
+    r"(?:\\text\s*\{\s*)?(?:in\s+)?base[\s-]*(?:\}\s*)?\{?(?P<base>\d+)\}?\s*(?:\}\s*)?:\s*(?:\}\s*)?(?P<digits>[0-9A-F]+)$",
+    re.IGNORECASE,
+)
+_base_in_brackets = re.compile(r"(?<=[\dA-F)])\s*_\s*\{?\s*\(\s*(\d+)\s*\)\s*\}?")  # 1101_{(2)}
+_python_base = re.compile(r"0(?:b(?P<two>[01]+)|o(?P<eight>[0-7]+)|x(?P<sixteen>[0-9A-Fa-f]+))$")
+_us_dollar = re.compile(r"(?<![A-Za-z])(?:US\s*\\?\$|USD\s*(?=[\d$\\])|\\text\s*\{\s*USD\s*\}\s*(?=\d))")
 _decimal_brace = re.compile(r"(?<![\d,.])(\d+)\{,\}(?!\d{3}(?!\d))(\d+)(?![\d,{])")  # 3{,}14, but not 10{,}080
 _decimal_zero = re.compile(r"(?<![\d,.])0\{,\}(\d+)(?![\d,{])")
 _quad = re.compile(r"(?<==)([^=,;]{1,200}?)\\q?quad(?![A-Za-z])(?=\s*(?!\\text|\\left|\(|\\q?quad)[^=,;]{1,200}=)")
@@ -68,12 +75,16 @@ def normalize(text: str) -> str:
     """Return `text` in one spelling, with the same meaning."""
     if text.isascii():
         if text.isalnum():
-            return text
+            return _python_base.sub(_python_numeral, text) if text[0] == "0" else text
     else:
         text = _plain_characters(text)
     text = without_marks(text)
     if "**" in text or "`" in text:
         text = _markdown.sub("", _python_power.sub("^", text))
+    if "_" in text and "(" in text:
+        text = _base_in_brackets.sub(r"_{\1}", text)
+    if "US" in text:
+        text = _us_dollar.sub(r"\$", text)
     if ")_" in text:
         text = _bracketed_base.sub(r"\1", text)
     if "\\" in text or "$" in text or "~" in text or "{,}" in text:
@@ -82,6 +93,7 @@ def normalize(text: str) -> str:
         text = _per_cent.sub("percent", text)
     if "ase" in text:
         text = _in_base.sub(r"\g<digits>_{\g<base>}", _space_run.sub(" ", text))
+        text = _base_first.sub(r"\g<digits>_{\g<base>}", text)
     if "(" in text or text[:2] == "[[":
         text = nested_list(text) or plain_calls(text)
     if ("(" in text or "\\text" in text) and any(name in text for name in ("max", "min", "gcd", "lcm")):
@@ -89,6 +101,12 @@ def normalize(text: str) -> str:
     text = _thousands_space.sub(lambda match: re.sub(r"\s", "", match[0]), text)
     text = _times_ten.sub(r"\\times ", text)
     return _strip_end(_without_outer_braces(_space_run.sub(" ", text).strip()))
+
+
+def _python_numeral(match: re.Match[str]) -> str:
+    """Write `0b1010` as `1010_{2}`."""
+    base = {"two": 2, "eight": 8, "sixteen": 16}[str(match.lastgroup)]
+    return f"{match[match.lastgroup or 0].upper()}_{{{base}}}"
 
 
 def _without_outer_braces(text: str) -> str:

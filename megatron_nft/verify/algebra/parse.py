@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from megatron_nft.verify.algebra.binders import BINDERS, binder, canonical_index
+from megatron_nft.verify.algebra.binders import BINDERS, binder
 from megatron_nft.verify.algebra.cursor import TokenCursor
 from megatron_nft.verify.algebra.functions import SEVERAL, function, several
+from megatron_nft.verify.algebra.indices import canonical_index
 from megatron_nft.verify.algebra.tree import NotUnderstood, TooMuch, Tree, negate, read_number, times
 from megatron_nft.verify.algebra.vocabulary import ACCENTS, FUNCTIONS, TAKEN, words
 from megatron_nft.verify.algebra.wording import NUMBER_WORDS

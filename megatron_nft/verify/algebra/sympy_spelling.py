@@ -15,7 +15,7 @@ _call = re.compile(
     r"|Interval(?:\.open|\.Lopen|\.Ropen)?|Union|Max|Min|root|ImmutableMatrix|Point)\s*\("
 )
 _imaginary = re.compile(
-    r"(?<=[-+])\s*I(?![A-Za-z_(])|(?<![A-Za-z\\])I(?=\s*[-+])|(?<=\*)\s*I(?![A-Za-z])|(?<![A-Za-z\\])I\s*(?=\*)"
+    r"(?<=[-+])\s*I(?![A-Za-z_(])|(?<![A-Za-z\\])I(?=\s*[-+])|(?<=\*)\s*I(?![A-Za-z])|(?<![A-Za-z\\])I\s*(?=\*|/\d)"
 )
 _euler = re.compile(r"(?<=\*)\s*E(?![A-Za-z])|(?<![A-Za-z\\])E\s*(?=\*|\^)")
 

@@ -14,6 +14,7 @@ and the structures around expressions (answer.py):
 
     ("list", a, ...)                  1, 2 and 3 in any order      ("tuple", "(", ")", a, ...)   also an interval
     ("set", a, ...)                   {1, 2}                       ("union", a, ...)
+    ("family", element, condition, domain, ("s", name), ...)       families.py
     ("matrix", (a, ...), ...)         rows                         ("reals",)
     ("rel", ("=", "<="), a, b, c)     a = b <= c
     ("unit", a, "cm^2")               a quantity; 90^\circ too     ("text", "ellipse")           only words

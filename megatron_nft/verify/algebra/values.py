@@ -89,6 +89,11 @@ class Evaluation:
         self.has_steps = False
         self.num_terms = 0
 
+    def whole(self, tree: Tree, point: Point) -> Any:
+        """Return the value of a whole tree at `point`; each has MAX_TERMS terms, whatever was computed before it."""
+        self.num_terms = 0
+        return self.value(tree, point)
+
     def value(self, tree: Tree, point: Point) -> Any:
         """Return the value of `tree` at `point`; see the function of the same name."""
         kind = tree[0]
@@ -166,13 +171,15 @@ class Evaluation:
 
     def _function(self, name: str, argument: Tree, point: Point) -> Any:
         """Return the value of a named function; a trigonometric function of degrees is converted."""
+        lost_before = self.lost_bits
         x = self.value(argument, point)
         if name in _TRIGONOMETRIC and argument[0] == "deg":
             x = x * mp.pi / 180
         if name in _INTEGER_FUNCTIONS:
             self.has_steps = True
             nearest = mp.nint(x)
-            if abs(x - nearest) < mp.ldexp(1, SLACK_BITS - mp.prec):
+            may_be_rounding = nearest or self.lost_bits > lost_before  # e^{-1000} by itself is not 0
+            if may_be_rounding and abs(x - nearest) < mp.ldexp(1, SLACK_BITS - mp.prec):
                 return nearest
             return mp.floor(x) if name == "floor" else mp.ceil(x)
         if name not in ("ln", "abs") and abs(x) > MAX_LOG2:

@@ -19,7 +19,7 @@ _comma_between_digits = re.compile(r"(?<=\d),(?=\d)")
 def variants(text: str, *, lenient: bool) -> list[str]:
     """Return the readings of a text that need no grammar, the likeliest first.
 
-    If `lenient`, t/RC can also mean t/(RC), 2*I twice the imaginary unit, and 0,125 an eighth.
+    A decimal comma is read in references too. If `lenient`, t/RC can also mean t/(RC), and 2*I twice the imaginary unit.
     """
     found = _with_thousands(text, lenient)
     if _bare_log.search(text):
@@ -28,9 +28,9 @@ def variants(text: str, *, lenient: bool) -> list[str]:
         found += [_slash.sub(r"/(\1 \2)", variant) for variant in found]
     if lenient and ("I" in text or "E" in text) and "\\" not in text:
         found += [other for variant in found if (other := other_constants(variant)) != variant]
-    if lenient and "," in text and (decimal := _decimal_comma.match(text)):
+    if "," in text and (decimal := _decimal_comma.match(text)):
         found.insert(0, decimal[1].replace(".", "") + "." + decimal[2] + text[decimal.end() :])
-    if lenient and ";" in text and _semicolons.fullmatch(text):
+    if ";" in text and _semicolons.fullmatch(text):
         found.append(_comma_between_digits.sub(".", text))
     return found
 

@@ -29,6 +29,7 @@ _REALS = frozenset(words("allrealnumber allreal realnumber setofallrealnumber se
 _EMPTY = frozenset(words("emptyset nullset"))
 _opening = re.compile(r"(?:it is|it's|they are|the answer is|answer:)\s+")
 _words_only = re.compile(r"[^\d\\{}^_=<>+*/|]*[^\W\d_]{2,}[^\d\\{}^_=<>+*/|]*$")
+_word_or_picture = re.compile(r"[^\W_]+|(?<=\w)[^\w\s!-~\u2000-\u206f]+(?=\w)")  # a picture within a word is no space
 _letters = re.compile(r"[^\W\d_]+")
 _text = re.compile(r"\\text\{([^{}]*)\}")
 _point = re.compile(r"(?<!\d)[.,]|[.,](?!\d)")
@@ -49,7 +50,7 @@ def normal_text(phrase: str) -> str:
     """Return words in the form that is compared: lower-case letters and digits, singular, without articles."""
     phrase = phrase.casefold().strip()
     opening = _opening.match(phrase)
-    kept = re.findall(r"[^\W_]+", phrase[opening.end() :] if opening else phrase)
+    kept = _word_or_picture.findall(phrase[opening.end() :] if opening else phrase)
     singular = [word[:-1] if len(word) > 3 and word.endswith("s") else word for word in kept]
     text = "".join(word for word in singular if word not in ("the", "a", "an")) or "".join(kept)
     return _SYNONYMS.get(text, text)
