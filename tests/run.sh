@@ -6,14 +6,20 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 level=()
-if [ "${1:-}" = --long ]; then level=(-m ""); shift; fi
+newer=(tests/unit/test_imports.py tests/unit/test_policy_cpu.py tests/unit/test_policy_stack.py
+       tests/distributed/test_gradient.py tests/stacks)
+if [ "${1:-}" = --long ]; then
+    level=(-m "")
+    newer=(tests)
+    shift
+fi
 
 bash tools/setup_env.sh dev
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 results=build/tests
 mkdir -p "$results"
 run_pytest() {  # NAME and pytest's arguments; durations and results go to build/tests/NAME.xml
-    .venv/bin/python -m pytest --durations=20 --junitxml="$results/$1.xml" ${level[@]+"${level[@]}"} "${@:2}"
+    "${PYTEST_PYTHON:-.venv/bin/python}" -m pytest --durations=20 --junitxml="$results/$1.xml" ${level[@]+"${level[@]}"} "${@:2}"
 }
 if [ $# -gt 0 ]; then run_pytest selected "$@"; exit; fi
 
@@ -37,18 +43,34 @@ install_and_test_servers() {
     bash tools/install_engine.sh sglang && bash tools/install_engine.sh vllm && bash tools/install_nemo.sh || return 1
     run_pytest servers tests/engines tests/slurm tests/gpu
 }
+test_newer_stack() {  # Python 3.12 with the newest megatron-core, where there is one beside the default Python
+    local python
+    python=$(.venv/bin/python tests/other_python.py) || { echo "$python"; return 0; }
+    VENV=.venv-3.12 PYTHON=$python bash tools/setup_env.sh dev || return 1
+    PYTEST_PYTHON=.venv-3.12/bin/python run_pytest newer "${newer[@]}"
+}
 trap end_groups EXIT
 in_background servers install_and_test_servers
 servers=$started
 in_background mypy .venv/bin/mypy
 types=$started
+newer_stack=
+if [ ${#level[@]} = 0 ]; then
+    in_background newer test_newer_stack
+    newer_stack=$started
+fi
 
 status=0
 run_pytest unit tests/unit --numprocesses=2 --dist=loadfile || status=$?
 run_pytest ranks tests/distributed tests/endtoend tests/hosts || status=$?
 wait "$servers" || status=$?
 cat "$results/servers.log"
+if [ -n "$newer_stack" ]; then
+    wait "$newer_stack" || status=$?
+    cat "$results/newer.log"
+fi
 run_pytest browser tests/browser || status=$?
+[ -n "$newer_stack" ] || test_newer_stack || status=$?
 wait "$types" || status=$?
 cat "$results/mypy.log"
 exit "$status"

@@ -1,17 +1,14 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout and installs megatron_nft into it; does nothing when that is done already.
 #   bash tools/setup_env.sh [EXTRA …]        extras of setup.py, for example dev
-# PYTHON            interpreter to use (3.11 or 3.12; default python3.11, then python3)
+# PYTHON            interpreter to use (3.11 or 3.12; default python3.11, then python3.12, then python3)
+# VENV              where to make it (default .venv)
 # NFT_TORCH_INDEX   package index for torch; without a GPU the default is PyTorch's index of CPU builds (torch_index.sh)
 # TORCH_VERSION     default 2.13.0
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
 extras=$(IFS=,; echo "$*")
-
-# What the environment was made from: a change of any of it makes it anew or brings it up to date.
-stamp=$(cat setup.py tools/setup_env.sh tools/torch_index.sh | sha256sum | cut -d' ' -f1)" [$extras] torch ${TORCH_VERSION:-2.13.0}"
-if [ -x "$venv/bin/megatron-nft" ] && [ "$(cat "$venv/.installed" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 
 python=${PYTHON:-}
 if [ -z "$python" ]; then
@@ -24,6 +21,12 @@ if [ -z "$python" ]; then
 fi
 [ -n "$python" ] || { echo "setup_env.sh: no Python 3.11 or 3.12 found; install one or set PYTHON" >&2; exit 1; }
 
+# What the environment was made from: a change of any of it makes it anew or brings it up to date.
+version=$("$python" -c 'import platform; print(platform.python_version())')
+sources=$(cat setup.py pyproject.toml tools/setup_env.sh tools/torch_index.sh | sha256sum | cut -d' ' -f1)
+stamp="$sources [$extras] Python $version torch ${TORCH_VERSION:-2.13.0}"
+if [ -x "$venv/bin/megatron-nft" ] && [ "$(cat "$venv/.installed" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+
 if ! "$python" -m venv --help >/dev/null 2>&1 || ! "$python" -c 'import ensurepip' 2>/dev/null; then
   echo "setup_env.sh: $python has no venv module; installing it needs root: apt-get install -y python3-venv" >&2
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
@@ -34,7 +37,9 @@ if ! "$python" -m venv --help >/dev/null 2>&1 || ! "$python" -c 'import ensurepi
 fi
 
 echo "setting up $venv with $("$python" --version) (some minutes the first time)"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# One of another Python is made anew.
+[ "$("$venv/bin/python" -c 'import platform; print(platform.python_version())' 2>/dev/null)" = "$version" ] ||
+  "$python" -m venv --clear "$venv"
 rm -f "$venv/.installed"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 "${pip[@]}" install --upgrade pip "setuptools>=68" wheel

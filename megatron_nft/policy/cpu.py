@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_nft.policy.megatron_versions import ONLY_WITH_TRANSFORMER_ENGINE
+from megatron_nft.policy.stack import table
+
 CPU = torch.device("cpu")
 
 
@@ -93,12 +96,6 @@ REPLACED: dict[tuple[str, str], Callable[[Any], Any]] = {
 """(module, dotted name) -> what makes the stand-in from the original, where no CUDA device exists."""
 
 
-DEFINED: dict[tuple[str, str], Any] = {
-    ("megatron.core.transformer.moe.moe_utils", "te_general_gemm"): None,
-}
-"""(module, name) -> value: names that 0.16.1 reads but defines only with Transformer Engine. Set where missing."""
-
-
 class OnCpu(TorchFunctionMode):
     """Maps CUDA device arguments, `tensor.cuda()` and the CUDA names of tensor types to the CPU's."""
 
@@ -126,8 +123,8 @@ def resolve(module: str, name: str) -> tuple[Any, str, Any]:
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"{module}.{name} does not exist in the installed packages (megatron-core {version('megatron-core')}, "
-            f"torch {torch.__version__}). CPU support (megatron_nft/policy/cpu.py) is written for megatron-core 0.16.1 "
-            "with torch 2.13: install those, or adapt its table REPLACED"
+            f"torch {torch.__version__}): adapt the table REPLACED of megatron_nft/policy/cpu.py, or install versions "
+            f"that were tested together:\n{table()}"
         ) from error
 
 
@@ -139,7 +136,7 @@ def install() -> bool:
     found = {key: resolve(*key) for key in REPLACED}  # all exist, or none is replaced
     for key, (owner, attribute, original) in found.items():
         setattr(owner, attribute, REPLACED[key](original))
-    for (module, name), value in DEFINED.items():
+    for (module, name), value in ONLY_WITH_TRANSFORMER_ENGINE.items():
         owner = importlib.import_module(module)
         setattr(owner, name, getattr(owner, name, value))
     return True

@@ -29,6 +29,7 @@ from megatron_nft.policy import checkpoint as policy_checkpoint
 from megatron_nft.policy.family import ModelSpec, read_family
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.policy.policy import Policy
+from megatron_nft.policy.stack import check_stack, read_stack
 from megatron_nft.train.checkpoints import CheckpointStore, RunState, read_surplus
 from megatron_nft.train.held_out import HeldOut, load_held_out
 from megatron_nft.train.lifecycle import Lifecycle, Phases
@@ -74,9 +75,11 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
 
     Whatever was opened is closed in the end, also when a later part fails to open.
     """
+    say = life.console.say
+    if warning := check_stack(read_stack()):
+        say(warning)
     spec = read_family(config.model.path)
     questions = load_questions(config)
-    say = life.console.say
     say(
         f"{questions.stream.num_prompts} training questions ({questions.stream.num_dropped} over "
         f"{config.data.max_prompt_tokens} tokens were dropped), {len(questions.held_out.prompts)} held out"

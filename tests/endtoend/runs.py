@@ -69,7 +69,9 @@ class Run:
     at which its ranks stop and wait for a signal (see halting/sitecustomize.py).
     """
 
-    def __init__(self, settings: dict, *, halt: str = "", timeout_s: float = START_TIMEOUT_S) -> None:
+    def __init__(
+        self, settings: dict, *, halt: str = "", timeout_s: float = START_TIMEOUT_S, python: str = sys.executable
+    ) -> None:
         self.run_dir = Path(settings["run_dir"])
         self.run_dir.parent.mkdir(parents=True, exist_ok=True)
         config = self.run_dir.parent / f"{self.run_dir.name}.yaml"
@@ -82,7 +84,7 @@ class Run:
         env = {**os.environ, **KEYS, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         env |= {"NFT_TEST_HALT": f"{halt} {marks}"} if halt else {}
         with self.log.open("ab") as log:
-            command = [sys.executable, "-m", "megatron_nft", "train", "--config", str(config)]
+            command = [python, "-m", "megatron_nft", "train", "--config", str(config)]
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )

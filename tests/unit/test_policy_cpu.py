@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_nft.policy import cpu
+from megatron_nft.policy.megatron_versions import ONLY_WITH_TRANSFORMER_ENGINE
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="replacements are for machines without CUDA")
 
@@ -106,5 +107,5 @@ def test_the_mode_ends_after_an_error() -> None:
 
 
 def test_names_that_only_transformer_engine_defines() -> None:
-    for module, name in cpu.DEFINED:
+    for module, name in ONLY_WITH_TRANSFORMER_ENGINE:
         assert hasattr(importlib.import_module(module), name)
