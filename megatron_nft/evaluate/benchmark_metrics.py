@@ -20,6 +20,7 @@ from megatron_nft.evaluate.statistics import (
     powers_of_two,
 )
 from megatron_nft.types import Verdict
+from megatron_nft.verify.outcome import graders_disagree
 
 
 def benchmark_metrics(results: Sequence[QuestionResult]) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _graders(results: Sequence[QuestionResult]) -> dict[str, Any]:
     answers = [a for q in results for a in q.answers]
     out = {}
     for name in names:
-        differ = [(a.verdict is Verdict.CORRECT) != (a.grader_verdicts.get(name) is Verdict.CORRECT) for a in answers]
+        differ = [graders_disagree([a.verdict, a.grader_verdicts.get(name, Verdict.NO_VERDICT)]) for a in answers]
         out[name] = {
             "accuracy": asdict(bootstrap_interval(question_scores(results, name))),
             "disagrees_share": float(np.mean(differ)),

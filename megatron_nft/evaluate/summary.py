@@ -63,7 +63,7 @@ def k_table(results: Mapping[str, Any], metric: str, label: str) -> tuple[list[s
 
 def verdict_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Per benchmark and grader: accuracy, verdict shares and disagreement with the deciding grader."""
-    header = ["benchmark", "grader", "accuracy %", "wrong %", "unparseable %", "timeout %", "disagrees %"]
+    header = ["benchmark", "grader", "accuracy %", "wrong %", "unparseable %", "no verdict %", "disagrees %"]
     rows = []
     for name, b in results["benchmarks"].items():
         for grader, g in b["graders"].items():
@@ -75,7 +75,7 @@ def verdict_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
                     interval(g["accuracy"]),
                     percent(shares["wrong"]),
                     percent(shares["unparseable"]),
-                    percent(shares["timeout"]),
+                    percent(shares["timeout"] + shares.get("no_verdict", 0.0)),  # absent in earlier files
                     percent(g["disagrees_share"]),
                 ]
             )

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_nft.types import ReasonKind
+
 PROMPT_OPENS_THINKING = "prompt_opens_thinking"
 _OPEN = "<think>"
 _CLOSE = "</think>"
 
 
 class NoAnswer(ValueError):
-    """The response holds no final answer; the message says why."""
+    """The response holds no final answer; the message says why, and `kind` in one word."""
+
+    def __init__(self, message: str, kind: ReasonKind = ReasonKind.NO_ANSWER) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def opens_thinking(prompt: str) -> bool:
@@ -43,11 +49,13 @@ def answer_part(response: str, *, opened: bool = False) -> str:
     rest = response if closed < 0 else response[closed + len(_CLOSE) :]
     reopened = rest.find(_OPEN)
     if closed < 0 and opened:
-        raise NoAnswer("the thinking is not finished: the prompt opens it, and there is no </think>")
+        raise NoAnswer(
+            "the thinking is not finished: the prompt opens it, and there is no </think>", ReasonKind.UNFINISHED
+        )
     if reopened >= 0:
         rest = rest[:reopened]
     if rest.strip():
         return rest
     if reopened >= 0:
-        raise NoAnswer("the thinking is not finished: there is no </think>")
+        raise NoAnswer("the thinking is not finished: there is no </think>", ReasonKind.UNFINISHED)
     raise NoAnswer("nothing follows </think>" if closed >= 0 else "the response is empty")

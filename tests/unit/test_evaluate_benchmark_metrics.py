@@ -38,7 +38,7 @@ def test_figures_by_hand():
     assert f["length"] == pytest.approx({"mean": 25.0, "median": 15.0, "p95": 59.5, "max": 70})
     assert f["truncated_share"] == pytest.approx(2 / 8)
     assert f["verdict_shares"] == pytest.approx(
-        {"correct": 3 / 8, "wrong": 3 / 8, "unparseable": 1 / 8, "timeout": 1 / 8}
+        {"correct": 3 / 8, "wrong": 3 / 8, "unparseable": 1 / 8, "timeout": 1 / 8, "no_verdict": 0}
     )
     assert f["seconds_per_verdict"] == 0.5
 

@@ -49,7 +49,7 @@ def test_a_single_benchmark_has_no_name(tmp_path):
     held_out = load_held_out([path], make_tokenizer(), max_prompt_tokens=100)
     figures = summarize_held_out(np.array([[0, 1, 1, 0, 0, 0, 4], [1, 1, 0, 0, 1, 1, 6]]), held_out)
     assert figures["accuracy"] == 0.5
-    assert figures["timeout_share"] == 0.5
+    assert figures["no_verdict_share"] == 0.5
     assert not [name for name in figures if "/" in name]
 
 

@@ -101,7 +101,7 @@ def test_samples_must_be_positive():
 def test_counts_of_ranks_merge_to_the_counts_of_one():
     whole = evaluate_questions(Script(LINES), PROMPTS, Letters(), Slow(), **SETTINGS).counts()
     assert dict(zip(COUNT_COLUMNS, whole[0])) == {
-        "index": 7, "answers": 2, "correct": 1, "unparseable": 1, "timeout": 0, "truncated": 0, "tokens": 22,
+        "index": 7, "answers": 2, "correct": 1, "unparseable": 1, "no_verdict": 0, "truncated": 0, "tokens": 22,
     }  # fmt: skip
     one = Script([(0, k, text, reason) for q, k, text, reason in LINES if q == 0])
     two = Script([(0, k, text, reason) for q, k, text, reason in LINES if q == 1])
@@ -123,7 +123,7 @@ def test_summary_by_hand():
     assert figures["length_mean"] == pytest.approx(10.0)
     assert figures["truncated_share"] == pytest.approx(4 / 12)
     assert figures["unparseable_share"] == pytest.approx(3 / 12)
-    assert figures["timeout_share"] == pytest.approx(2 / 12)
+    assert figures["no_verdict_share"] == pytest.approx(2 / 12)
     assert figures["pass@4"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="no question"):
         summarize_counts(np.zeros((0, 7), dtype=np.int64))
