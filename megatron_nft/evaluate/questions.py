@@ -14,7 +14,8 @@ import numpy as np
 
 from megatron_nft.engines.answers import GradedAnswer, Verifier, ask_and_grade
 from megatron_nft.engines.engine import Completion, Engine, Request, SamplingParams
-from megatron_nft.evaluate.statistics import bootstrap_interval, pass_at_k
+from megatron_nft.evaluate.intervals import score_interval
+from megatron_nft.evaluate.statistics import pass_at_k
 from megatron_nft.types import Prompt, ReasonKind, Verdict
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def summarize_counts(counts: np.ndarray) -> dict[str, float]:
         raise ValueError("no question was evaluated")
     column = dict(zip(COUNT_COLUMNS, counts.T))
     answers = column["answers"].sum()
-    accuracy = bootstrap_interval(column["correct"] / column["answers"])
+    accuracy = score_interval(column["correct"] / column["answers"])
     metrics = {
         "accuracy": accuracy.mean,
         "accuracy_low": accuracy.low,

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+NOTE = (
+    "Intervals are 95 % intervals over questions. Figures of the majority are upper bounds: correct answers are one "
+    "vote whatever their form, wrong ones only where their forms are equal."
+)
+
 
 def percent(share: float) -> str:
     """Format a share as percent with one decimal: 0.517 -> `51.7`."""
@@ -24,7 +29,7 @@ def accuracy_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str
         "answers each",
         "accuracy % [95 %]",
         "pass@N %",
-        "maj@N %",
+        "maj@N %, at most",
         "tokens",
         "truncated %",
     ]
@@ -102,7 +107,7 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, tuple[list[str], list[
     found = [
         ("Accuracy", accuracy_table(results)),
         ("pass@k (unbiased estimator)", k_table(results, "pass_at", "pass")),
-        ("Majority of k answers", k_table(results, "majority_at", "maj")),
+        ("Majority of k answers (upper bound)", k_table(results, "majority_at", "maj")),
         ("Graders side by side", verdict_table(results)),
         ("Lengths", length_table(results)),
     ]
@@ -130,7 +135,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     for title, (header, rows) in tables(results):
         parts += [f"## {title}", "", *_markdown_table(header, rows), ""]
     parts += [
-        "Intervals are 95 % bootstrap intervals over questions.",
+        NOTE,
         "",
         "## Protocol",
         "",

@@ -118,8 +118,9 @@ def test_summary_by_hand():
     counts = np.array([[0, 4, 2, 1, 0, 1, 40], [1, 4, 4, 0, 0, 0, 20], [2, 4, 0, 2, 2, 3, 60]])
     figures = summarize_counts(counts)
     assert figures["accuracy"] == pytest.approx(0.5)
-    assert figures["accuracy_low"] == pytest.approx(0.0)  # all three draws are question 2 in 1 of 27 resamples
-    assert figures["accuracy_high"] == pytest.approx(1.0)
+    # Scores 0.5, 1, 0, t = 4.3027: effect (0.75 + 0.05) / (1.125 + 0.05), x = 4.2015 (evaluate/intervals.py).
+    assert figures["accuracy_low"] == pytest.approx(0.05063, abs=1e-4)
+    assert figures["accuracy_high"] == pytest.approx(0.94937, abs=1e-4)
     assert figures["length_mean"] == pytest.approx(10.0)
     assert figures["truncated_share"] == pytest.approx(4 / 12)
     assert figures["unparseable_share"] == pytest.approx(3 / 12)
