@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 BLOCK_BYTES = 1 << 20  # read at a time for a digest
 BATCH_ROWS = 1024  # parquet rows held at a time
@@ -48,6 +48,12 @@ class JsonFloat(float):
     def __getnewargs__(self) -> tuple[str]:  # type: ignore[override]  # pickle asks for the arguments of __new__
         """The arguments that make it again in another process."""
         return (self.text,)
+
+
+class LongInteger(str):
+    """The digits of an integer of a JSON file that is too long to become one in Python; no text to people."""
+
+    __slots__ = ()
 
 
 def flush_to_disk(path: Path) -> None:
@@ -132,10 +138,11 @@ def sha256_of_file(path: Path, on_bytes: Callable[[int], None] | None = None) ->
 def read_rows(path: Path, *, replace_invalid_text: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, values by column) of every row of a .jsonl (also .json) or .parquet file of any columns.
 
-    In JSONL a row is a line, empty lines are passed over, integers too long for Python stay text, and other numbers are
-    `JsonFloat`s, which know how they are written. Text that is not
-    UTF-8 is refused or, with `replace_invalid_text`, gets replacement characters so that the row is not lost. RowsError
-    where the file cannot be read, ends in anything else, or a line holds no JSON object.
+    In JSONL a row is a line, empty lines are passed over, integers too long for Python are `LongInteger`s, and numbers
+    that are no integers are `JsonFloat`s, which know how they are written. In parquet a number of 32 or 16 bits is the
+    shortest decimal that stands for it: 0.1, not 0.10000000149011612. Text that is not UTF-8 is refused or, with
+    `replace_invalid_text`, gets replacement characters so that the row is not lost. RowsError where the file cannot be
+    read, ends in anything else, or a line holds no JSON object.
     """
     if path.suffix == ".parquet":
         yield from _read_parquet(path, replace_invalid_text)
@@ -173,8 +180,8 @@ def _read_jsonl(path: Path, errors: str) -> Iterator[tuple[int, dict[str, Any]]]
                 raise RowsError(f"{where}: a {type(row).__name__}, not an object with columns")
 
 
-def _integer(digits: str) -> int | str:
-    return int(digits) if len(digits) <= _MAX_JSON_DIGITS else digits
+def _integer(digits: str) -> int | LongInteger:
+    return int(digits) if len(digits) <= _MAX_JSON_DIGITS else LongInteger(digits)
 
 
 def _read_parquet(path: Path, replace_invalid_text: bool) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -185,7 +192,7 @@ def _read_parquet(path: Path, replace_invalid_text: bool) -> Iterator[tuple[int,
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                columns = [_values(c) if replace_invalid_text else c.to_pylist() for c in batch.columns]
+                columns = [_values(c, replace_invalid_text) for c in batch.columns]
                 for values in zip(*columns, strict=True):
                     number += 1
                     yield number, dict(zip(batch.schema.names, values, strict=True))
@@ -193,10 +200,15 @@ def _read_parquet(path: Path, replace_invalid_text: bool) -> Iterator[tuple[int,
         raise RowsError(f"{path}: cannot be read as parquet, after row {number} ({error})") from None
 
 
-def _values(column: Any) -> list[Any]:
-    """The values of an Arrow column; text that is not UTF-8 with replacement characters."""
+def _values(column: Any, replace_invalid_text: bool) -> list[Any]:
+    """The values of an Arrow column; text that is not UTF-8 with replacement characters where that is asked for."""
     import pyarrow as pa
 
+    if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
+        kind = column.type.to_pandas_dtype()
+        return [None if value is None else float(str(kind(value))) for value in column.to_pylist()]
+    if not replace_invalid_text:
+        return cast("list[Any]", column.to_pylist())
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = column.view(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
     values: list[Any] = column.to_pylist()

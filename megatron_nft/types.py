@@ -16,12 +16,31 @@ if TYPE_CHECKING:
 
 
 class Verdict(StrEnum):
-    """What the verifier says of an answer. Only `correct` is a positive."""
+    """What the verifier says of an answer. Only `correct` is a positive; `unparseable` is the answer's own fault."""
 
     CORRECT = "correct"
     WRONG = "wrong"
     UNPARSEABLE = "unparseable"
-    TIMEOUT = "timeout"
+    TIMEOUT = "timeout"  # a case of no verdict, which has had a name of its own from the beginning
+    NO_VERDICT = "no_verdict"
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether grading took too long, raised or crashed, which says nothing of the answer."""
+        return self in (Verdict.TIMEOUT, Verdict.NO_VERDICT)
+
+
+class ReasonKind(StrEnum):
+    """Why an answer has a verdict that no comparison gave; the text beside it says it in full."""
+
+    CUT_OFF = "cut_off"  # no end within the limit
+    UNFINISHED = "unfinished"  # the last box or the thinking is not closed
+    NO_ANSWER = "no_answer"  # the grader found none in the text
+    REFERENCE = "reference"  # the reference answer cannot be used
+    GRADER_FAILED = "grader_failed"  # it raised, or its process ended
+    TIMEOUT = "timeout"  # grading used up its time
+    MEMORY = "memory"  # grading used up its memory
+    OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +71,7 @@ class Rollout:
     verdict: Verdict | None = None
     extracted: str | None = None  # what the grader read as the answer
     reason: str = ""  # why the verdict is neither right nor wrong by comparison, as the grader says it
+    reason_kind: ReasonKind | None = None  # None where there is no reason
     grader_verdicts: dict[str, Verdict] = field(default_factory=dict)  # by grader, where several were asked
     verify_s: float = 0.0
     ignored: bool = False  # left out of the loss (truncated=drop, graders disagree)

@@ -170,6 +170,11 @@ class VerifyConfig(Section):
     on_disagreement: Literal["trust_first", "drop", "not_negative"] = "trust_first"
     """What to do with an answer on which several graders differ: believe the first grader, leave the answer out, or
     leave it out only where it would be trained as wrong."""
+    on_failure: Literal["drop", "negative"] = "drop"
+    """What to do with an answer that got no verdict because grading took too long, raised or crashed: leave it out, so
+    that the correct rate is that of the others, or train it as wrong."""
+    max_failure_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Largest share of a step's answers without a verdict, in [0, 1]; the run stops above it."""
     shuffle_within_groups: bool = False
     """Negative control of an experiment: a group keeps its correct rate, but which of its answers are correct is drawn
     at random."""

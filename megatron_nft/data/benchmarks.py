@@ -7,20 +7,18 @@ messages are used as they stand and whose repeated copies of a question are read
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_nft.data.rows import DataError, read_messages, read_raw, read_rows
-from megatron_nft.files import HubError, JsonFloat, hub_file
-from megatron_nft.verify.boxed import last_box, last_boxes
+from megatron_nft.data.answer_keys import answer_of_solution, answer_text, ground_truth, solution_text, text_of
+from megatron_nft.data.conflicts import Copies, OnConflict
+from megatron_nft.data.rows import DataError, read_messages, read_raw, read_rows, shown
+from megatron_nft.files import HubError, hub_file
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 """Put under every question that comes without an instruction of its own (Qwen2.5-Math's wording)."""
-
-EXACT_FLOATS = 2.0**53  # below it a whole number of a parquet file is known to its last digit
 
 
 class BenchmarkError(DataError):
@@ -64,8 +62,13 @@ def _problem_answer(row: dict[str, Any]) -> tuple[str, Any]:
     return row["problem"], row["answer"]
 
 
+def _amc(row: dict[str, Any]) -> tuple[str, Any]:
+    answer = row["answer"]  # integers all, which the published file writes as 27.0
+    return row["problem"], int(answer) if isinstance(answer, float) and answer.is_integer() else answer
+
+
 def _gsm8k(row: dict[str, Any]) -> tuple[str, Any]:
-    work, mark, answer = row["answer"].rpartition("####")
+    work, mark, answer = solution_text(row["answer"], "answer").rpartition("####")
     if not mark:
         raise ValueError(f"answer {work + answer!r:.60} has no '####' before the result")
     return row["question"], answer.strip().replace(",", "")
@@ -76,8 +79,8 @@ def _minerva(row: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _olympiad(row: dict[str, Any]) -> tuple[str, Any]:
-    context = row.get("context")
-    return f"{context}\n\n{row['question']}" if context else row["question"], row["final_answer"]
+    context, question = row.get("context"), text_of(row["question"], "question")
+    return f"{context}\n\n{question}" if context else question, row["final_answer"]
 
 
 _NFT_VALIDATION = "ChenDRAG/VeRL_math_validation"  # the sets that the NFT paper was evaluated on, with their prompts
@@ -98,7 +101,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             "amc23", "AMC 2023", 40, 32,
             ("amc23", "amc2023", "amc2023_32_dapo_boxed_w_answer"),
-            HubFile(_NFT_VALIDATION, "amc2023_32_dapo_boxed_w_answer.parquet"), _problem_answer,
+            HubFile(_NFT_VALIDATION, "amc2023_32_dapo_boxed_w_answer.parquet"), _amc,
         ),
         Benchmark(
             "math500", "MATH-500", 500, 1, ("math500", "math500_boxed"),
@@ -141,19 +144,25 @@ def find_file(benchmark: Benchmark, folder: Path | None) -> Path:
     )
 
 
-def read_benchmark(benchmark: Benchmark, path: Path) -> list[Question]:
-    """Read every question of the file, in its order. BenchmarkError or DataError names the row that cannot be used."""
+def read_benchmark(benchmark: Benchmark, path: Path, conflicts: OnConflict = "refuse") -> list[Question]:
+    """Read every question of the file, in its order. BenchmarkError or DataError names the row that cannot be used.
+
+    conflicts: what becomes of questions whose copies have different answers, as in `read_prepared`.
+    """
     _, first = next(read_raw(path))
     if "prompt" in first:
-        return read_prepared(path)
-    return [convert_row(benchmark, values, f"{path}, row {number}") for number, values in read_raw(path)]
+        return read_prepared(path, conflicts)
+    found = [convert_row(benchmark, values, f"{path}, row {number}") for number, values in read_raw(path)]
+    return _without_conflicts(found, path, conflicts)
 
 
-def read_prepared(path: Path) -> list[Question]:
+def read_prepared(path: Path, conflicts: OnConflict = "refuse") -> list[Question]:
     """Read the questions of a file in verl's layout, with the prompts as they are; copies of a question are read once.
 
     Published files carry columns of their own beside prompt and reward_model; they are ignored. A file without
-    reward_model is one of our own and is read as strictly as training data.
+    reward_model is one of our own and is read as strictly as training data. conflicts: what becomes of questions whose
+    copies have different answers. With `refuse` they are a DataError with their rows; `drop` leaves such a question
+    out; `majority` keeps the copies with the answer of most, and leaves the question out where two answers have most.
     """
     _, first = next(read_raw(path))
     if "reward_model" in first:
@@ -162,22 +171,39 @@ def read_prepared(path: Path) -> list[Question]:
         rows = enumerate(read_rows(path), start=1)
         found = [Question(str(n), row.messages, row.answer, row.data_source, row.extra, row.where) for n, row in rows]
     questions: dict[tuple[Any, ...], Question] = {}
-    for question in found:
-        key = (*((m["role"], m["content"]) for m in question.messages), question.answer)
-        questions.setdefault(key, question)
+    for question in _without_conflicts(found, path, conflicts):
+        questions.setdefault(_key(question), question)
     return list(questions.values())
+
+
+def _key(question: Question) -> tuple[tuple[str, str], ...]:
+    return tuple((m["role"], m["content"]) for m in question.messages)
+
+
+def _without_conflicts(questions: list[Question], path: Path, on_conflict: OnConflict) -> list[Question]:
+    """The questions whose copies agree, and of the others the copies with the chosen answer."""
+    copies = Copies()
+    for question in questions:
+        copies.add(_key(question), question.answer, question.where)
+    if on_conflict == "refuse":
+        copies.refuse("--conflicts drop leaves these questions out, --conflicts majority keeps the usual answer")
+    chosen = {key: copies.chosen(key, on_conflict) for key in {_key(question) for question in questions}}
+    kept = [question for question in questions if question.answer.strip() == chosen[_key(question)]]
+    if not kept:
+        raise BenchmarkError(f"{path}: no question is left; the copies of each have different answers")
+    return kept
 
 
 def convert_row(benchmark: Benchmark, values: dict[str, Any], where: str) -> Question:
     """Convert a row in the benchmark's own layout to a question; `where` (file and row) goes into errors."""
     try:
         problem, answer = benchmark.convert(values)
-        message = boxed_message(_text(problem, "problem"))
+        message = boxed_message(text_of(problem, "problem"))
         number = where.rpartition(" ")[2]
         return Question(_row_id(values, number), (message,), answer_text(answer), benchmark.name, _extra(values), where)
     except KeyError as e:
         raise BenchmarkError(f"{where}: no column {e}; it has {', '.join(values)}") from None
-    except (TypeError, AttributeError, ValueError) as e:
+    except ValueError as e:
         raise BenchmarkError(f"{where}: {e}") from None
 
 
@@ -186,60 +212,15 @@ def boxed_message(problem: str) -> dict[str, str]:
     return {"role": "user", "content": f"{problem.strip()}\n{BOXED_INSTRUCTION}"}
 
 
-class MissingAnswerError(DataError):
-    """An answer column that holds null, NaN or an infinity. The message lacks file and row."""
-
-
-def answer_text(value: Any) -> str:
-    """Return the ground truth as text: 27.0 -> '27', ['2', '3'] -> '2, 3'.
-
-    A number of a JSON file keeps its digits: 6.02e23 -> '6.02e23', 2.50 -> '2.50'. MissingAnswerError for null, NaN and
-    infinities, ValueError for booleans, mappings and empty texts.
-    """
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return _number_text(value)
-    if value is None:
-        raise MissingAnswerError("the answer is None (null); there is nothing that a response could match")
-    if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        return ", ".join(answer_text(v) for v in value)
-    raise ValueError(f"the answer is {value!r} ({type(value).__name__}); a text, a number or a list of them is needed")
-
-
-def _number_text(value: int | float) -> str:
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, JsonFloat):
-        whole, point, zeros = value.text.partition(".")
-        return whole if point and not zeros.strip("0") else value.text
-    if not math.isfinite(value):
-        raise MissingAnswerError(f"the answer is {value} (a number); there is nothing that a response could match")
-    return str(int(value)) if value.is_integer() and abs(value) < EXACT_FLOATS else repr(value)
-
-
-def answer_of_solution(solution: str) -> str:
-    r"""Return what the last complete `\boxed{}` of a solution holds, together with the other boxes of its sentence.
-
-    ValueError if there is none.
-    """
-    answer = last_boxes(solution)
-    if answer is not None and "%" not in (last_box(solution) or ""):
-        answer = answer.removesuffix("\\%")  # stands behind the box, not in it
-    if answer is None:
-        raise ValueError(f"no complete \\boxed{{}} in {solution[-60:]!r}")
-    return answer.strip()
-
-
 def _from_verl(values: dict[str, Any], number: str, where: str) -> Question:
     try:
-        messages = _prompt(values["prompt"])
-        answer = answer_text(values["reward_model"]["ground_truth"])
-    except KeyError as e:
-        raise BenchmarkError(f"{where}: no {e} in prompt or reward_model, as verl's layout has it") from None
-    except (TypeError, ValueError) as e:
+        messages = _prompt(values.get("prompt"))
+        answer = ground_truth(values)
+    except ValueError as e:
         raise BenchmarkError(f"{where}: {e}") from None
     extra = values.get("extra_info") or {}
+    if not isinstance(extra, dict):
+        raise BenchmarkError(f"{where}: column extra_info holds {shown(extra)}, not a mapping")
     index = extra.get("index")
     source = str(values.get("data_source") or "")
     return Question(number if index is None else str(index), messages, answer, source, extra, where)
@@ -262,12 +243,6 @@ def _row_id(row: dict[str, Any], number: str) -> str:
 def _extra(row: dict[str, Any]) -> dict[str, Any]:
     """What a grader may want to know beside the answer."""
     return {column: row[column] for column in ("unit", "error", "answer_type") if row.get(column) is not None}
-
-
-def _text(value: Any, column: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"column {column} holds {value!r} ({type(value).__name__}), not a text")
-    return value
 
 
 def _download(benchmark: Benchmark) -> Path:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Hashable, Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_nft.data.rows import DataError
 
 OnConflict = Literal["refuse", "drop", "majority"]
 
 MAX_SHOWN = 10  # questions, and rows of one answer, that an error lists
+
+
+def add_conflicts_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--conflicts` to a command that reads question files."""
+    parser.add_argument(
+        "--conflicts",
+        choices=get_args(OnConflict),
+        default="refuse",
+        help="questions whose copies have different answers: refuse the file, drop the question, or keep the answer of "
+        "most copies (default: refuse)",
+    )
 
 
 class Copies:

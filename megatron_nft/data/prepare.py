@@ -16,13 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_nft.data.answer_keys import (
+    MissingAnswerError,
+    answer_of_solution,
+    answer_text,
+    ground_truth,
+    text_of,
+)
 from megatron_nft.data.benchmarks import (
     BENCHMARKS,
     BOXED_INSTRUCTION,
     HubFile,
-    MissingAnswerError,
-    answer_of_solution,
-    answer_text,
 )
 from megatron_nft.data.conflicts import Copies, OnConflict
 from megatron_nft.data.rows import DataError, read_messages, read_raw
@@ -122,7 +126,7 @@ def prepare(
                 raise DataError(f"{where}, row {number}: {e}{hint}") from None
             _drop(summary, str(e), number)
             continue
-        except (ValueError, TypeError, AttributeError) as e:
+        except ValueError as e:
             _drop(summary, str(e), number)
             continue
         key = json.dumps(messages)
@@ -189,21 +193,21 @@ def _question(
         if _BOXED not in content:  # a prompt that asks for a box already keeps its own words
             match = _DAPO_PROMPT.match(content)
             messages[-1]["content"] = _instructed(match["problem"] if match else content, instruction)
-        return messages, answer_text(raw["reward_model"]["ground_truth"]), raw.get("data_source") or name
+        return messages, ground_truth(raw), raw.get("data_source") or name
     problem, answer = source.convert(raw)
     return [{"role": "user", "content": _instructed(problem, instruction)}], answer_text(answer), name
 
 
 def _instructed(problem: str, instruction: str) -> str:
-    if not isinstance(problem, str) or not problem.strip():
-        raise ValueError("the problem is empty")
+    text_of(problem, "problem")
     return f"{problem.strip()}\n{instruction}" if instruction else problem.strip()
 
 
 def _row(
     index: int, messages: list[dict[str, str]], answer: str, data_source: str, raw: dict[str, Any]
 ) -> dict[str, Any]:
-    known = raw.get("extra_info") or {}
+    extra = raw.get("extra_info")
+    known = extra if isinstance(extra, dict) else {}
     source_id = next((str(v) for v in (raw.get("unique_id"), raw.get("id"), known.get("index")) if v is not None), None)
     return {
         "data_source": data_source,

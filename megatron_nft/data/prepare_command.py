@@ -6,14 +6,14 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 
 from megatron_nft.arguments import describe, positive_int
 from megatron_nft.console import show_progress
 from megatron_nft.data.benchmarks import BOXED_INSTRUCTION
-from megatron_nft.data.conflicts import OnConflict
+from megatron_nft.data.conflicts import add_conflicts_option
 from megatron_nft.data.prepare import SETS, PreparationSummary, open_source, prepare, write_rows
 from megatron_nft.data.rows import DataError
 from megatron_nft.files import sha256_of_file
@@ -51,13 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--copies", type=positive_int, default=1, metavar="N", help="write every question N times")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="stop after N different questions")
-    parser.add_argument(
-        "--conflicts",
-        choices=get_args(OnConflict),
-        default="refuse",
-        help="questions whose copies have different answers: refuse the file, drop the question, or keep the answer of "
-        "most copies (default: refuse)",
-    )
+    add_conflicts_option(parser)
     parser.add_argument(
         "--missing",
         choices=("refuse", "drop"),

@@ -98,6 +98,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.
     return [ids[text] for text in texts]
 
 
+def show_prompt(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | np.ndarray) -> str:
+    """Return a prompt as people check it: how many tokens, the text that they stand for, and each token."""
+    ids = [int(i) for i in token_ids]
+    tokens = " ".join(f"{i}:{token!r}" for i, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
+    return f"{len(ids)} tokens:\n{tokenizer.decode(ids)}\nits tokens: {tokens}"
+
+
 def _key(conversation: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:
     return tuple((m["role"], m["content"]) for m in conversation)
 

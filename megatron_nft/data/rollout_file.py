@@ -44,6 +44,7 @@ SCHEMA = pa.schema(
         pa.field("verdict", pa.string()),
         pa.field("extracted", pa.string()),
         pa.field("reason", pa.string()),  # of a verdict that no comparison gave; empty where there is none
+        pa.field("reason_kind", pa.string()),  # types.ReasonKind; null where there is no reason
         pa.field("grader_verdicts", pa.string()),  # JSON object: grader -> verdict; null with a single grader
         pa.field("verify_s", pa.float32(), nullable=False),
         pa.field("correct_rate", pa.float32(), nullable=False),  # of the group, in [0, 1]
@@ -53,7 +54,7 @@ SCHEMA = pa.schema(
     metadata={"megatron_nft.rollouts": "1"},
 )
 
-_ADDED = ("reason", "prompt_opens_thinking")
+_ADDED = ("reason", "reason_kind", "prompt_opens_thinking")
 """Columns that files of earlier versions lack; they read as null there."""
 
 _STEP_FOLDER = re.compile(r"step_(\d+)$")
@@ -148,6 +149,7 @@ def _row(group: RolloutGroup, rollout: Rollout, fate: str, step: int) -> dict[st
         "verdict": None if rollout.verdict is None else str(rollout.verdict),
         "extracted": None if rollout.extracted is None else _unicode(rollout.extracted),
         "reason": _unicode(rollout.reason),
+        "reason_kind": None if rollout.reason_kind is None else str(rollout.reason_kind),
         "grader_verdicts": json.dumps({k: str(v) for k, v in rollout.grader_verdicts.items()})
         if len(rollout.grader_verdicts) > 1
         else None,

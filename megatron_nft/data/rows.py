@@ -68,6 +68,11 @@ def read_raw(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: holds no questions")
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value of `read_raw` is a text in its file."""
+    return isinstance(value, str) and not isinstance(value, files.LongInteger)
+
+
 def _check_columns(names: Iterable[str], where: str) -> None:
     names = list(names)
     unknown = [n for n in names if n not in COLUMNS]
@@ -92,10 +97,10 @@ def _check_columns(names: Iterable[str], where: str) -> None:
 def _row(values: dict[str, Any], where: str) -> QuestionRow:
     extra = values.get("extra_info") or {}
     if not isinstance(extra, dict):
-        raise DataError(f"{where}, column 'extra_info': {_kind(extra)}, not a mapping")
+        raise DataError(f"{where}, column 'extra_info': {shown(extra)}, not a mapping")
     source = values.get("data_source") or ""
-    if not isinstance(source, str):
-        raise DataError(f"{where}, column 'data_source': {_kind(source)}, not text")
+    if not is_text(source):
+        raise DataError(f"{where}, column 'data_source': {shown(source)}, not text")
     return QuestionRow(source, _messages(values["prompt"], where), _answer(values, where), extra, where)
 
 
@@ -111,20 +116,20 @@ def read_messages(prompt: Any, *, extra_keys: bool = False) -> tuple[dict[str, s
 
     extra_keys: whether messages may have keys beside role and content, as those of published files do.
     """
-    if isinstance(prompt, str):
+    if is_text(prompt):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"{_kind(prompt)}; write a text or a list of {{role, content}}")
+        raise ValueError(f"{shown(prompt)}; write a text or a list of {{role, content}}")
     messages = []
     for message in prompt:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"{_kind(message)} in the list; each message has role and content")
+            raise ValueError(f"{shown(message)} in the list; each message has role and content")
         if len(message) > 2 and not extra_keys:
-            raise ValueError(f"{_kind(message)} in the list; each message has just role and content")
+            raise ValueError(f"{shown(message)} in the list; each message has just role and content")
         found = {"role": message["role"], "content": _joined(message["content"])}
         for key, value in found.items():
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{key} is {_kind(value)}; it must be a text that is not empty")
+            if not is_text(value) or not value.strip():
+                raise ValueError(f"{key} is {shown(value)}; it must be a text that is not empty")
         messages.append(found)
     return tuple(messages)
 
@@ -134,8 +139,8 @@ def _joined(content: Any) -> Any:
     if not isinstance(content, list) or not content:
         return content
     for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"content has the part {_kind(part)}; only parts of type 'text' can be used")
+        if not isinstance(part, dict) or part.get("type") != "text" or not is_text(part.get("text")):
+            raise ValueError(f"content has the part {shown(part)}; only parts of type 'text' can be used")
     return "".join(part["text"] for part in content)
 
 
@@ -144,20 +149,33 @@ def _answer(values: dict[str, Any], where: str) -> str:
         if values.get("reward_model") is not None:
             raise DataError(f"{where}: has both 'answer' and 'reward_model'; keep one")
         column, answer = "answer", values["answer"]
+    elif "answer" in values and values.get("reward_model") is None:
+        raise DataError(f"{where}, column 'answer': None (null); there is nothing that a response could match")
     else:
         model = values.get("reward_model")
         if not isinstance(model, dict) or "ground_truth" not in model:
-            raise DataError(f"{where}, column 'reward_model': {_kind(model)}; write {{'ground_truth': '…'}}")
+            raise DataError(f"{where}, column 'reward_model': {shown(model)}; write {{'ground_truth': '…'}}")
         column, answer = "reward_model.ground_truth", model["ground_truth"]
-    if not isinstance(answer, str):
-        raise DataError(f'{where}, column {column!r}: {_kind(answer)}, not text; write the answer as text, like "42"')
+    if not is_text(answer):
+        raise DataError(f'{where}, column {column!r}: {shown(answer)}, not text; write the answer as text, like "42"')
     if not answer.strip():
         raise DataError(f"{where}, column {column!r}: an empty answer, which no response can match")
-    return answer
+    if is_nan_text(answer):
+        raise DataError(f"{where}, column {column!r}: {NAN_TEXT}")
+    return str(answer)
 
 
-def _kind(value: Any) -> str:
+NAN_TEXT = "the text 'nan', which pandas makes of a missing answer; there is nothing that a response could match"
+
+
+def is_nan_text(answer: str) -> bool:
+    """Whether an answer is what a missing number becomes as text."""
+    return answer.strip().lower() == "nan"
+
+
+def shown(value: Any) -> str:
     """`value` and its type, short enough for one line."""
-    text = repr(value)
-    kind = "float" if isinstance(value, float) else type(value).__name__  # a JsonFloat is one to people
+    long = isinstance(value, files.LongInteger)
+    text = str(value) if long else repr(value)
+    kind = "int" if long else "float" if isinstance(value, float) else type(value).__name__  # as people know them
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"

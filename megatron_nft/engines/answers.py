@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from megatron_nft.engines.engine import Completion, Engine, EngineError, Request, SamplingParams, WeightVersionError
-from megatron_nft.types import Prompt, Rollout, RolloutGroup, Verdict
+from megatron_nft.types import Prompt, ReasonKind, Rollout, RolloutGroup, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -190,9 +190,10 @@ def _rollout(draw: int, sample: int, answer: GradedAnswer, truncated: str) -> Ro
         weight_version_spans=completion.weight_version_spans,
     )
     if graded is None:
-        rollout.verdict, rollout.reason, rollout.ignored = Verdict.WRONG, CUT_OFF, truncated == "drop"
+        rollout.verdict, rollout.ignored = Verdict.WRONG, truncated == "drop"
+        rollout.reason, rollout.reason_kind = CUT_OFF, ReasonKind.CUT_OFF
         return rollout
     rollout.verdict, rollout.extracted, rollout.verify_s = graded.verdict, graded.extracted, graded.seconds
     rollout.grader_verdicts, rollout.ignored = graded.by_grader, graded.ignored
-    rollout.reason = graded.reason
+    rollout.reason, rollout.reason_kind = graded.reason, graded.reason_kind
     return rollout

@@ -9,21 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from megatron_nft.evaluate.intervals import Interval, average_interval, score_interval
 from megatron_nft.evaluate.questions import QuestionResult
 from megatron_nft.evaluate.records import grader_names
-from megatron_nft.evaluate.statistics import (
-    Interval,
-    bootstrap_interval,
-    bootstrap_means,
-    majority_at_k,
-    pass_at_k,
-    powers_of_two,
-)
+from megatron_nft.evaluate.statistics import majority_at_k, pass_at_k, powers_of_two
 from megatron_nft.types import Verdict
+from megatron_nft.verify.outcome import graders_disagree
 
 
 def benchmark_metrics(results: Sequence[QuestionResult]) -> dict[str, Any]:
-    """Return what is reported of one benchmark; intervals are 95 % bootstraps over questions. ValueError for none."""
+    """Return what is reported of one benchmark; with 95 % intervals over questions. ValueError for none."""
     if not results:
         raise ValueError("no question was answered")
     samples = len(results[0].answers)
@@ -33,7 +28,7 @@ def benchmark_metrics(results: Sequence[QuestionResult]) -> dict[str, Any]:
     return {
         "questions": len(results),
         "samples": samples,
-        "accuracy": asdict(bootstrap_interval(question_scores(results))),
+        "accuracy": asdict(score_interval(question_scores(results))),
         "pass_at": {str(k): asdict(_over_questions(results, lambda q, k=k: _pass(q, k))) for k in ks},
         "majority_at": {str(k): asdict(_over_questions(results, lambda q, k=k: _majority(q, k))) for k in ks},
         "length": {
@@ -56,10 +51,8 @@ def question_scores(results: Sequence[QuestionResult], grader: str | None = None
 
 
 def macro_average(scores: Mapping[str, np.ndarray]) -> Interval:
-    """Return the mean of the benchmarks' accuracies with its 95 % interval; each benchmark is resampled by itself."""
-    means = np.mean([bootstrap_means(s, seed=i) for i, s in enumerate(scores.values())], axis=0)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(np.mean([s.mean() for s in scores.values()])), float(low), float(high))
+    """Return the mean of the benchmarks' accuracies with its 95 % interval. scores: float [Q] of each benchmark."""
+    return average_interval([score_interval(s) for s in scores.values()])
 
 
 def vote_form(extracted: str | None) -> str | None:
@@ -77,9 +70,9 @@ def _graders(results: Sequence[QuestionResult]) -> dict[str, Any]:
     answers = [a for q in results for a in q.answers]
     out = {}
     for name in names:
-        differ = [(a.verdict is Verdict.CORRECT) != (a.grader_verdicts.get(name) is Verdict.CORRECT) for a in answers]
+        differ = [graders_disagree([a.verdict, a.grader_verdicts.get(name, Verdict.NO_VERDICT)]) for a in answers]
         out[name] = {
-            "accuracy": asdict(bootstrap_interval(question_scores(results, name))),
+            "accuracy": asdict(score_interval(question_scores(results, name))),
             "disagrees_share": float(np.mean(differ)),
             "verdict_shares": {
                 v.value: float(np.mean([a.grader_verdicts.get(name) is v for a in answers])) for v in Verdict
@@ -89,7 +82,7 @@ def _graders(results: Sequence[QuestionResult]) -> dict[str, Any]:
 
 
 def _over_questions(results: Sequence[QuestionResult], score: Any) -> Interval:
-    return bootstrap_interval(np.array([score(q) for q in results]))
+    return score_interval(np.array([score(q) for q in results]))
 
 
 def _pass(result: QuestionResult, num_draws: int) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_nft.config.engines import ENGINES
+from megatron_nft.data.conflicts import add_conflicts_option
 from megatron_nft.engines.open import engine_kind
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-response-tokens", type=int, metavar="N", help="default: the protocol's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each benchmark")
+    add_conflicts_option(parser)
     parser.add_argument("--system-prompt", metavar="TEXT", help="put before every question")
     parser.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja file in place of the tokenizer's own")
     parser.add_argument(
@@ -72,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU")
     parser.add_argument("--url", action="append", default=[], metavar="URL", help="a server that runs (repeatable)")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and the first prompt, and stop")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -100,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from megatron_nft.data.prompts import show_prompt
     from megatron_nft.engines.end_tokens import cut_off_note, describe, find_end_tokens, token_ids
     from megatron_nft.evaluate import evaluation
     from megatron_nft.evaluate.model_folder import inspect_model
@@ -107,7 +110,13 @@ def _run(args: argparse.Namespace) -> int:
     from megatron_nft.evaluate.tasks import load_tasks, make_prompts
 
     _check_numbers(args)
-    tasks = load_tasks(_names(args.benchmarks), _data_folder(args.data), samples=args.samples, limit=args.limit)
+    tasks = load_tasks(
+        _names(args.benchmarks),
+        _data_folder(args.data),
+        samples=args.samples,
+        limit=args.limit,
+        conflicts=args.conflicts,
+    )
     config = _config(args)
     inspect_model(args.model)
     tokenizer = _tokenizer(args)
@@ -120,6 +129,8 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{key}: {value}")
     print(describe(end_tokens))
     if args.dry_run:
+        first = tasks[0]
+        print(f"first prompt ({first.name}), {show_prompt(tokenizer, prompts[first.name][0].token_ids)}")
         return 0
     with evaluation.claim_folder(args.out, protocol):
         answers = evaluation.run_tasks(

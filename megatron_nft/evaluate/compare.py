@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_nft.evaluate.benchmark_metrics import macro_average
 from megatron_nft.evaluate.evaluation import EvaluationError, answer_path, read_json
+from megatron_nft.evaluate.intervals import LEVEL, PairedDifference, average_difference, holm, paired_difference
 from megatron_nft.evaluate.protocol import FORMAT, differences
 from megatron_nft.evaluate.records import AnswerRecord, read_answers
-from megatron_nft.evaluate.statistics import Interval, PairedDifference, bootstrap_means, paired_bootstrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +35,7 @@ class Comparison:
     a: float  # mean accuracy of A over these
     b: float
     paired: PairedDifference
+    p_corrected: float  # paired.p_value, corrected for the number of benchmarks
     changes: list[Change]  # the largest first
 
 
@@ -62,6 +62,8 @@ def compare(
 ) -> tuple[list[Comparison], Any, list[str]]:
     """Return (one comparison per shared benchmark, paired difference of the averages, protocol differences).
 
+    p-values of the benchmarks are corrected for their number; the average, of which there is one, is not among them.
+
     EvaluationError where the protocols differ and `allow_different` is not set, or no benchmark is shared.
     """
     a, b = open_evaluation(folder_a), open_evaluation(folder_b)
@@ -76,12 +78,13 @@ def compare(
         raise EvaluationError(
             f"A ({', '.join(a['benchmarks'])}) and B ({', '.join(b['benchmarks'])}) have no benchmark in common"
         )
-    comparisons = [_compare_benchmark(name, Path(folder_a), Path(folder_b)) for name in shared]
-    return [c for c, _ in comparisons], _average([scores for _, scores in comparisons]), differ
+    found = [_compare_benchmark(name, Path(folder_a), Path(folder_b)) for name in shared]
+    corrected = holm([c.paired.p_value for c in found])
+    comparisons = [replace(c, p_corrected=p) for c, p in zip(found, corrected)]
+    return comparisons, _average(comparisons), differ
 
 
-def _compare_benchmark(name: str, folder_a: Path, folder_b: Path) -> tuple[Comparison, np.ndarray]:
-    """The comparison, and float64 [2, Q] scores of A and B."""
+def _compare_benchmark(name: str, folder_a: Path, folder_b: Path) -> Comparison:
     left, right = (_by_question(answer_path(folder, name)) for folder in (folder_a, folder_b))
     keys = [key for key in left if key in right]
     if not keys:
@@ -94,7 +97,8 @@ def _compare_benchmark(name: str, folder_a: Path, folder_b: Path) -> tuple[Compa
     ]
     changes.sort(key=lambda c: -abs(c.b - c.a))
     a, b = scores.mean(axis=1)
-    return Comparison(name, len(keys), float(a), float(b), paired_bootstrap(*scores), changes), scores
+    paired = paired_difference(*scores)
+    return Comparison(name, len(keys), float(a), float(b), paired, paired.p_value, changes)
 
 
 def _by_question(path: Path) -> dict[tuple[str, str], AnswerRecord]:
@@ -106,24 +110,26 @@ def _score(record: AnswerRecord) -> float:
     return record.result.num_correct / len(record.result.answers)
 
 
-def _average(scores: Sequence[np.ndarray]) -> dict[str, Any] | None:
-    """A, B and B - A over the mean of the benchmarks, each resampled by itself; None for a single one."""
-    if len(scores) < 2:
+def _average(comparisons: Sequence[Comparison]) -> dict[str, Any] | None:
+    """A, B and B - A over the mean of the benchmarks; None for a single one."""
+    if len(comparisons) < 2:
         return None
-    means = np.mean([bootstrap_means(s[1] - s[0], seed=i) for i, s in enumerate(scores)], axis=0)
-    low, high = np.quantile(means, [0.025, 0.975])
-    a, b = (macro_average({str(i): s[side] for i, s in enumerate(scores)}).mean for side in (0, 1))
-    paired = PairedDifference(Interval(b - a, float(low), float(high)), float(np.mean(means <= 0)))
-    return {"a": a, "b": b, "paired": paired}
+    a, b = (sum(getattr(c, side) for c in comparisons) / len(comparisons) for side in ("a", "b"))
+    return {"a": a, "b": b, "paired": average_difference([c.paired for c in comparisons])}
 
 
-def verdict(paired: PairedDifference) -> str:
-    """Say in words whether B is better: better, worse, or no difference at 95 %."""
-    if paired.difference.low > 0:
-        return "B is better"
-    if paired.difference.high < 0:
-        return "B is worse"
-    return "no difference can be told"
+NOTE = (
+    "Intervals and p-values are over questions and the answers that were drawn, for these two models. How much a "
+    "training run with another seed differs is not in them: whether one way of training is better takes several seeds "
+    "of each."
+)
+
+
+def verdict(difference: float, p_value: float) -> str:
+    """Say in words whether B is better: better, worse, or no difference at 95 %. difference: B - A."""
+    if p_value > 1 - LEVEL:
+        return "no difference can be told"
+    return "B is better" if difference > 0 else "B is worse"
 
 
 def to_json(comparisons: Sequence[Comparison], average: Mapping[str, Any] | None, differ: list[str]) -> dict[str, Any]:
@@ -131,8 +137,13 @@ def to_json(comparisons: Sequence[Comparison], average: Mapping[str, Any] | None
     return {
         "format": FORMAT,
         "protocol_differences": differ,
-        "benchmarks": {c.name: {**asdict(c), "verdict": verdict(c.paired)} for c in comparisons},
-        "average": None
-        if average is None
-        else {**average, "paired": asdict(average["paired"]), "verdict": verdict(average["paired"])},
+        "benchmarks": {
+            c.name: {**asdict(c), "verdict": verdict(c.paired.difference.mean, c.p_corrected)} for c in comparisons
+        },
+        "average": None if average is None else _average_to_json(average["paired"], average),
+        "note": NOTE,
     }
+
+
+def _average_to_json(paired: PairedDifference, average: Mapping[str, Any]) -> dict[str, Any]:
+    return {**average, "paired": asdict(paired), "verdict": verdict(paired.difference.mean, paired.p_value)}

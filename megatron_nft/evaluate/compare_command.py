@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_nft.evaluate.compare import Comparison
-    from megatron_nft.evaluate.statistics import PairedDifference
+    from megatron_nft.evaluate.intervals import PairedDifference
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,26 +39,39 @@ def run(args: argparse.Namespace) -> int:
     if differ:
         print("the protocols differ:\n  " + "\n  ".join(differ) + "\n")
     print(_table(comparisons, average))
+    print(_notes(comparisons))
     for c in comparisons:
         _print_changes(c, args.show)
     return 0
 
 
-def _row(name: str, questions: str, mean_a: float, mean_b: float, paired: PairedDifference) -> list[str]:
+def _row(name: str, questions: str, mean_a: float, mean_b: float, paired: PairedDifference, p: float) -> list[str]:
     from megatron_nft.evaluate.compare import verdict
 
     d = paired.difference
     interval = f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-    return [name, questions, f"{100 * mean_a:.1f}", f"{100 * mean_b:.1f}", interval, verdict(paired)]
+    return [name, questions, f"{100 * mean_a:.1f}", f"{100 * mean_b:.1f}", interval, f"{p:.3f}", verdict(d.mean, p)]
 
 
 def _table(comparisons: list[Comparison], average: dict[str, Any] | None) -> str:
-    header = ["benchmark", "questions", "A %", "B %", "B - A, points [95 %]", ""]
-    rows = [_row(c.name, str(c.questions), c.a, c.b, c.paired) for c in comparisons]
+    corrected = f"p of {len(comparisons)}" if len(comparisons) > 1 else "p"
+    header = ["benchmark", "questions", "A %", "B %", "B - A, points [95 %]", corrected, ""]
+    rows = [_row(c.name, str(c.questions), c.a, c.b, c.paired, c.p_corrected) for c in comparisons]
     if average is not None:
-        rows.append(_row("average", "", average["a"], average["b"], average["paired"]))
+        rows.append(_row("average", "", average["a"], average["b"], average["paired"], average["paired"].p_value))
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [header, *rows])
+
+
+def _notes(comparisons: list[Comparison]) -> str:
+    from megatron_nft.evaluate.compare import NOTE
+
+    if len(comparisons) < 2:
+        return NOTE
+    return (
+        f"Each interval is that of one benchmark; p-values of benchmarks, and what is said of them, are corrected for "
+        f"{len(comparisons)} benchmarks (Holm). {NOTE}"
+    )
 
 
 def _print_changes(comparison: Comparison, limit: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nft.evaluate.records import read_answers
-from megatron_nft.evaluate.summary import settings_rows, tables
+from megatron_nft.evaluate.summary import NOTE, settings_rows, tables
 from megatron_nft.report.entries import AnswerEntry, QuestionEntry
 from megatron_nft.report.page import table_html, write_page
 
@@ -19,7 +19,7 @@ def evaluation_page(folder: Path, results: Mapping[str, Any], path: Path) -> int
     """
     protocol = results["protocol"]
     parts = [table_html(title, header, rows) for title, (header, rows) in tables(results)]
-    parts.append("<p>Intervals are 95 % bootstrap intervals over questions.</p>")
+    parts.append(f"<p>{NOTE}</p>")
     settings = table_html("protocol.json", ["setting", "value"], settings_rows(protocol))
     parts.append(f"<details open><summary>Protocol</summary>{settings}</details>")
     return write_page(

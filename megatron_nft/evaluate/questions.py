@@ -14,13 +14,14 @@ import numpy as np
 
 from megatron_nft.engines.answers import GradedAnswer, Verifier, ask_and_grade
 from megatron_nft.engines.engine import Completion, Engine, Request, SamplingParams
-from megatron_nft.evaluate.statistics import bootstrap_interval, pass_at_k
-from megatron_nft.types import Prompt, Verdict
+from megatron_nft.evaluate.intervals import score_interval
+from megatron_nft.evaluate.statistics import pass_at_k
+from megatron_nft.types import Prompt, ReasonKind, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COUNT_COLUMNS = ("index", "answers", "correct", "unparseable", "timeout", "truncated", "tokens")
+COUNT_COLUMNS = ("index", "answers", "correct", "unparseable", "no_verdict", "truncated", "tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Answer:
     grader_verdicts: dict[str, Verdict] = field(default_factory=dict)  # every grader that was asked
     verify_s: float = 0.0
     reason: str = ""  # why the verdict is none of a comparison, as the grader says it
+    reason_kind: ReasonKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class QuestionResult:
             len(self.answers),
             self.num_correct,
             verdicts.count(Verdict.UNPARSEABLE),
-            verdicts.count(Verdict.TIMEOUT),
+            sum(verdict.is_missing for verdict in verdicts),
             sum(a.finish_reason == "length" for a in self.answers),
             sum(a.num_tokens for a in self.answers),
         ]
@@ -124,6 +126,7 @@ def _to_answer(answer: GradedAnswer) -> Answer:
         grader_verdicts=dict(graded.by_grader),
         verify_s=graded.seconds,
         reason=graded.reason,
+        reason_kind=graded.reason_kind,
     )
 
 
@@ -143,14 +146,14 @@ def summarize_counts(counts: np.ndarray) -> dict[str, float]:
         raise ValueError("no question was evaluated")
     column = dict(zip(COUNT_COLUMNS, counts.T))
     answers = column["answers"].sum()
-    accuracy = bootstrap_interval(column["correct"] / column["answers"])
+    accuracy = score_interval(column["correct"] / column["answers"])
     metrics = {
         "accuracy": accuracy.mean,
         "accuracy_low": accuracy.low,
         "accuracy_high": accuracy.high,
         "length_mean": float(column["tokens"].sum() / answers),
     }
-    for name in ("truncated", "unparseable", "timeout"):
+    for name in ("truncated", "unparseable", "no_verdict"):
         metrics[f"{name}_share"] = float(column[name].sum() / answers)
     n = int(column["answers"].min())
     if n > 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nft.evaluate.questions import Answer, QuestionResult
-from megatron_nft.types import Verdict
+from megatron_nft.types import ReasonKind, Verdict
 from megatron_nft.verify.graders import current_name
 
 
@@ -110,6 +110,7 @@ def _answer_to_json(answer: Answer) -> dict[str, Any]:
         "grader_verdicts": {name: str(verdict) for name, verdict in answer.grader_verdicts.items()},
         "verify_s": answer.verify_s,
         "reason": answer.reason,
+        "reason_kind": answer.reason_kind and str(answer.reason_kind),
     }
 
 
@@ -122,5 +123,6 @@ def _answer_from_json(line: dict[str, Any]) -> Answer:
         extracted=line["extracted"],
         grader_verdicts={current_name(name): Verdict(verdict) for name, verdict in line["grader_verdicts"].items()},
         verify_s=line["verify_s"],
-        reason=line.get("reason", ""),  # files of earlier versions lack it
+        reason=line.get("reason", ""),  # files of earlier versions lack both
+        reason_kind=ReasonKind(kind) if (kind := line.get("reason_kind")) else None,
     )

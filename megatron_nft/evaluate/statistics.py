@@ -1,76 +1,11 @@
-"""Statistics of evaluations, with their spread. Q questions, N answers each.
-
-Questions are the unit of resampling everywhere: answers to one question are not independent of each other.
-"""
+"""The figures of an evaluation. Q questions, N answers each. Their intervals are in intervals.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import comb
 
 import numpy as np
-
-RESAMPLES = 10_000
-_CHUNK = 4_000_000  # resampled indices held at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean and its bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap_means(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Return float64 [resamples]: means of `values` (float [Q]), Q drawn with replacement. ValueError for Q = 0."""
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"bootstrap needs a vector of at least one question, not shape {values.shape}")
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // len(values))
-    parts = [
-        values[rng.integers(0, len(values), size=(min(rows, resamples - start), len(values)))].mean(axis=1)
-        for start in range(0, resamples, rows)
-    ]
-    return np.concatenate(parts)
-
-
-def bootstrap_interval(
-    values: np.ndarray, *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    """Mean of per-question scores [Q] with its percentile bootstrap interval."""
-    means = bootstrap_means(values, resamples=resamples, seed=seed)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(np.mean(values)), float(low), float(high))
-
-
-@dataclass(frozen=True, slots=True)
-class PairedDifference:
-    """B - A over the same questions."""
-
-    difference: Interval
-    share_not_above: float  # share of resamples in which B - A <= 0: a one-sided bootstrap p-value for "B is better"
-
-
-def paired_bootstrap(
-    scores_a: np.ndarray, scores_b: np.ndarray, *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> PairedDifference:
-    """Mean of B - A with its percentile bootstrap interval.
-
-    scores_a, scores_b: float [Q], per-question scores of two models on the same questions in the same order. ValueError
-    where their shapes differ.
-    """
-    a, b = np.asarray(scores_a, dtype=np.float64), np.asarray(scores_b, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired bootstrap needs the same questions: {a.shape} against {b.shape}")
-    means = bootstrap_means(b - a, resamples=resamples, seed=seed)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return PairedDifference(Interval(float(np.mean(b - a)), float(low), float(high)), float(np.mean(means <= 0)))
 
 
 def pass_at_k(num_answers: int, num_correct: int, k: int) -> float:
@@ -90,8 +25,10 @@ def majority_at_k(
 ) -> float:
     """Return the chance that the most frequent of k answers is correct; ties are broken by a fair draw among the tied.
 
+    An upper bound: correct answers are one vote whatever their form, wrong ones are only where their forms are equal.
+
     `votes` [N] holds each answer's normal form, None where nothing could be read: those do not vote, and k answers
-    without a vote are wrong. All correct answers count as one vote whatever their form. With k = N the value is exact,
+    without a vote are wrong. With k = N the value is exact,
     else the mean over `draws` random subsets (seeded).
     """
     num = len(votes)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+NOTE = (
+    "Intervals are 95 % intervals over questions. Figures of the majority are upper bounds: correct answers are one "
+    "vote whatever their form, wrong ones only where their forms are equal."
+)
+
 
 def percent(share: float) -> str:
     """Format a share as percent with one decimal: 0.517 -> `51.7`."""
@@ -24,7 +29,7 @@ def accuracy_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str
         "answers each",
         "accuracy % [95 %]",
         "pass@N %",
-        "maj@N %",
+        "maj@N %, at most",
         "tokens",
         "truncated %",
     ]
@@ -63,7 +68,7 @@ def k_table(results: Mapping[str, Any], metric: str, label: str) -> tuple[list[s
 
 def verdict_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Per benchmark and grader: accuracy, verdict shares and disagreement with the deciding grader."""
-    header = ["benchmark", "grader", "accuracy %", "wrong %", "unparseable %", "timeout %", "disagrees %"]
+    header = ["benchmark", "grader", "accuracy %", "wrong %", "unparseable %", "no verdict %", "disagrees %"]
     rows = []
     for name, b in results["benchmarks"].items():
         for grader, g in b["graders"].items():
@@ -75,7 +80,7 @@ def verdict_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
                     interval(g["accuracy"]),
                     percent(shares["wrong"]),
                     percent(shares["unparseable"]),
-                    percent(shares["timeout"]),
+                    percent(shares["timeout"] + shares.get("no_verdict", 0.0)),  # absent in earlier files
                     percent(g["disagrees_share"]),
                 ]
             )
@@ -102,7 +107,7 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, tuple[list[str], list[
     found = [
         ("Accuracy", accuracy_table(results)),
         ("pass@k (unbiased estimator)", k_table(results, "pass_at", "pass")),
-        ("Majority of k answers", k_table(results, "majority_at", "maj")),
+        ("Majority of k answers (upper bound)", k_table(results, "majority_at", "maj")),
         ("Graders side by side", verdict_table(results)),
         ("Lengths", length_table(results)),
     ]
@@ -130,7 +135,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     for title, (header, rows) in tables(results):
         parts += [f"## {title}", "", *_markdown_table(header, rows), ""]
     parts += [
-        "Intervals are 95 % bootstrap intervals over questions.",
+        NOTE,
         "",
         "## Protocol",
         "",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nft.data.benchmarks import BENCHMARKS, BenchmarkError, Question, find_file, read_benchmark, read_prepared
+from megatron_nft.data.conflicts import OnConflict
 from megatron_nft.data.prompts import encode, render_texts, with_system_prompt
 from megatron_nft.evaluate.protocol import Sampling
 from megatron_nft.types import Prompt
@@ -25,11 +26,18 @@ class Task:
     samples: int  # answers per question
 
 
-def load_tasks(names: Sequence[str], data: Path | None, *, samples: int | None, limit: int | None) -> list[Task]:
+def load_tasks(
+    names: Sequence[str],
+    data: Path | None,
+    *,
+    samples: int | None,
+    limit: int | None,
+    conflicts: OnConflict = "refuse",
+) -> list[Task]:
     """Load benchmarks and question files (.jsonl or .parquet in verl's layout) in the order of `names`.
 
-    `samples` None takes the paper's number, 1 for files; `limit` keeps the first questions of each. Everything is
-    looked for before anything is asked: BenchmarkError lists all that is unknown.
+    `samples` None takes the paper's number, 1 for files; `limit` keeps the first questions of each; `conflicts` as in
+    `read_prepared`. Everything is looked for before anything is asked: BenchmarkError lists all that is unknown.
     """
     unknown = [n for n in names if n not in BENCHMARKS and Path(n).suffix not in (".jsonl", ".parquet")]
     if unknown:
@@ -37,20 +45,20 @@ def load_tasks(names: Sequence[str], data: Path | None, *, samples: int | None, 
             f"unknown benchmark {', '.join(map(repr, unknown))}; known are {', '.join(BENCHMARKS)}, "
             "or the path of a .jsonl or .parquet file of questions"
         )
-    tasks = [_load(name, data, samples, limit) for name in names]
+    tasks = [_load(name, data, samples, limit, conflicts) for name in names]
     repeated = {t.name for t in tasks if sum(t.name == other.name for other in tasks) > 1}
     if repeated:
         raise BenchmarkError(f"benchmark {', '.join(sorted(repeated))} is named more than once")
     return tasks
 
 
-def _load(name: str, data: Path | None, samples: int | None, limit: int | None) -> Task:
+def _load(name: str, data: Path | None, samples: int | None, limit: int | None, conflicts: OnConflict) -> Task:
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
-        questions = read_benchmark(benchmark, find_file(benchmark, data))
+        questions = read_benchmark(benchmark, find_file(benchmark, data), conflicts)
         return Task(name, benchmark.title, questions[:limit], samples or benchmark.samples)
     path = Path(name)
-    return Task(path.stem, path.name, read_prepared(path)[:limit], samples or 1)
+    return Task(path.stem, path.name, read_prepared(path, conflicts)[:limit], samples or 1)
 
 
 def make_prompts(task: Task, tokenizer: Any, system_prompt: str | None) -> list[Prompt]:

@@ -14,6 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megatron_nft.data.rollout_file import read_rollout_file
+from megatron_nft.types import Verdict
+from megatron_nft.verify.outcome import graders_disagree
 
 Array: TypeAlias = NDArray[Any]
 TOKEN_COLUMNS = ("response_ids", "rollout_logprobs", "trainer_logprobs")
@@ -39,8 +41,7 @@ class AnswerEntry:
     @property
     def graders_disagree(self) -> bool:
         """Whether one grader calls the answer correct and another does not."""
-        correct = [verdict == "correct" for verdict in self.grader_verdicts.values()]
-        return any(correct) and not all(correct)
+        return graders_disagree([Verdict(verdict) for verdict in self.grader_verdicts.values()])
 
 
 @dataclass(slots=True)

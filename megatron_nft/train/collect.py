@@ -27,7 +27,7 @@ from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle, StopSignals
 from megatron_nft.train.reasons import Outcomes
 from megatron_nft.train.schedule import GroupFacts, SampleKey, StepPlan
-from megatron_nft.types import Prompt, RolloutGroup, TrainingSample
+from megatron_nft.types import Prompt, ReasonKind, RolloutGroup, TrainingSample
 from megatron_nft.verify import VerifierPool
 
 Ask = Callable[[list[tuple[int, Prompt]]], list[RolloutGroup]]
@@ -36,6 +36,10 @@ Ask = Callable[[list[tuple[int, Prompt]]], list[RolloutGroup]]
 
 class EmptyBatchError(RuntimeError):
     """The bound on generation batches was reached before enough groups could be trained."""
+
+
+class GradingError(RuntimeError):
+    """Too many answers of a step have no verdict."""
 
 
 @dataclass
@@ -64,8 +68,8 @@ def collect(
 ) -> Collected:
     """Draw questions and `ask` them until enough groups are kept. Collective.
 
-    EmptyBatchError when the bound on generation batches is reached first, Interrupted after a stop signal. end_tokens:
-    of the model, for the message of that error.
+    EmptyBatchError when the bound on generation batches is reached first, GradingError when too many answers have no
+    verdict, Interrupted after a stop signal. end_tokens: of the model, for the message of the first.
     """
     needed = config.train.questions_per_step
     stream.cursor = state.cursor
@@ -101,11 +105,14 @@ def collect(
         record.add_groups(metrics, layout.rank, all_facts)
         found.kept += sorted((f for f in all_facts if f.fate == "kept"), key=_draw)
         found.cursor = stream.cursor
+        if outcomes.missing_share > config.verify.max_failure_share:
+            write_failed_step(config.run_dir, step, found, layout)
+            raise GradingError(record.why_stopped(outcomes, config.verify.max_failure_share))
     if len(found.kept) >= needed:
         return found
     write_failed_step(config.run_dir, step, found, layout)
     limit, batches = config.rollout.max_response_tokens, config.rollout.max_generation_batches
-    cut_off = cut_off_note(outcomes.share("cut_off"), limit, end_tokens)
+    cut_off = cut_off_note(outcomes.share(ReasonKind.CUT_OFF), limit, end_tokens)
     raise EmptyBatchError(record.why_empty(len(found.kept), needed, batches, seen, outcomes, cut_off))
 
 

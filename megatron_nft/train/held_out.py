@@ -19,8 +19,8 @@ from megatron_nft.data.prompts import PromptStream
 from megatron_nft.distributed import gather_objects
 from megatron_nft.engines.engine import Engine
 from megatron_nft.evaluate.benchmark_metrics import macro_average
+from megatron_nft.evaluate.intervals import score_interval
 from megatron_nft.evaluate.questions import evaluate_questions, merge_counts, summarize_counts
-from megatron_nft.evaluate.statistics import bootstrap_interval
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle
 from megatron_nft.types import Prompt
 from megatron_nft.verify import VerifierPool
@@ -125,7 +125,7 @@ def summarize_held_out(counts: np.ndarray, held_out: HeldOut) -> dict[str, float
         scores[benchmark].append(row[2] / row[1])
     if len(scores) > 1:
         arrays = {name: np.array(values) for name, values in scores.items()}
-        intervals = {"": macro_average(arrays)} | {f"{name}/": bootstrap_interval(s) for name, s in arrays.items()}
+        intervals = {"": macro_average(arrays)} | {f"{name}/": score_interval(s) for name, s in arrays.items()}
         for name, interval in intervals.items():
             summary[f"{name}accuracy"] = interval.mean
             summary[f"{name}accuracy_low"], summary[f"{name}accuracy_high"] = interval.low, interval.high

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_nft.config import Config
-from megatron_nft.data.prompts import PromptStream, load_tokenizer
+from megatron_nft.data.prompts import PromptStream, load_tokenizer, show_prompt
 from megatron_nft.engines.end_tokens import describe, find_end_tokens
 
 
@@ -26,9 +26,5 @@ def first_prompt(config: Config) -> str:
         shuffle=False,
         system_prompt=config.model.system_prompt,
     )
-    ids = [int(i) for i in stream.prompt(0).token_ids]
-    tokens = " ".join(f"{i}:{token!r}" for i, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
-    return (
-        f"first prompt ({config.data.train[0]}), {len(ids)} tokens:\n{tokenizer.decode(ids)}\n"
-        f"its tokens: {tokens}\n{describe(ends)}"
-    )
+    prompt = show_prompt(tokenizer, stream.prompt(0).token_ids)
+    return f"first prompt ({config.data.train[0]}), {prompt}\n{describe(ends)}"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_nft.metrics import Metrics
-from megatron_nft.train.reasons import REASONS, Outcomes, reason_group
+from megatron_nft.train.reasons import Outcomes
 from megatron_nft.train.schedule import GroupFacts, StepPlan
-from megatron_nft.types import RolloutGroup, TrainingSample, Verdict
+from megatron_nft.types import ReasonKind, RolloutGroup, TrainingSample, Verdict
 
 if TYPE_CHECKING:
     from megatron_nft.policy.policy import StepReport
@@ -40,11 +40,12 @@ def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s
     lengths = [len(r.response_ids) for r in answers]
     metrics.mean("accuracy/train", sum(r.correct for r in answers), n)
     verdicts = Counter(r.verdict for r in answers)
+    verdicts[Verdict.NO_VERDICT] += verdicts[Verdict.TIMEOUT]  # a case of it
     for verdict in Verdict:
         metrics.mean(f"verdict/{verdict.value}", verdicts[verdict], n)
-    reasons = Counter(reason_group(r.reason) for r in answers)
-    for reason in REASONS:
-        metrics.sum(f"reason/{reason}", reasons[reason])
+    reasons = Counter(r.reason_kind for r in answers)
+    for kind in ReasonKind:
+        metrics.sum(f"reason/{kind.value}", reasons[kind])
     metrics.mean("length/mean", sum(lengths), n)
     metrics.max("length/max", max(lengths, default=0))
     metrics.mean("length/truncated", sum(r.finish_reason == "length" for r in answers), n)
@@ -148,15 +149,34 @@ def why_empty(
     )
 
 
+def why_stopped(outcomes: Outcomes, bound: float) -> str:
+    """The message for a step with too many answers without a verdict. bound: verify.max_failure_share."""
+    return (
+        f"{outcomes.missing_share:.0%} of the step's answers have no verdict, more than "
+        f"verify.max_failure_share={bound:g}: {outcomes}. {_main_advice(outcomes, _FAILURES)}"
+    ).rstrip()
+
+
+_ADVICE = {
+    (ReasonKind.GRADER_FAILED,): "Grading failed, which says nothing of the answers: {said}. Mend the grader "
+    "(verify.grader)",
+    (ReasonKind.TIMEOUT,): "Grading took too long: raise verify.timeout_s or verify.workers",
+    (ReasonKind.MEMORY,): "Grading needed too much memory: raise verify.memory_bytes",
+    (ReasonKind.REFERENCE,): "The reference answers cannot be used: look at `reason` in the rollout file, and at the "
+    "data",
+    (ReasonKind.NO_ANSWER,): "The grader found no answer in the texts: ask for the form that it looks for (a box, "
+    "usually), or choose another one (verify.grader)",
+    (ReasonKind.CUT_OFF, ReasonKind.UNFINISHED): "Most answers were cut off, or end within their thinking or a box: "
+    "raise rollout.max_response_tokens, or see rollout.stop_token_ids",
+}
+"""By what the reasons have in common: an answer that is cut off and one that ends while it thinks have one cause."""
+_FAILURES = tuple(_ADVICE)[:3]
+
+
 def _advice(outcomes: Outcomes) -> str:
-    """What to do about groups that cannot be trained, by what most of their answers have in common."""
-    main, count = max(outcomes.reasons.items(), key=lambda item: item[1], default=("", 0))
-    if 2 * count > outcomes.answers:
-        if main == "grader_failed":
-            said = " ".join(outcomes.failures.most_common(1)[0][0].split())
-            return f"Grading failed, which says nothing of the answers: {said}. Mend the grader (verify.grader)"
-        if main in _ADVICE:
-            return _ADVICE[main]
+    """What to do about groups that cannot be trained: about the reasons, where half of the answers or more have one."""
+    if outcomes.share(*(kind for kinds in _ADVICE for kind in kinds)) >= 0.5:
+        return _main_advice(outcomes, tuple(_ADVICE))
     return (
         "A group is kept when its answers are neither all right nor all wrong: use questions nearer to what the model "
         "can do, more answers per question (rollout.answers_per_question), fewer groups per step "
@@ -164,13 +184,9 @@ def _advice(outcomes: Outcomes) -> str:
     )
 
 
-_ADVICE = {
-    "timeout": "Grading took too long: raise verify.timeout_s or verify.workers",
-    "memory": "Grading needed too much memory: raise verify.memory_bytes",
-    "reference": "The reference answers cannot be used: look at `reason` in the rollout file, and at the data",
-    "no_answer": "The grader found no answer in the texts: ask for the form that it looks for (a box, usually), or "
-    "choose another one (verify.grader)",
-    "unfinished": "Most answers end within their thinking or a box: see rollout.stop_token_ids, or give more tokens "
-    "(rollout.max_response_tokens)",
-    "cut_off": "Most answers were cut off: raise rollout.max_response_tokens, or see rollout.stop_token_ids",
-}
+def _main_advice(outcomes: Outcomes, causes: Sequence[tuple[ReasonKind, ...]]) -> str:
+    """The advice on the most frequent cause, and on every other that is at least half as frequent."""
+    shares = {kinds: outcomes.share(*kinds) for kinds in causes}
+    main = sorted((k for k in causes if 2 * shares[k] >= max(shares.values()) > 0), key=lambda k: -shares[k])
+    said = " ".join(next(iter(dict(outcomes.failures.most_common(1))), "").split())
+    return ". ".join(_ADVICE[kinds].format(said=said) for kinds in main)

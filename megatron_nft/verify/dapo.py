@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from megatron_nft.types import Verdict
+from megatron_nft.types import ReasonKind, Verdict
 from megatron_nft.verify.algebra.normalize import normalize, without_spaces
 from megatron_nft.verify.boxed import is_cut_off, last_box
 from megatron_nft.verify.outcome import Outcome
@@ -23,9 +23,9 @@ def grade_boxed(response: str, answer: str, data_source: str, extra: dict[str, A
     try:
         text = answer_part(response, opened=is_opened(extra))
     except NoAnswer as error:
-        return Outcome(Verdict.UNPARSEABLE, reason=str(error))
+        return Outcome(Verdict.UNPARSEABLE, reason=str(error), kind=error.kind)
     if is_cut_off(text):
-        return Outcome(Verdict.UNPARSEABLE, reason="the last box is cut off")
+        return Outcome(Verdict.UNPARSEABLE, reason="the last box is cut off", kind=ReasonKind.UNFINISHED)
     return _same_string(last_box(text), answer, r"no \boxed{} in the response")
 
 
@@ -34,16 +34,16 @@ def grade_minerva(response: str, answer: str, data_source: str, extra: dict[str,
     try:
         lines = _answer_line.findall(answer_part(response, opened=is_opened(extra)))
     except NoAnswer as error:
-        return Outcome(Verdict.UNPARSEABLE, reason=str(error))
+        return Outcome(Verdict.UNPARSEABLE, reason=str(error), kind=error.kind)
     return _same_string(lines[-1] if lines else None, answer, 'no "Answer:" line in the response')
 
 
 def _same_string(found: str | None, answer: str, missing: str) -> Outcome:
     gold = without_spaces(normalize(last_box(answer) or answer))
     if not gold:
-        return Outcome(Verdict.UNPARSEABLE, reason="the reference answer is empty")
+        return Outcome(Verdict.UNPARSEABLE, reason="the reference answer is empty", kind=ReasonKind.REFERENCE)
     if found is None:
-        return Outcome(Verdict.UNPARSEABLE, reason=missing)
+        return Outcome(Verdict.UNPARSEABLE, reason=missing, kind=ReasonKind.NO_ANSWER)
     box = last_box(found)  # "Answer: \boxed{5}"
     text = without_spaces(normalize(found if box is None else box))
     return Outcome(Verdict.CORRECT if text == gold else Verdict.WRONG, found.strip())

@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_nft.types import Verdict
+from megatron_nft.types import ReasonKind, Verdict
 from megatron_nft.verify.forkserver import HEADER, ForkServer
 from megatron_nft.verify.inbox import Inbox, PendingAnswer, VerifierError
 from megatron_nft.verify.outcome import Outcome, combine
@@ -152,7 +152,8 @@ class Dispatcher:
             from_outside = number in (signal.SIGKILL, signal.SIGTERM)  # by the kernel, short of memory, or by a person
             if not from_outside or blamed.attempts >= MAX_ATTEMPTS:
                 end = signal.Signals(number).name if number else f"exit code {status >> 8}"
-                outcome = Outcome(Verdict.UNPARSEABLE, reason=f"the grading process ended with {end}")
+                reason = f"the grading process ended with {end}"
+                outcome = Outcome(Verdict.NO_VERDICT, reason=reason, kind=ReasonKind.GRADER_FAILED)
                 self._add_outcome(blamed, outcome, 0.0)
         self.inbox.put_back(rows)
         self._start_worker(worker.forkserver)
@@ -184,7 +185,8 @@ class Dispatcher:
         row.outcomes.append(outcome)
         row.seconds += seconds
         if len(row.outcomes) == len(self.names):
-            row.future.set_result(combine(self.names, row.outcomes, row.seconds, self.config.on_disagreement))
+            policies = (self.config.on_disagreement, self.config.on_failure)
+            row.future.set_result(combine(self.names, row.outcomes, row.seconds, *policies))
 
     # ------------------------------------------------------------------ sockets and time
 
@@ -256,11 +258,12 @@ class Dispatcher:
         if worker.pid is None:
             worker.pid = line[0]
             return
-        row_id, index, verdict, extracted, reason, seconds, worker.retiring = line
+        row_id, index, verdict, extracted, reason, kind, seconds, worker.retiring = line
         row = worker.rows[0]
         if row.id != row_id or index != len(row.outcomes):
             raise RuntimeError(f"a worker answered row {row_id}, not {row.id}")
-        self._add_outcome(row, Outcome(Verdict(verdict), extracted, reason), seconds)
+        outcome = Outcome(Verdict(verdict), extracted, reason, None if kind is None else ReasonKind(kind))
+        self._add_outcome(row, outcome, seconds)
         if len(row.outcomes) == len(self.names):
             worker.rows.popleft()
             worker.num_bytes -= len(row.payload)
@@ -278,6 +281,7 @@ class Dispatcher:
             worker.forkserver.kill(worker.id)
             rows = self._drop_worker(worker)
             reason = f"no verdict after {self.config.timeout_s:g} s"
-            self._add_outcome(rows[0], Outcome(Verdict.TIMEOUT, reason=reason), self.config.timeout_s)
+            outcome = Outcome(Verdict.TIMEOUT, reason=reason, kind=ReasonKind.TIMEOUT)
+            self._add_outcome(rows[0], outcome, self.config.timeout_s)
             self.inbox.put_back(rows)
             self._start_worker(worker.forkserver)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import re
 
+from megatron_nft.types import ReasonKind
 from megatron_nft.verify.boxed import is_cut_off, last_boxes, percent_sign
 from megatron_nft.verify.markup import plain_lines
 from megatron_nft.verify.thinking import NoAnswer, answer_part
@@ -85,7 +86,7 @@ def final_answer(response: str, *, opened: bool = False) -> str:
     if "<answer>" in response[-TAIL_CHARS:]:
         response = _tag.findall(response[response.rfind("<answer>") :])[-1]
     if is_cut_off(response):
-        raise NoAnswer("the last box is cut off")
+        raise NoAnswer("the last box is cut off", ReasonKind.UNFINISHED)
     answer = last_boxes(response)
     if answer is None:
         answer = _without_box(plain_lines(response[-TAIL_CHARS:]))

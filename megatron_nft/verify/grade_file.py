@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 
 from megatron_nft.console import show_progress
-from megatron_nft.files import RowsError, sha256_of_file
+from megatron_nft.files import LongInteger, RowsError, sha256_of_file
 from megatron_nft.types import Verdict
 from megatron_nft.verify.grade_report import Tally, disagree
 from megatron_nft.verify.grade_rows import as_text, opens_thinking_in, response_column, rows_to_grade, write_rows
@@ -126,8 +126,8 @@ def _submissions(path: Path, done: int, pool: VerifierPool) -> Iterator[Future[G
         if number < done:
             continue
         response, answer = row.get(column), as_text(row.get("answer"))
-        if not isinstance(response, str):
-            yield f"the response is {'null' if response is None else type(response).__name__}, not text"
+        if not isinstance(response, str) or isinstance(response, LongInteger):
+            yield f"the response is {_kind(response)}, not text"
         elif answer is None or not answer.strip():
             yield f"the reference answer is {'empty' if answer is not None else _kind(row.get('answer'))}"
         else:
@@ -143,7 +143,10 @@ def _submissions(path: Path, done: int, pool: VerifierPool) -> Iterator[Future[G
 
 
 def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+    if value is None:
+        return "null"
+    number = isinstance(value, (int, float, LongInteger)) and not isinstance(value, bool)
+    return "a number" if number else f"a {type(value).__name__}"
 
 
 def _journal_line(result: Future[Graded] | str, names: tuple[str, ...]) -> str:

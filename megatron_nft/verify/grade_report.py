@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_nft.types import Verdict
+from megatron_nft.verify.outcome import graders_disagree
 
 VERDICTS = tuple(Verdict)
 SHOWN_DISAGREEMENTS = 20
@@ -47,8 +48,8 @@ class Tally:
 
 
 def disagree(by_grader: dict[str, str]) -> bool:
-    """Whether one grader says correct and another does not."""
-    return len({verdict == Verdict.CORRECT for verdict in by_grader.values()}) > 1
+    """Whether one grader says correct and another does not. by_grader: the first grader first."""
+    return graders_disagree([Verdict(verdict) for verdict in by_grader.values()])
 
 
 def print_report(console: Console, tally: Tally) -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from megatron_nft.types import Verdict
+from megatron_nft.types import ReasonKind, Verdict
 from megatron_nft.verify.outcome import Graded, Outcome, combine, shorten
 from megatron_nft.verify.thinking import with_opened
 
@@ -102,7 +102,10 @@ def _adapt(name: str, function: Callable[..., Any]) -> Grader:
     """Wrap the user's function, so that the bool or Verdict that it returns becomes an Outcome."""
 
     def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
-        result = function(response, answer, data_source, extra)
+        try:
+            result = function(response, answer, data_source, extra)
+        except RecursionError as error:  # of a built-in grader it is the answer's fault
+            raise RuntimeError(f"RecursionError: {error}") from error
         if isinstance(result, Outcome):
             silent = result.verdict not in (Verdict.CORRECT, Verdict.WRONG) and not result.reason
             return dataclasses.replace(result, reason=f"said by {name}") if silent else result
@@ -116,9 +119,10 @@ def _adapt(name: str, function: Callable[..., Any]) -> Grader:
 
 
 def call(grader: Grader, response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
-    """Call a grader. If it raises, the outcome is `unparseable` with the reason, never a silent `wrong`.
+    """Call a grader. If it raises, the outcome is `no_verdict` with the reason, never a silent `wrong`.
 
-    MemoryError is left to the caller, because the process may be in an unknown state.
+    An answer that is nested too deeply for a built-in grader is `unparseable`. MemoryError is left to the caller,
+    because the process may be in an unknown state.
     """
     try:
         return grader(response, answer, data_source, extra)
@@ -127,7 +131,8 @@ def call(grader: Grader, response: str, answer: str, data_source: str, extra: di
     except RecursionError:
         return Outcome(Verdict.UNPARSEABLE, reason="nested too deeply")
     except Exception as error:
-        return Outcome(Verdict.UNPARSEABLE, reason=f"the grader failed: {type(error).__name__}: {error}"[:500])
+        reason = f"the grader failed: {type(error).__name__}: {error}"[:500]
+        return Outcome(Verdict.NO_VERDICT, reason=reason, kind=ReasonKind.GRADER_FAILED)
 
 
 def grade_one(
@@ -151,5 +156,5 @@ def grade_one(
     graders = [load(name) for name in names]
     start = time.perf_counter()
     outcomes = [call(grader, response, answer, data_source, extra) for grader in graders]
-    outcomes = [Outcome(o.verdict, shorten(o.extracted), o.reason) for o in outcomes]
+    outcomes = [Outcome(o.verdict, shorten(o.extracted), o.reason, o.kind) for o in outcomes]
     return combine(names, outcomes, time.perf_counter() - start, on_disagreement)

@@ -11,7 +11,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from megatron_nft.types import Verdict
+from megatron_nft.types import ReasonKind, Verdict
 from megatron_nft.verify.boxed import is_cut_off
 from megatron_nft.verify.outcome import Outcome
 from megatron_nft.verify.thinking import NoAnswer, answer_part, is_opened
@@ -27,15 +27,19 @@ def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | 
     """
     gold = parse(answer if "\\boxed" in answer else f"\\boxed{{{answer}}}", parsing_timeout=None)
     if not gold:
-        return Outcome(Verdict.UNPARSEABLE, reason="math-verify cannot read the reference answer")
+        return Outcome(
+            Verdict.UNPARSEABLE, reason="math-verify cannot read the reference answer", kind=ReasonKind.REFERENCE
+        )
     try:
         text = answer_part(response, opened=is_opened(extra))
     except NoAnswer as error:
-        return Outcome(Verdict.UNPARSEABLE, reason=str(error))
+        return Outcome(Verdict.UNPARSEABLE, reason=str(error), kind=error.kind)
     if is_cut_off(text):
-        return Outcome(Verdict.UNPARSEABLE, reason="the last box is cut off")
+        return Outcome(Verdict.UNPARSEABLE, reason="the last box is cut off", kind=ReasonKind.UNFINISHED)
     found = parse(text, parsing_timeout=None)
     if not found:
-        return Outcome(Verdict.UNPARSEABLE, reason="math-verify finds no answer in the response")
+        return Outcome(
+            Verdict.UNPARSEABLE, reason="math-verify finds no answer in the response", kind=ReasonKind.NO_ANSWER
+        )
     correct = verify(gold, found, timeout_seconds=None)
     return Outcome(Verdict.CORRECT if correct else Verdict.WRONG, str(found[-1]))

@@ -17,7 +17,7 @@ from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-from megatron_nft.types import Verdict
+from megatron_nft.types import ReasonKind, Verdict
 from megatron_nft.verify.algebra.answer import read
 from megatron_nft.verify.algebra.equality import same
 from megatron_nft.verify.algebra.normalize import normalize, without_spaces
@@ -61,13 +61,14 @@ def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | 
     """Grade whether the final answer of `response` is equal to the reference `answer`."""
     gold = gold_text(answer)
     if not gold:
-        return Outcome(Verdict.UNPARSEABLE, reason="the reference answer is empty")
+        return Outcome(Verdict.UNPARSEABLE, reason="the reference answer is empty", kind=ReasonKind.REFERENCE)
     if gold.lower() == "nan":  # what a missing number becomes as text
-        return Outcome(Verdict.UNPARSEABLE, reason=f"the reference answer is {gold!r}, a missing number written as text")
+        reason = f"the reference answer is {gold!r}, a missing number written as text"
+        return Outcome(Verdict.UNPARSEABLE, reason=reason, kind=ReasonKind.REFERENCE)
     try:
         extracted = final_answer(response, opened=is_opened(extra))
     except NoAnswer as error:
-        return Outcome(Verdict.UNPARSEABLE, reason=str(error))
+        return Outcome(Verdict.UNPARSEABLE, reason=str(error), kind=error.kind)
     if len(extracted) > MAX_CHARS:
         return Outcome(Verdict.UNPARSEABLE, extracted, f"the answer has {len(extracted)} characters")
     found = normalize(extracted)
@@ -101,7 +102,9 @@ def _compare(gold: str, found: str, extracted: str) -> Outcome:
     if problem := found_problem or undecided:
         return _symbolically(gold, found, extracted, problem, "the answer")
     if gold_readings[0][0] == "prose":
-        return Outcome(Verdict.UNPARSEABLE, extracted, "the reference answer mixes words and mathematics")
+        return Outcome(
+            Verdict.UNPARSEABLE, extracted, "the reference answer mixes words and mathematics", ReasonKind.REFERENCE
+        )
     return Outcome(Verdict.WRONG, extracted)
 
 
@@ -133,7 +136,8 @@ def _symbolically(gold: str, found: str, extracted: str, problem: Exception, who
     if is_words(gold) or is_words(found) or _negation.search(found):
         same_words = word_tree(gold) == word_tree(found) != ("text", "")
         return Outcome(Verdict.CORRECT if same_words else Verdict.WRONG, extracted)
-    unreadable = Outcome(Verdict.UNPARSEABLE, extracted, f"{whose} cannot be read: {problem}")
+    kind = ReasonKind.REFERENCE if whose == "the reference answer" else None
+    unreadable = Outcome(Verdict.UNPARSEABLE, extracted, f"{whose} cannot be read: {problem}", kind)
     if isinstance(problem, TooMuch) or max(len(gold), len(found)) > MAX_SYMBOLIC_CHARS:
         return unreadable
     if not (isinstance(problem, Undecided) or _symbolic.search(gold) or _symbolic.search(found)):

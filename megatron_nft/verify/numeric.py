@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron_nft.types import Verdict
+from megatron_nft.types import ReasonKind, Verdict
 from megatron_nft.verify.algebra.answer import read
 from megatron_nft.verify.algebra.comparison import value_at_a_point
 from megatron_nft.verify.algebra.normalize import normalize
@@ -39,11 +39,12 @@ def grade(
     """Grade whether the final answer of `response` is a number within `tolerance` of the reference."""
     gold = _number(gold_text(answer))
     if gold is None:
-        return Outcome(Verdict.UNPARSEABLE, reason=f"the reference answer {answer!r:.80} is not a number")
+        reason = f"the reference answer {answer!r:.80} is not a number"
+        return Outcome(Verdict.UNPARSEABLE, reason=reason, kind=ReasonKind.REFERENCE)
     try:
         extracted = final_answer(response, opened=is_opened(extra))
     except NoAnswer as error:
-        return Outcome(Verdict.UNPARSEABLE, reason=str(error))
+        return Outcome(Verdict.UNPARSEABLE, reason=str(error), kind=error.kind)
     found = _number(normalize(extracted))
     if found is None:
         return Outcome(Verdict.UNPARSEABLE, extracted, "the answer is not a number")

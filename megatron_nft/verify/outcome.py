@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_nft.types import Verdict
+from megatron_nft.types import ReasonKind, Verdict
 
 MAX_EXTRACTED_CHARS = 2000  # no answer worth keeping is longer
 
@@ -16,13 +17,14 @@ class Outcome:
     verdict: Verdict
     extracted: str | None = None  # what the grader read as the answer
     reason: str = ""  # why the verdict is neither correct nor wrong
+    kind: ReasonKind | None = None  # of the reason; None counts as `other` where there is one
 
 
 @dataclass(frozen=True, slots=True)
 class Graded:
     """The verdict that training and evaluation use.
 
-    With several graders `verdict`, `extracted`, `grader` and `reason` are the first one's.
+    With several graders `verdict`, `extracted`, `grader`, `reason` and its kind are the first one's.
     """
 
     verdict: Verdict
@@ -30,23 +32,26 @@ class Graded:
     grader: str
     seconds: float  # in the worker, all graders together
     by_grader: dict[str, Verdict]
-    ignored: bool  # left out of the loss: the graders disagree and `on_disagreement` says so
+    ignored: bool  # left out of the loss: there is no verdict, or the graders disagree, and the settings say so
     reason: str = ""
+    reason_kind: ReasonKind | None = None
 
 
 def combine(
-    names: tuple[str, ...], outcomes: list[Outcome], seconds: float, on_disagreement: str = "trust_first"
+    names: tuple[str, ...],
+    outcomes: list[Outcome],
+    seconds: float,
+    on_disagreement: str = "trust_first",
+    on_failure: str = "drop",
 ) -> Graded:
     """Combine the outcomes of the graders `names`, given in the same order.
 
-    Graders disagree when one says correct and another does not; other differences do not change what is learned.
-
-    seconds: for all graders together. on_disagreement: as in `VerifyConfig`.
+    seconds: for all graders together. on_disagreement, on_failure: as in `VerifyConfig`.
     """
-    correct = [outcome.verdict is Verdict.CORRECT for outcome in outcomes]
-    disagree = any(correct) != all(correct)
-    ignored = disagree and (on_disagreement == "drop" or (on_disagreement == "not_negative" and not correct[0]))
     first = outcomes[0]
+    disagree = graders_disagree([outcome.verdict for outcome in outcomes])
+    set_aside = on_disagreement == "drop" or (on_disagreement == "not_negative" and first.verdict != Verdict.CORRECT)
+    ignored = (disagree and set_aside) or (first.verdict.is_missing and on_failure == "drop")
     return Graded(
         verdict=first.verdict,
         extracted=first.extracted,
@@ -55,6 +60,19 @@ def combine(
         by_grader={name: outcome.verdict for name, outcome in zip(names, outcomes, strict=True)},
         ignored=ignored,
         reason=first.reason,
+        reason_kind=first.kind or (ReasonKind.OTHER if first.reason else None),
+    )
+
+
+def graders_disagree(verdicts: Sequence[Verdict]) -> bool:
+    """Whether the first of the graders says correct and another does not, or the other way round; False for none.
+
+    Other differences do not change what is learned, and another grader that gave no verdict differs from nobody.
+    """
+    return any(
+        (verdict is Verdict.CORRECT) != (verdicts[0] is Verdict.CORRECT)
+        for verdict in verdicts[1:]
+        if not verdict.is_missing
     )
 
 

@@ -9,13 +9,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from megatron_nft.types import ReasonKind
+
 PROMPT_OPENS_THINKING = "prompt_opens_thinking"
 _tag = re.compile(r"<(/?)\s*(?:think(?:ing)?|thoughts?)\s*>", re.IGNORECASE)
 MAX_TAG_CHARS = 40
 
 
 class NoAnswer(ValueError):
-    """The response holds no final answer; the message says why."""
+    """The response holds no final answer; the message says why, and `kind` in one word."""
+
+    def __init__(self, message: str, kind: ReasonKind = ReasonKind.NO_ANSWER) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def opens_thinking(prompt: str) -> bool:
@@ -48,10 +54,12 @@ def answer_part(response: str, *, opened: bool = False) -> str:
         else:
             reopened_at = min(reopened_at, tag.start())
     if opened and not closed_at:
-        raise NoAnswer("the thinking is not finished: the prompt opens it, and there is no </think>")
+        raise NoAnswer(
+            "the thinking is not finished: the prompt opens it, and there is no </think>", ReasonKind.UNFINISHED
+        )
     rest = response[closed_at:reopened_at]
     if rest.strip():
         return rest
     if reopened_at < len(response):
-        raise NoAnswer("the thinking is not finished: there is no </think>")
+        raise NoAnswer("the thinking is not finished: there is no </think>", ReasonKind.UNFINISHED)
     raise NoAnswer("nothing follows </think>" if closed_at else "the response is empty")

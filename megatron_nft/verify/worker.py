@@ -29,7 +29,7 @@ import time
 from typing import Any
 
 from megatron_nft.processes import die_with_parent
-from megatron_nft.types import Verdict
+from megatron_nft.types import ReasonKind, Verdict
 from megatron_nft.verify.forkserver import HEADER
 from megatron_nft.verify.graders import Grader, GraderError, call, load, split_names
 from megatron_nft.verify.outcome import Outcome, shorten
@@ -154,7 +154,7 @@ class _Worker:
     """Grades the rows that arrive on its socket, one after another.
 
     It sends [pid] when it has started, and for each grader of a row
-    [row id, grader index, verdict, extracted, reason, seconds, retiring].
+    [row id, grader index, verdict, extracted, reason, its kind, seconds, retiring].
     """
 
     def __init__(self, rows: socket.socket, graders: list[Grader], memory_bytes: int) -> None:
@@ -187,16 +187,19 @@ class _Worker:
             outcome = call(self.graders[index], *pickle.loads(payload))
             retiring = False
         except MemoryError:
-            outcome = Outcome(Verdict.TIMEOUT, reason=f"needed more than {self.memory_bytes} bytes of memory")
+            reason = f"needed more than {self.memory_bytes} bytes of memory"
+            outcome = Outcome(Verdict.TIMEOUT, reason=reason, kind=ReasonKind.MEMORY)
             retiring = True
         except Exception as error:  # `extra` holds a class that this process does not know
-            outcome = Outcome(Verdict.UNPARSEABLE, reason=f"the row cannot be read: {type(error).__name__}: {error}")
+            reason = f"the row cannot be read: {type(error).__name__}: {error}"
+            outcome = Outcome(Verdict.NO_VERDICT, reason=reason, kind=ReasonKind.GRADER_FAILED)
             retiring = False
         seconds = time.perf_counter() - start
         if not retiring and (check_size or seconds > 0.05):
             # A new worker takes over before the next row could lack memory through no fault of its own.
             retiring = _address_space() - self.base_bytes > self.memory_bytes // 4
-        reply = [row_id, index, outcome.verdict, shorten(outcome.extracted), shorten(outcome.reason), seconds, retiring]
+        said = [outcome.verdict, shorten(outcome.extracted), shorten(outcome.reason), outcome.kind]
+        reply = [row_id, index, *said, seconds, retiring]
         self.rows.sendall(json.dumps(reply).encode() + b"\n")
         return retiring
 

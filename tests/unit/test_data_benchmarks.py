@@ -8,12 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_nft.data.answer_keys import answer_of_solution, answer_text
 from megatron_nft.data.benchmarks import (
     BENCHMARKS,
     BOXED_INSTRUCTION,
     BenchmarkError,
-    answer_of_solution,
-    answer_text,
     find_file,
     read_benchmark,
     read_prepared,
@@ -79,11 +78,16 @@ def verl_row(**changes):
 
 
 def test_published_files_may_carry_columns_of_their_own(tmp_path):
-    rows = [verl_row(answer="2", responses=["a"]), verl_row(), verl_row(reward_model={"ground_truth": 3.0})]
+    other = [{"role": "user", "content": "1.5+1.5?"}]
+    rows = [
+        verl_row(answer="2", responses=["a"]),
+        verl_row(),
+        verl_row(prompt=other, reward_model={"ground_truth": 3.0}),
+    ]
     path = write_jsonl(tmp_path / "aime24.jsonl", *rows)
     assert [(q.id, q.answer, q.data_source) for q in read_benchmark(BENCHMARKS["aime24"], path)] == [
         ("7", "2", "d"),  # the second row is a copy
-        ("7", "3", "d"),
+        ("7", "3.0", "d"),  # a number keeps its text
     ]
 
 
@@ -102,7 +106,13 @@ def test_question_files_of_our_own(tmp_path):
         ({"prompt": [{"role": "user"}]}, r"row 1: column prompt: .* each message has role and content"),
         ({"prompt": []}, r"row 1: column prompt: \[\] \(list\); write a text or a list"),
         ({"prompt": None}, "row 1: .*NoneType"),
-        ({"reward_model": {"style": "rule"}}, "row 1: no 'ground_truth'"),
+        (
+            {"reward_model": {"style": "rule"}},
+            r"row 1: reward_model is \{'style': 'rule'\} \(dict\); it has no ground_truth",
+        ),
+        ({"reward_model": "2"}, r"row 1: reward_model is '2' \(str\); it has no ground_truth"),
+        ({"reward_model": None}, r"row 1: reward_model is None \(null\)"),
+        ({"extra_info": "7"}, r"row 1: column extra_info holds '7' \(str\), not a mapping"),
         ({"reward_model": {"ground_truth": None}}, "row 1: the answer is None"),
     ],
 )
@@ -139,8 +149,10 @@ def test_files_are_looked_for_in_the_folder_and_its_eval(tmp_path):
         ({"problem": "p", "answer": {"a": 1}}, r"row 2: the answer is .* \(dict\)"),
         ({"problem": "p", "answer": True}, r"row 2: the answer is True \(bool\)"),
         ({"problem": "p", "answer": []}, r"row 2: the answer is \[\]"),
+        ({"problem": "p", "answer": "nan"}, r"row 2: the answer is the text 'nan'"),
+        ({"problem": 10**400, "answer": "1"}, r"row 2: column problem holds 10000*\.\.\. \(int\), not a text"),
         ({"problem": 5, "answer": "1"}, r"row 2: column problem holds 5 \(int\)"),
-        ({"problem": " ", "answer": "1"}, "row 2: column problem holds"),
+        ({"problem": " ", "answer": "1"}, "row 2: column problem is empty"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):

@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from megatron_nft.cli import main
 from megatron_nft.data import synthetic
-from megatron_nft.data.prompts import PromptStream, render
+from megatron_nft.data.prompts import PromptStream, load_tokenizer, render
 from megatron_nft.data.rows import DataError
 
 TALK = [{"role": "user", "content": "1+1="}]
@@ -118,6 +118,51 @@ def test_a_dry_run_shows_the_first_prompt_as_text_and_tokens(start, tmp_path, ca
     assert "first prompt: not shown, /nowhere.jsonl is not on this machine" in capsys.readouterr().out
 
 
+def evaluation(start, tmp_path, *arguments):
+    given = ["eval", "--model", start["model"]["path"], "--out", str(tmp_path / "out"), "--engine", "embedded"]
+    return main([*given, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ([], "<bos>1+1="),
+        (["--system-prompt", "2"], "<bos>2\n1+1="),
+        (["--chat-template", "t.jinja"], "<user>1+1=<assistant>"),
+        (["--chat-template", "t.jinja", "--system-prompt", "2"], None),  # which this template refuses
+        (["--limit", "1", "rollout.stop_token_ids=[4]"], "<bos>1+1="),
+    ],
+)
+def test_a_dry_run_of_an_evaluation_shows_it_too(start, tmp_path, monkeypatch, capsys, more, text):
+    monkeypatch.chdir(tmp_path)
+    Path("t.jinja").write_text(NO_SYSTEM)
+    Path("q.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2=", "answer": "3"}\n')
+    asked = ["--benchmarks", "q.jsonl", "--dry-run", *more]
+    if text is None:
+        assert evaluation(start, tmp_path, *asked) == 2
+        assert "q.jsonl, row 1: the chat template refuses" in capsys.readouterr().err
+        return
+    assert evaluation(start, tmp_path, *asked) == 0
+    shown = capsys.readouterr().out
+    tokenizer = load_tokenizer(start["model"]["path"])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = " ".join(f"{i}:{token!r}" for i, token in zip(ids, tokenizer.convert_ids_to_tokens(ids)))
+    assert f"first prompt (q), {len(ids)} tokens:\n{text}\nits tokens: {tokens}\n" in shown
+    assert "an answer ends at " in shown and not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_refuses_copies_with_different_answers(start, tmp_path, capsys):
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(f'{{"prompt": "1+1=", "answer": "{answer}"}}\n' for answer in (2, 3, 2)))
+    asked = ["--benchmarks", str(path), "--dry-run"]
+    assert evaluation(start, tmp_path, *asked) == 2
+    assert "'2' at" in (error := capsys.readouterr().err) and "row 3 but '3' at" in error and "--conflicts" in error
+    assert evaluation(start, tmp_path, *asked, "--conflicts", "drop") == 2
+    assert "no question is left" in capsys.readouterr().err
+    assert evaluation(start, tmp_path, *asked, "--conflicts", "majority") == 0
+    assert "benchmarks.q.questions: 1" in capsys.readouterr().out
+
+
 def test_a_template_that_raises_is_told_before_ranks_start(start, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("megatron_nft.train.launch.start_local", lambda *_: pytest.fail("ranks were started"))
     template = tmp_path / "t.jinja"
@@ -133,9 +178,8 @@ def test_a_template_that_raises_is_told_before_ranks_start(start, tmp_path, caps
 def test_an_evaluation_tells_it_too(start, tmp_path, capsys):
     template = tmp_path / "t.jinja"
     template.write_text(NO_SYSTEM)
-    given = ["eval", "--model", start["model"]["path"], "--benchmarks", start["data"]["train"][0]]
-    given += ["--out", str(tmp_path / "out"), "--engine", "embedded", "--chat-template", str(template)]
-    assert main([*given, "--system-prompt", "Be brief."]) == 2
+    asked = ["--benchmarks", start["data"]["train"][0], "--chat-template", str(template)]
+    assert evaluation(start, tmp_path, *asked, "--system-prompt", "Be brief.") == 2
     error = capsys.readouterr().err
     assert "train.jsonl, row 1: the chat template refuses" in error and "--system-prompt" in error
     assert not (tmp_path / "out").exists()

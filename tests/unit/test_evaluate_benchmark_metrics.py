@@ -5,6 +5,7 @@ import pytest
 
 from megatron_nft.evaluate.benchmark_metrics import benchmark_metrics, macro_average, question_scores, vote_form
 from megatron_nft.evaluate.questions import Answer, QuestionResult
+from megatron_nft.evaluate.summary import NOTE, tables
 from megatron_nft.types import Verdict
 
 C, W, U, T = Verdict.CORRECT, Verdict.WRONG, Verdict.UNPARSEABLE, Verdict.TIMEOUT
@@ -27,7 +28,8 @@ def test_figures_by_hand():
     f = benchmark_metrics(RESULTS)
     assert (f["questions"], f["samples"]) == (2, 4)
     assert f["accuracy"]["mean"] == pytest.approx(3 / 8)
-    assert (f["accuracy"]["low"], f["accuracy"]["high"]) == (0.25, 0.5)  # one question drawn twice: 1 in 4 each
+    # Scores 0.5 and 0.25, t = 12.706: effect (0.0625 + 0.05) / (0.9375 + 0.05), x = 9.1964 (intervals.py).
+    assert (f["accuracy"]["low"], f["accuracy"]["high"]) == pytest.approx((0.01435, 0.96113), abs=1e-4)
     # pass@2: 1 - C(2,2)/C(4,2) = 5/6 and 1 - C(3,2)/C(4,2) = 1/2
     assert {k: v["mean"] for k, v in f["pass_at"].items()} == pytest.approx(
         {"1": 3 / 8, "2": (5 / 6 + 1 / 2) / 2, "4": 1.0}
@@ -38,7 +40,7 @@ def test_figures_by_hand():
     assert f["length"] == pytest.approx({"mean": 25.0, "median": 15.0, "p95": 59.5, "max": 70})
     assert f["truncated_share"] == pytest.approx(2 / 8)
     assert f["verdict_shares"] == pytest.approx(
-        {"correct": 3 / 8, "wrong": 3 / 8, "unparseable": 1 / 8, "timeout": 1 / 8}
+        {"correct": 3 / 8, "wrong": 3 / 8, "unparseable": 1 / 8, "timeout": 1 / 8, "no_verdict": 0}
     )
     assert f["seconds_per_verdict"] == 0.5
 
@@ -52,6 +54,17 @@ def test_graders_side_by_side():
     assert graders["strict"]["disagrees_share"] == pytest.approx(2 / 8)
 
 
+def test_the_majority_is_called_an_upper_bound():
+    """Two right forms are one vote, two wrong forms of one value are two: 1/2 and 0.5 against 7 and 7.0."""
+    votes = (C, "1/2", 1, "stop", C), (C, "0.5", 1, "stop", C), (W, "7", 1, "stop", W), (W, "7.0", 1, "stop", W)
+    figures = benchmark_metrics([question(0, *votes), question(1, *votes)])
+    assert figures["majority_at"]["4"]["mean"] == 1.0
+    results = {"benchmarks": {"x": figures | {"over_long_prompts": 0}}, "average": None}
+    shown = dict(tables(results))
+    assert "maj@N %, at most" in shown["Accuracy"][0]
+    assert "Majority of k answers (upper bound)" in shown and "upper bounds" in NOTE
+
+
 def test_one_answer_per_question_has_only_k_of_one():
     f = benchmark_metrics([question(0, (C, "7", 10, "stop", C)), question(1, (W, "7", 10, "stop", C))])
     assert list(f["pass_at"]) == list(f["majority_at"]) == ["1"]
@@ -62,7 +75,9 @@ def test_one_answer_per_question_has_only_k_of_one():
 def test_macro_average_weighs_benchmarks_alike():
     small, large = np.array([1.0, 1.0]), np.zeros(200)
     average = macro_average({"small": small, "large": large})
-    assert (average.mean, average.low, average.high) == (0.5, 0.5, 0.5)
+    # Wilson's limits with t: 1 / (1 + 12.706^2 / 2) of two right ones, x / (1 + x) with x = 1.972^2 / 200 of none.
+    assert average.mean == 0.5
+    assert (average.low, average.high) == pytest.approx((0.5 - (1 - 0.012236) / 2, 0.5 + 0.019072 / 2), abs=1e-5)
     rng = np.random.default_rng(1)
     a, b = (rng.random(100) < 0.5).astype(float), (rng.random(400) < 0.5).astype(float)
     average = macro_average({"a": a, "b": b})

@@ -63,6 +63,10 @@ def write_evaluation(folder, scores, *, name="aime24", samples=4, temperature=0.
     return folder
 
 
+def said(comparison):
+    return verdict(comparison.paired.difference.mean, comparison.p_corrected)
+
+
 def test_difference_and_changed_questions_by_hand(tmp_path):
     a = write_evaluation(tmp_path / "a", [4, 2, 0, 1])
     b = write_evaluation(tmp_path / "b", [4, 3, 4, 0], checksum="b")
@@ -72,30 +76,65 @@ def test_difference_and_changed_questions_by_hand(tmp_path):
     assert [(x.id, x.a, x.b) for x in c.changes] == [("q2", 0.0, 1.0), ("q1", 0.5, 0.75), ("q3", 0.25, 0.0)]
     assert average is None
     assert differ == []
-    assert verdict(c.paired) == "no difference can be told"  # four questions
+    assert said(c) == "no difference can be told"  # four questions
 
 
 def test_clear_differences_are_told_both_ways(tmp_path):
     a = write_evaluation(tmp_path / "a", [1, 0, 2, 1] * 10)
     b = write_evaluation(tmp_path / "b", [2, 1, 2, 2] * 10)
-    assert verdict(compare(a, b)[0][0].paired) == "B is better"
-    assert verdict(compare(b, a)[0][0].paired) == "B is worse"
+    assert said(compare(a, b)[0][0]) == "B is better"
+    assert said(compare(b, a)[0][0]) == "B is worse"
     assert compare(a, a)[0][0].changes == []
 
 
+def write_several(folder, scores):
+    """An evaluation of several benchmarks, scores by name."""
+    merged = None
+    for name, right in scores.items():
+        write_evaluation(folder, right, name=name)
+        one = json.loads((folder / "results.json").read_text())
+        if merged is not None:
+            one["benchmarks"] |= merged["benchmarks"]
+            one["protocol"]["benchmarks"] |= merged["protocol"]["benchmarks"]
+        merged = one
+    (folder / "results.json").write_text(json.dumps(merged))
+    return folder
+
+
 def test_average_over_two_benchmarks(tmp_path):
-    for folder, first, second in (("a", [0] * 6, [4] * 6), ("b", [4] * 6, [4] * 6)):
-        write_evaluation(tmp_path / folder, first)
-        one = json.loads((tmp_path / folder / "results.json").read_text())
-        write_evaluation(tmp_path / folder, second, name="amc23")
-        two = json.loads((tmp_path / folder / "results.json").read_text())
-        two["benchmarks"] |= one["benchmarks"]
-        two["protocol"]["benchmarks"] |= one["protocol"]["benchmarks"]
-        (tmp_path / folder / "results.json").write_text(json.dumps(two))
-    comparisons, average, _ = compare(tmp_path / "a", tmp_path / "b")
+    a = write_several(tmp_path / "a", {"aime24": [0] * 6, "amc23": [4] * 6})
+    b = write_several(tmp_path / "b", {"aime24": [4] * 6, "amc23": [4] * 6})
+    comparisons, average, _ = compare(a, b)
     assert {c.name for c in comparisons} == {"aime24", "amc23"}
     assert (average["a"], average["b"]) == (0.5, 1.0)
-    assert average["paired"].difference.low == average["paired"].difference.high == 0.5
+    # Six differences of 1 and one more of 0: variance 6/7 / 6 = 1/7, standard error sqrt(1/42), 5 degrees; halved.
+    half = 2.5706 * (1 / 42) ** 0.5 / 2
+    d = average["paired"].difference
+    assert (d.mean, d.low, d.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-4)
+
+
+def test_what_is_said_of_a_benchmark_is_corrected_for_their_number(tmp_path, capsys):
+    """One of five benchmarks differs with p = 0.03, which is nothing to be surprised at among five."""
+    names = ["aime24", "aime25", "amc23", "math500", "minerva"]
+    better = [1, 1, 1, 1, 1, 1] + [0] * 24
+    a = write_several(tmp_path / "a", dict.fromkeys(names, [0] * 30))
+    b = write_several(tmp_path / "b", dict.fromkeys(names, [0] * 30) | {"amc23": better})
+    found = {c.name: c for c in compare(a, b)[0]}["amc23"]
+    assert 0.005 < found.paired.p_value < 0.05 and found.paired.difference.low > 0
+    assert found.p_corrected == pytest.approx(5 * found.paired.p_value)
+    assert said(found) == "no difference can be told"
+    assert cli.main(["compare", str(a), str(b), "--show", "0", "--out", str(tmp_path / "c.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "p of 5" in shown and "corrected for 5 benchmarks (Holm)" in shown and "several seeds of each" in shown
+    written = json.loads((tmp_path / "c.json").read_text())
+    assert written["benchmarks"]["amc23"]["verdict"] == "no difference can be told"
+    assert written["benchmarks"]["amc23"]["p_corrected"] == found.p_corrected
+    assert "another seed" in written["note"]
+    alone = [write_evaluation(tmp_path / f"{x}1", scores) for x, scores in (("a", [0] * 30), ("b", better))]
+    assert said(compare(*alone)[0][0]) == "B is better"
+    assert cli.main(["compare", *map(str, alone)]) == 0
+    shown = capsys.readouterr().out
+    assert "Holm" not in shown and "several seeds of each" in shown
 
 
 def test_another_protocol_is_refused_until_told(tmp_path, capsys):

@@ -101,7 +101,7 @@ def test_samples_must_be_positive():
 def test_counts_of_ranks_merge_to_the_counts_of_one():
     whole = evaluate_questions(Script(LINES), PROMPTS, Letters(), Slow(), **SETTINGS).counts()
     assert dict(zip(COUNT_COLUMNS, whole[0])) == {
-        "index": 7, "answers": 2, "correct": 1, "unparseable": 1, "timeout": 0, "truncated": 0, "tokens": 22,
+        "index": 7, "answers": 2, "correct": 1, "unparseable": 1, "no_verdict": 0, "truncated": 0, "tokens": 22,
     }  # fmt: skip
     one = Script([(0, k, text, reason) for q, k, text, reason in LINES if q == 0])
     two = Script([(0, k, text, reason) for q, k, text, reason in LINES if q == 1])
@@ -118,12 +118,13 @@ def test_summary_by_hand():
     counts = np.array([[0, 4, 2, 1, 0, 1, 40], [1, 4, 4, 0, 0, 0, 20], [2, 4, 0, 2, 2, 3, 60]])
     figures = summarize_counts(counts)
     assert figures["accuracy"] == pytest.approx(0.5)
-    assert figures["accuracy_low"] == pytest.approx(0.0)  # all three draws are question 2 in 1 of 27 resamples
-    assert figures["accuracy_high"] == pytest.approx(1.0)
+    # Scores 0.5, 1, 0, t = 4.3027: effect (0.75 + 0.05) / (1.125 + 0.05), x = 4.2015 (evaluate/intervals.py).
+    assert figures["accuracy_low"] == pytest.approx(0.05063, abs=1e-4)
+    assert figures["accuracy_high"] == pytest.approx(0.94937, abs=1e-4)
     assert figures["length_mean"] == pytest.approx(10.0)
     assert figures["truncated_share"] == pytest.approx(4 / 12)
     assert figures["unparseable_share"] == pytest.approx(3 / 12)
-    assert figures["timeout_share"] == pytest.approx(2 / 12)
+    assert figures["no_verdict_share"] == pytest.approx(2 / 12)
     assert figures["pass@4"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="no question"):
         summarize_counts(np.zeros((0, 7), dtype=np.int64))

@@ -44,7 +44,7 @@ def test_metrics_of_rollouts():
     record.add_rollouts(metrics, groups, 0.5)
     merged = Metrics.merge([metrics.state()])
     assert merged["accuracy/train"] == 0.25
-    assert [merged[f"verdict/{v.value}"] for v in Verdict] == [0.25] * 4
+    assert [merged[f"verdict/{v.value}"] for v in Verdict] == [0.25] * 5  # the time-out counts as no verdict too
     assert (merged["length/mean"], merged["length/max"], merged["length/truncated"]) == (4.0, 6.0, 0.25)
     assert merged["correct_rate/hist"] == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]  # rates 0 and 0.5
     assert merged["entropy/sampled"] == 0.5

@@ -84,10 +84,10 @@ def test_a_hostile_row_costs_nobody_else_a_verdict(pool):
         "spin 30": Verdict.TIMEOUT,
         "deaf": Verdict.TIMEOUT,
         f"memory {1 << 30}": Verdict.TIMEOUT,
-        "segfault": Verdict.UNPARSEABLE,
-        "exit 3": Verdict.UNPARSEABLE,
-        "raise": Verdict.UNPARSEABLE,
-        "nonsense": Verdict.UNPARSEABLE,
+        "segfault": Verdict.NO_VERDICT,
+        "exit 3": Verdict.NO_VERDICT,
+        "raise": Verdict.NO_VERDICT,
+        "nonsense": Verdict.NO_VERDICT,
     }
     responses = [response for bad in hostile for response in (bad, "yes", "no", "yes")]
     expected = [v for bad in hostile.values() for v in (bad, Verdict.CORRECT, Verdict.WRONG, Verdict.CORRECT)]
