@@ -29,11 +29,17 @@ class AlgorithmSettings(Section):
     """The settings that every algorithm has. An algorithm adds its own in a subclass."""
 
     name: str
-    """A built-in algorithm (nft, rft, grpo, dr_grpo or dapo), or module:Class of your own."""
-    loss_divisor: Literal["tokens"] | PositiveFloat = "tokens"
-    """Global denominator: the optimizer step's trained response tokens over all ranks, or a fixed number."""
+    """A built-in algorithm (nft, rft, grpo, dr_grpo, dapo, gspo, cispo or w_reinforce), or module:Class of your own."""
+    loss_divisor: Literal["tokens", "answers"] | PositiveFloat = "tokens"
+    """Global denominator: the optimizer step's trained response tokens, or its trained answers, over all ranks; or a
+    fixed number."""
     truncated: Literal["negative", "drop"] = "negative"
     """Answers cut off at the length limit: trained as wrong, or left out of the loss."""
+
+    def denominator(self, *, tokens: int, answers: int) -> float:
+        """What the loss of an optimizer step with so many trained response tokens and answers is divided by."""
+        counts = {"tokens": tokens, "answers": answers}
+        return float(counts[self.loss_divisor] if isinstance(self.loss_divisor, str) else self.loss_divisor)
 
     def check_response_limit(self, max_response_tokens: int) -> None:
         """ValueError where these settings do not go with answers of at most `max_response_tokens` tokens."""
@@ -100,6 +106,15 @@ def training_sample(
         advantage=advantage,
         step=group.step,
     )
+
+
+def refuse_token_divisor(settings: AlgorithmSettings, because: str) -> None:
+    """ValueError where the loss is one number per answer, `because` of a setting, and is divided by tokens."""
+    if settings.loss_divisor == "tokens":
+        raise ValueError(
+            f"{because} gives one loss per answer, which algorithm.loss_divisor=tokens would divide by the tokens of "
+            "all answers: set loss_divisor=answers for a mean over answers, or a fixed number"
+        )
 
 
 def at_least_float32(values: Tensor) -> Tensor:

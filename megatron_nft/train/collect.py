@@ -68,6 +68,8 @@ def collect(
     of the model, for the message of that error.
     """
     needed = config.train.questions_per_step
+    record.add_rollouts(metrics, [], 0.0)
+    record.add_groups(metrics, layout.rank, [])
     stream.cursor = state.cursor
     held = {(s.draw, s.sample_index): s for s in state.surplus} if layout.is_replica_leader else {}
     found = Collected([], [], [], held, state.cursor)

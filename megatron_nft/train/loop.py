@@ -105,9 +105,8 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
     with phases("train"):
         total, skipped = config.train.num_epochs * len(plan.optimizer_steps), 0
         updates = optimizer_steps(plan, samples, config.train.num_epochs, layout.dp.rank, seed=(config.seed, step))
-        for number, (mine, tokens) in enumerate(updates, start=1):
-            divisor = config.algorithm.loss_divisor
-            denominator = float(tokens) if divisor == "tokens" else divisor
+        for number, (mine, tokens, answers) in enumerate(updates, start=1):
+            denominator = config.algorithm.denominator(tokens=tokens, answers=answers)
             batches = pack_for_policy(mine, policy)
             with micro_batch_progress(policy, parts.life, f"update {number} of {total}", len(batches)):
                 outcome = policy.train_step(batches, parts.algorithm, denominator, config.rollout.temperature)
@@ -185,7 +184,7 @@ def finish_step(parts: Parts, state: RunState) -> None:
         ("length/truncated", config.rollout.max_response_tokens),
         ("eval/truncated_share", config.eval.max_response_tokens or config.rollout.max_response_tokens),
     ):
-        if note := cut_off_note(written.get(share, 0.0), limit, parts.questions.end_tokens):
+        if note := cut_off_note(written.get(share) or 0.0, limit, parts.questions.end_tokens):
             parts.life.console.say(f"{share}: {note}")
 
 

@@ -1,17 +1,19 @@
 """The metrics of a training step, by name, and how each is made.
 
-Every function adds what one rank knows. What all ranks know alike is added by rank 0 alone.
+Every function adds what one rank knows. What all ranks know alike is added by rank 0 alone. Every step has every
+metric: where there was nothing to measure, as in a step that generates nothing, a mean or maximum is null and a sum 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_nft.metrics import Metrics
+from megatron_nft.metrics import Max, Mean, Metrics
 from megatron_nft.train.reasons import REASONS, Outcomes, reason_group
 from megatron_nft.train.schedule import GroupFacts, StepPlan
 from megatron_nft.types import RolloutGroup, TrainingSample, Verdict
@@ -34,7 +36,8 @@ HISTOGRAM_BINS = 11  # correct rates 0, 0.1, …, 1 sit in bins of their own
 
 
 def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s: float) -> None:
-    """Accuracy, verdicts, lengths, correct-rate histogram, over all answers of this generation batch."""
+    """Accuracy, verdicts, lengths, correct-rate histogram, over all answers of this generation batch; over none where
+    nothing is generated."""
     answers = [r for g in groups for r in g.rollouts]
     n = len(answers)
     lengths = [len(r.response_ids) for r in answers]
@@ -46,7 +49,7 @@ def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s
     for reason in REASONS:
         metrics.sum(f"reason/{reason}", reasons[reason])
     metrics.mean("length/mean", sum(lengths), n)
-    metrics.max("length/max", max(lengths, default=0))
+    metrics.max("length/max", max(lengths, default=-math.inf))
     metrics.mean("length/truncated", sum(r.finish_reason == "length" for r in answers), n)
     metrics.mean("answers/ignored", sum(r.ignored for r in answers), n)
     metrics.sum("tokens/generated", sum(lengths))
@@ -59,11 +62,11 @@ def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s
 
 
 def add_groups(metrics: Metrics, rank: int, facts: Sequence[GroupFacts]) -> None:
-    """Groups of a generation batch by what becomes of them."""
+    """Groups of a generation batch by what becomes of them; none where nothing is generated."""
     if rank != 0:
         return
     fates = Counter(f.fate for f in facts)
-    metrics.sum("generation_batches", 1)
+    metrics.sum("generation_batches", bool(facts))
     metrics.sum("groups/generated", len(facts))
     for fate in ("all_correct", "all_wrong", "too_few"):
         metrics.sum(f"groups/{fate}", fates[fate])
@@ -94,7 +97,8 @@ def add_gap(metrics: Metrics, samples: Sequence[TrainingSample]) -> None:
 
 
 def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
-    """One optimizer step, the algorithm's own metrics included; the report holds sums over all ranks already.
+    """One optimizer step, the algorithm's own metrics included; the report holds sums over all ranks already. Of a
+    skipped one nothing but that counts.
 
     ValueError, on every rank, where the algorithm gives a metric the name of one of the trainer's.
     """
@@ -105,13 +109,15 @@ def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
     metrics.mean("skipped_steps/share", float(report.skipped), 1)
     metrics.sum("skipped_steps", float(report.skipped))
     metrics.mean("lr", report.lr, 1)
-    if report.skipped:
-        return
-    metrics.mean("loss/total", report.loss, 1)
-    metrics.mean("grad_norm", report.grad_norm, 1)
-    metrics.max("grad_norm/max", report.grad_norm)
-    for name, value in report.metrics.items():
-        metrics.add(name, value)
+    made: dict[str, Mean | Max] = {
+        "loss/total": Mean(report.loss, 1),
+        "grad_norm": Mean(report.grad_norm, 1),
+        "grad_norm/max": Max(report.grad_norm),
+        **report.metrics,
+    }
+    for name, value in made.items():
+        nothing = Mean(0, 0) if isinstance(value, Mean) else Max(-math.inf)
+        metrics.add(name, nothing if report.skipped else value)
 
 
 def add_sync(metrics: Metrics, costs: dict[str, float]) -> None:

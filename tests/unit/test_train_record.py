@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,6 +87,27 @@ def test_an_optimizer_step_brings_the_metrics_of_its_algorithm():
     }
 
 
+def test_a_step_that_generates_or_updates_nothing_writes_the_same_metrics():
+    """Means and maxima are null and sums 0, so that every line of metrics.jsonl has every name."""
+    something, nothing = Metrics(), Metrics()
+    groups = [RolloutGroup(0, PROMPT, [rollout(0, Verdict.CORRECT), rollout(1, Verdict.WRONG)], 1)]
+    report = StepReport(0.5, 2.0, 1e-6, False, "", 4, {"own/share": Mean(1.0, 4), "own/largest": Max(3.0)})
+    for metrics, some, facts, skipped in (
+        (something, groups, [GroupFacts(0, 0, "kept", 1)], False),
+        (nothing, [], [], True),
+    ):
+        record.add_rollouts(metrics, some, 0.0)
+        record.add_groups(metrics, 0, facts)
+        record.add_optimizer_step(metrics, 0, replace(report, skipped=skipped))
+    full, empty = (Metrics.merge([m.state()]) for m in (something, nothing))
+    assert full.keys() == empty.keys() and None not in full.values()
+    assert {name for name, value in empty.items() if value is None} >= {
+        "accuracy/train", "length/mean", "length/max", "verdict/wrong", "loss/total", "grad_norm/max", "own/largest",
+    }  # fmt: skip
+    assert (empty["groups/generated"], empty["generation_batches"], empty["tokens/generated"]) == (0, 0, 0)
+    assert sum(empty["correct_rate/hist"]) == 0 and full["generation_batches"] == 1
+
+
 @pytest.mark.parametrize("name", ["lr", "loss/total", "policy/entropy", "seconds/own", "step", "tokens/trained"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_metric_of_the_trainer_cannot_be_added_to(name, rank):
@@ -113,7 +135,7 @@ def test_wandb_gets_scalars_by_step(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setitem(__import__("sys").modules, "wandb", SimpleNamespace(init=lambda **k: asked.update(k) or run))
     sink = WandbSink("project", tmp_path / "my-run", {"seed": 1})
-    sink.write(3, {"loss/total": 0.5, "correct_rate/hist": [1, 2]})
+    sink.write(3, {"loss/total": 0.5, "correct_rate/hist": [1, 2], "length/mean": None})
     sink.close()
     assert (asked["project"], asked["id"], asked["resume"], asked["config"]) == (
         "project",
