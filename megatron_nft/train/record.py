@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_nft.metrics import Max, Mean, Metrics
+from megatron_nft.train.correction import Gap
 from megatron_nft.train.reasons import REASONS, Outcomes, reason_group
 from megatron_nft.train.schedule import GroupFacts, StepPlan
-from megatron_nft.types import RolloutGroup, TrainingSample, Verdict
+from megatron_nft.types import RolloutGroup, Verdict
 
 if TYPE_CHECKING:
     from megatron_nft.policy.policy import StepReport
@@ -28,7 +29,8 @@ TRAINER_NAMES = frozenset(
     }
 )  # fmt: skip
 TRAINER_PREFIXES = (
-    "accuracy/", "answers/", "correct_rate/", "entropy/", "eval/", "gap/", "groups/", "length/", "memory/", "seconds/",
+    "accuracy/", "age/", "answers/", "correct_rate/", "correction/", "entropy/", "eval/", "gap/",
+    "groups/", "length/", "memory/", "seconds/",
     "sync/", "verdict/",
 )  # fmt: skip
 """Names of the trainer's own metrics, which an algorithm's must not be added to."""
@@ -85,15 +87,31 @@ def add_plan(metrics: Metrics, rank: int, kept: Sequence[GroupFacts], plan: Step
     metrics.sum("groups/stale_dropped", len(plan.stale))
     metrics.mean("groups/staleness", sum(step - f.step for f in trained), len(trained))
     metrics.sum("tokens/trained", sum(plan.response_tokens))
+    for facts in trained:
+        age, tokens = step - facts.step, sum(n for _, _, n in facts.samples)
+        metrics.mean("age/mean", age * tokens, tokens)  # of trained tokens, in weight syncs
+        metrics.max("age/max", age)
 
 
-def add_gap(metrics: Metrics, samples: Sequence[TrainingSample]) -> None:
-    """|trainer log-prob - engine log-prob| over the tokens of this step's kept answers."""
-    for s in samples:
-        assert s.behaviour_logprobs is not None, "computed before the gap is measured"
-        gap = np.abs(s.behaviour_logprobs.astype(np.float64) - s.rollout_logprobs)
-        metrics.mean("gap/mean", float(gap.sum()), gap.size)
-        metrics.max("gap/max", float(gap.max(initial=0.0)))
+def add_gap(metrics: Metrics, rank: int, gap: Gap) -> None:
+    """The trainer's log-probs against the engine's over the tokens of this step's kept answers, of all ranks.
+
+    gap/mean, gap/max               |log w| in nats per token, w = pi_trainer / pi_engine
+    gap/k1, gap/k3                  estimates of KL(engine || trainer): -log w, and w - 1 - log w, never below 0
+    correction/effective_share      effective sample size of w as a share of the tokens
+    correction/truncated_share      tokens whose weight is a bound
+    correction/masked_share         tokens without weight
+    correction/vetoed_share         answers without weight because of a single token
+    """
+    if rank != 0:
+        return
+    for name, total in (("mean", gap.absolute), ("k1", gap.k1), ("k3", gap.k3)):
+        metrics.mean(f"gap/{name}", total, gap.tokens)
+    metrics.max("gap/max", gap.largest)
+    metrics.mean("correction/effective_share", gap.effective_share, bool(gap.tokens))
+    metrics.mean("correction/truncated_share", gap.truncated, gap.tokens)
+    metrics.mean("correction/masked_share", gap.masked, gap.tokens)
+    metrics.mean("correction/vetoed_share", gap.vetoed, gap.answers)
 
 
 def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from objectives import ALGORITHM_DEFAULTS
 
 from megatron_nft.config import Config, ConfigError, dump_config, load_config
 from megatron_nft.config.load import REMOVED
@@ -130,7 +131,7 @@ def test_baselines_differ_in_the_algorithm_alone(size, algorithm):
     assert algorithms[0] == {
         "name": algorithm,
         "loss_divisor": "tokens" if algorithm == "dapo" else divisor,
-        "truncated": "negative",
+        **ALGORITHM_DEFAULTS,
         "ratio_max_log": 10.0,
         **{
             "rft": LIKELIHOOD | {"prompt_weight": "uniform"},
@@ -147,7 +148,7 @@ def test_baselines_differ_in_the_algorithm_alone(size, algorithm):
         }[algorithm],
     }
     nft = {"name": "nft", "loss_divisor": divisor, "negative_weight": 1.0, "clamp": 1.0}
-    assert algorithms[1] == {**nft, "truncated": "negative", "ratio_max_log": 10.0, **LIKELIHOOD}
+    assert algorithms[1] == {**nft, **ALGORITHM_DEFAULTS, "ratio_max_log": 10.0, **LIKELIHOOD}
 
 
 def test_the_ablation_without_negatives_differs_in_their_weight_alone():

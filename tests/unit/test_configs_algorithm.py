@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from objectives import ALGORITHM_DEFAULTS
 
 from megatron_nft.algorithms.dapo import DAPOSettings
 from megatron_nft.algorithms.nft import NFTSettings
@@ -69,7 +70,7 @@ def test_keys_that_a_replaced_algorithm_reads_are_dropped(write):
     assert read(write("grpo", {"name": "grpo"}, base="nft")) == {
         "name": "grpo",
         "loss_divisor": 1000.0,
-        "truncated": "negative",
+        **ALGORITHM_DEFAULTS,
         "ratio_max_log": 5.0,  # GRPO reads it as well
         "clip_low": 0.2,
         "clip_high": 0.2,
@@ -92,7 +93,7 @@ def test_they_are_dropped_from_earlier_files_and_below_the_command_line(write):
 
 
 def test_they_are_refused_beside_the_name_above_it_and_on_the_command_line(write):
-    said = "algorithm.clamp: unknown key for algorithm.name=grpo (read by nft; allowed: answer_loss, clip_high, "
+    said = "algorithm.clamp: unknown key for algorithm.name=grpo (read by nft; allowed: answer_loss, behaviour, "
     assert said in refused(write("beside", {"name": "grpo", "clamp": 1.0}))
     grpo = write("grpo", {"name": "grpo"})
     assert said in refused(grpo, overrides=("algorithm.clamp=1",))
@@ -196,7 +197,7 @@ def test_settings_of_your_own_are_validated_by_their_own_class(write, tmp_path, 
     monkeypatch.delitem(sys.modules, "own_settings", raising=False)
     write("nft", {"clamp": 0.5, "loss_divisor": 7.0})
     own = write("own", {"name": "own_settings:Own"}, base="nft")
-    expected = {"name": "own_settings:Own", "loss_divisor": 7.0, "truncated": "negative", "strength": 2.0}
+    expected = {"name": "own_settings:Own", "loss_divisor": 7.0, **ALGORITHM_DEFAULTS, "strength": 2.0}
     assert read(own) == expected
     assert read(own, overrides=("algorithm.strength=3",)) == {**expected, "strength": 3.0}
     assert "algorithm.strength = -1: input should be greater than 0" in refused(

@@ -12,8 +12,9 @@ import pytest
 from megatron_nft.metrics import Max, Mean, Metrics, WandbSink
 from megatron_nft.policy.policy import StepReport
 from megatron_nft.train import collect, record
+from megatron_nft.train.correction import Gap
 from megatron_nft.train.schedule import GroupFacts, StepPlan
-from megatron_nft.types import Prompt, Rollout, RolloutGroup, TrainingSample, Verdict
+from megatron_nft.types import Prompt, Rollout, RolloutGroup, Verdict
 
 PROMPT = Prompt(0, "test", ({"role": "user", "content": "q"},), "1", np.array([1, 2], dtype=np.int32))
 
@@ -53,16 +54,22 @@ def test_metrics_of_rollouts():
     assert merged["seconds/verify_wait"] == 0.5
 
 
-def test_the_gap_is_measured_over_tokens():
+def test_the_gap_is_that_of_all_ranks_and_added_once():
     metrics = Metrics()
-    for n, offset in ((1, 0.4), (3, 0.2)):
-        zeros = np.zeros(n, np.float32)
-        ids = np.arange(n + 2, dtype=np.int32)
-        behaviour = zeros + np.float32(offset) * (-1) ** n
-        record.add_gap(metrics, [TrainingSample(0, 0, ids, 2, zeros, behaviour, True, 0.5)])
-    merged = Metrics.merge([metrics.state()])
-    assert merged["gap/mean"] == pytest.approx((0.4 + 3 * 0.2) / 4)
-    assert merged["gap/max"] == pytest.approx(0.4)
+    gap = Gap(tokens=4, answers=2, absolute=1.0, largest=0.4, k1=-0.2, k3=0.1, truncated=1, masked=2, vetoed=1)
+    gap.ratio, gap.ratio_squared = 6.0, 12.0
+    for rank in (0, 1):
+        record.add_gap(metrics, rank, gap)
+    assert Metrics.merge([metrics.state()]) == {
+        "gap/mean": 0.25,
+        "gap/max": 0.4,
+        "gap/k1": -0.05,
+        "gap/k3": 0.025,
+        "correction/effective_share": 0.75,  # 6^2 / (4 * 12)
+        "correction/truncated_share": 0.25,
+        "correction/masked_share": 0.5,
+        "correction/vetoed_share": 0.5,
+    }
 
 
 def test_an_optimizer_step_brings_the_metrics_of_its_algorithm():
@@ -127,6 +134,14 @@ def test_groups_by_fate_and_staleness():
     assert (merged["groups/generated"], merged["groups/all_wrong"], merged["groups/dropped"]) == (5, 2, 3)
     assert (merged["groups/kept"], merged["groups/surplus"], merged["groups/staleness"]) == (1, 1, 1.0)
     assert merged["tokens/trained"] == 7
+
+
+def test_ages_are_those_of_trained_tokens():
+    metrics = Metrics()
+    facts = [GroupFacts(0, 0, "kept", 3, ((0, 9, 6),)), GroupFacts(1, 0, "kept", 5, ((0, 5, 1), (1, 5, 1)))]
+    record.add_plan(metrics, 0, facts, StepPlan(({(0, 0): 0, (1, 0): 0, (1, 1): 0},), (8,), {}, ()), step=5)
+    merged = Metrics.merge([metrics.state()])
+    assert (merged["age/mean"], merged["age/max"]) == (2 * 6 / 8, 2.0)
 
 
 def test_wandb_gets_scalars_by_step(tmp_path, monkeypatch):
