@@ -41,7 +41,7 @@ ARMS = {
 QUESTIONS, UPDATES = 8, 4  # per step; updates in the arms that are off-policy
 SETTINGS = [
     *("policy.precision=fp32", "policy.micro_batch_tokens=512", "algorithm.loss_divisor=200"),
-    *("optimizer.lr=1e-3", "optimizer.lr_warmup_steps=0", "optimizer.weight_decay=0.0"),
+    *("optimizer.lr=3e-4", "optimizer.lr_warmup_steps=0", "optimizer.weight_decay=0.0"),
     *(f"rollout.questions_per_batch={2 * QUESTIONS}", "rollout.answers_per_question=8"),
     *("rollout.max_response_tokens=12", "rollout.max_staleness=0", "data.max_prompt_tokens=16"),
     *(f"train.questions_per_step={QUESTIONS}", "verify.grader=identity.grade", "metrics.tensorboard=false"),
