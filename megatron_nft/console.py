@@ -150,7 +150,7 @@ class Console:
 
 
 def step_line(step: int, num_steps: int, record: dict[str, Any]) -> str:
-    """Return one line about a step, with units; values that `record` lacks are left out."""
+    """Return one line about a step, with units; values that `record` lacks, or that are None, are left out."""
     parts = [f"step {step}/{num_steps}"]
     for text, name in (
         ("accuracy {:.1%}", "accuracy/train"),
@@ -164,6 +164,6 @@ def step_line(step: int, num_steps: int, record: dict[str, Any]) -> str:
         ("{:.2f} s", "seconds/total"),
         ("held-out {:.1%}", "eval/accuracy"),
     ):
-        if name in record:
+        if record.get(name) is not None:
             parts.append(text.format(record[name]))
     return " | ".join(parts)

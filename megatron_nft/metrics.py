@@ -1,7 +1,8 @@
 """Metrics that own their reduction, and the sinks that they go to.
 
 A rank adds what it knows (`mean` with a weight, `sum`, `max`, `histogram`); `Metrics.merge` combines ranks, so nobody
-averages averages. Sinks write one flat record per step: metrics.jsonl, TensorBoard, W&B, console.
+averages averages. Sinks write one flat record per step: metrics.jsonl, TensorBoard, W&B, console. A value of None is
+null in metrics.jsonl and a hole in the curves of the others.
 """
 
 from __future__ import annotations
@@ -84,17 +85,16 @@ class Metrics:
         return {name: (kind, self._value[name]) for name, kind in self._kind.items()}
 
     @staticmethod
-    def merge(states: Iterable[dict[str, tuple[str, Any]]]) -> dict[str, float | list[int]]:
-        """Combine the ranks' states into one flat record; a mean or maximum of nothing is left out."""
+    def merge(states: Iterable[dict[str, tuple[str, Any]]]) -> dict[str, float | list[int] | None]:
+        """Combine the ranks' states into one flat record; a mean or maximum of nothing is None."""
         total = Metrics(*states)
-        out: dict[str, float | list[int]] = {}
+        out: dict[str, float | list[int] | None] = {}
         for name, kind in total._kind.items():
             value = total._value[name]
             if kind == "mean":
-                if value[1] > 0:
-                    out[name] = value[0] / value[1]
-            elif not (kind == "max" and value == -math.inf):
-                out[name] = value
+                out[name] = value[0] / value[1] if value[1] > 0 else None
+            else:
+                out[name] = None if kind == "max" and value == -math.inf else value
         return out
 
 
@@ -201,7 +201,8 @@ class WandbSink:
         )
 
     def write(self, step: int, record: dict[str, Any]) -> None:
-        self._run.log({k: v for k, v in record.items() if not isinstance(v, list)}, step=step)
+        numbers = {k: v for k, v in record.items() if v is not None and not isinstance(v, list)}
+        self._run.log(numbers, step=step)
 
     def close(self) -> None:
         self._run.finish()

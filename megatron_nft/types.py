@@ -112,6 +112,7 @@ class TrainingSample:
     correct_rate: float  # r of the group, in (0, 1), as the loss sees it
     advantage: float = 0.0  # GRPO family
     step: int = 0  # training step in which it was generated
+    weights: np.ndarray | None = None  # float32 [R], of each token's loss; None: 1
 
     @property
     def response_length(self) -> int:
@@ -136,5 +137,6 @@ class PackedBatch:
     correct: torch.Tensor  # float32 [T]
     correct_rate: torch.Tensor  # float32 [T], 0.5 outside the mask
     advantage: torch.Tensor  # float32 [T]
+    weights: torch.Tensor  # float32 [T], of each token's loss; 1 outside the mask
     segment_ids: torch.Tensor  # int64 [T], which segment a token belongs to
     sample_ids: list[int]  # per real segment: position in the list that was packed; empty for a filler

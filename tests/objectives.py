@@ -10,6 +10,18 @@ from torch import Tensor
 from megatron_nft.metrics import Max, Mean
 from megatron_nft.types import PackedBatch
 
+ALGORITHM_DEFAULTS = {
+    "truncated": "negative",
+    "behaviour": "recomputed",
+    "correction": "none",
+    "correction_level": "token",
+    "correction_low": 0.0,
+    "correction_high": 2.0,
+    "veto": None,
+    "gap_limit": None,
+}
+"""What every algorithm has in its settings, beside its name and `loss_divisor`."""
+
 
 def no_metrics(logprobs: Tensor, loss: Tensor, batch: PackedBatch) -> dict[str, Mean | Max]:
     return {}

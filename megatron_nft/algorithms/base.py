@@ -12,7 +12,9 @@ Legend: T tokens of a packed micro-batch, P and R prompt and response tokens, K 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
 
 from megatron_nft.algorithms.token_metrics import token_metrics
 from megatron_nft.metrics import Max, Mean
@@ -29,11 +31,48 @@ class AlgorithmSettings(Section):
     """The settings that every algorithm has. An algorithm adds its own in a subclass."""
 
     name: str
-    """A built-in algorithm (nft, rft, grpo, dr_grpo or dapo), or module:Class of your own."""
-    loss_divisor: Literal["tokens"] | PositiveFloat = "tokens"
-    """Global denominator: the optimizer step's trained response tokens over all ranks, or a fixed number."""
+    """A built-in algorithm (nft, rft, grpo, dr_grpo, dapo, gspo, cispo or w_reinforce), or module:Class of your own."""
+    loss_divisor: Literal["tokens", "answers"] | PositiveFloat = "tokens"
+    """Global denominator: the optimizer step's trained response tokens, or its trained answers, over all ranks; or a
+    fixed number."""
     truncated: Literal["negative", "drop"] = "negative"
     """Answers cut off at the length limit: trained as wrong, or left out of the loss."""
+    behaviour: Literal["recomputed", "engine"] = "recomputed"
+    """Whose log-probs the ratio R is taken against: those that the trainer computes before the first update, or those
+    that the engine reported with the answer."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Weight of each token's loss for the gap between engine and trainer, w = pi_trainer / pi_engine without gradient:
+    none, w brought into the bounds, or w inside the bounds and 0 outside. Tokens of weight 0 still count in
+    `loss_divisor`."""
+    correction_level: Literal["token", "sequence"] = "token"
+    """One w per token, or one per answer, the geometric mean of its tokens' w."""
+    correction_low: Annotated[float, Field(ge=0)] = 0.0
+    """Lower bound of w."""
+    correction_high: PositiveFloat | None = 2.0
+    """Upper bound of w; null is none."""
+    veto: Annotated[float, Field(gt=1)] | None = None
+    """Leave an answer out of the loss (weight 0) where the ratio of a single token, pi_trainer / pi_engine, is above
+    this number or below its inverse; null leaves none out."""
+    gap_limit: PositiveFloat | None = None
+    """End the run before the updates of the third step in a row whose mean gap between the engine's and the trainer's
+    log-probs (`gap/mean`, nats per token) is above this; null never does."""
+
+    @model_validator(mode="after")
+    def _correction(self) -> AlgorithmSettings:
+        high = self.correction_high
+        if high is not None and self.correction_low > high:
+            raise ValueError(f"correction_low ({self.correction_low}) must not be above correction_high ({high})")
+        if self.behaviour == "engine" and self.correction != "none":
+            raise ValueError(
+                f"behaviour=engine takes the ratio against the engine itself, which correction={self.correction} would "
+                "weight a second time: use behaviour=recomputed, or correction=none"
+            )
+        return self
+
+    def denominator(self, *, tokens: int, answers: int) -> float:
+        """What the loss of an optimizer step with so many trained response tokens and answers is divided by."""
+        counts = {"tokens": tokens, "answers": answers}
+        return float(counts[self.loss_divisor] if isinstance(self.loss_divisor, str) else self.loss_divisor)
 
     def check_response_limit(self, max_response_tokens: int) -> None:
         """ValueError where these settings do not go with answers of at most `max_response_tokens` tokens."""
@@ -64,12 +103,13 @@ class Algorithm(ABC):
         """The loss of each token, [T], with its gradient; neither masked, nor summed, nor divided.
 
         `logprobs` [T], fp32, are those of the policy in training at `rollout.temperature`; the policy that generated
-        the data has `batch.behaviour_logprobs`. The trainer ignores values where `batch.loss_mask` is 0, adds up the
-        others over micro-batches and replicas, and divides by `loss_divisor`.
+        the data has `batch.behaviour_logprobs`. The trainer multiplies by `batch.weights`, ignores values where
+        `batch.loss_mask` is 0, adds up the others over micro-batches and replicas, and divides by `loss_divisor`.
         """
 
     def metrics(self, logprobs: Tensor, loss: Tensor, batch: PackedBatch) -> dict[str, Mean | Max]:
-        """What to log of a micro-batch, without gradients; `loss` [T] is that of `loss`, 0 outside the mask.
+        """What to log of a micro-batch, without gradients; `loss` [T] is that of `loss` with its weights, 0 outside the
+        mask.
 
         The names must be the same in every call, fillers (no token with loss_mask 1) included. They are the names in
         metrics.jsonl. Totals and counts are added over micro-batches, replicas and the optimizer steps of a step.
@@ -100,6 +140,15 @@ def training_sample(
         advantage=advantage,
         step=group.step,
     )
+
+
+def refuse_token_divisor(settings: AlgorithmSettings, because: str) -> None:
+    """ValueError where the loss is one number per answer, `because` of a setting, and is divided by tokens."""
+    if settings.loss_divisor == "tokens":
+        raise ValueError(
+            f"{because} gives one loss per answer, which algorithm.loss_divisor=tokens would divide by the tokens of "
+            "all answers: set loss_divisor=answers for a mean over answers, or a fixed number"
+        )
 
 
 def at_least_float32(values: Tensor) -> Tensor:

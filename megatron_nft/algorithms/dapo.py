@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from megatron_nft.algorithms.policy_gradient import PolicyGradient, PolicyGradientSettings
+from megatron_nft.algorithms.policy_gradient import DeviationSettings, GroupRelative
 from megatron_nft.section import NonNegativeInt
 
 if TYPE_CHECKING:
     from megatron_nft.types import Rollout
 
 
-class DAPOSettings(PolicyGradientSettings):
+class DAPOSettings(DeviationSettings):
     """DAPO: GRPO with a soft penalty for answers near the length limit."""
 
     name: str = "dapo"
@@ -34,12 +34,11 @@ class DAPOSettings(PolicyGradientSettings):
             )
 
 
-class DAPO(PolicyGradient):
+class DAPO(GroupRelative):
     """Decoupled Clip and Dynamic sAmpling Policy Optimization."""
 
     Settings = DAPOSettings
     settings: DAPOSettings
-    advantage = "dapo"
 
     def reward(self, rollout: Rollout) -> float:
         """1 or -1, less the penalty for a long answer (section 3.4 of the paper).

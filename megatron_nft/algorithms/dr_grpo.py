@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_nft.algorithms.policy_gradient import PolicyGradient, PolicyGradientSettings
+from typing import TYPE_CHECKING
+
+from megatron_nft.algorithms.policy_gradient import PolicyGradient, PolicyGradientSettings, advantages
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class DrGRPOSettings(PolicyGradientSettings):
@@ -16,4 +22,7 @@ class DrGRPO(PolicyGradient):
 
     Settings = DrGRPOSettings
     settings: DrGRPOSettings
-    advantage = "dr_grpo"
+
+    def advantages(self, rewards: list[float]) -> npt.NDArray[np.float64]:
+        """reward - mean, [K]."""
+        return advantages(rewards, "dr_grpo")

@@ -13,9 +13,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from megatron_nft.algorithms.base import Algorithm, AlgorithmSettings, at_least_float32, counted, training_sample
+from megatron_nft.algorithms.answers import sum_per_answer
+from megatron_nft.algorithms.base import (
+    Algorithm,
+    AlgorithmSettings,
+    at_least_float32,
+    counted,
+    refuse_token_divisor,
+    training_sample,
+)
 from megatron_nft.algorithms.token_metrics import bounded_log_ratio
 from megatron_nft.metrics import Max, Mean
 from megatron_nft.section import PositiveFloat
@@ -161,13 +169,19 @@ class LikelihoodSettings(AlgorithmSettings):
     prompt_weight: Literal["uniform", "dr_grpo", "grpo"] = "dr_grpo"
     """omega(q): 1, 1 - r, or sqrt((1 - r) / r)."""
     ratio: Literal["token", "sequence"] = "token"
-    """One likelihood ratio per token, or one per answer."""
+    """One likelihood ratio per token, or one per answer; the latter needs `loss_divisor` answers or a number."""
     ratio_max_log: PositiveFloat = 10.0
     """Upper bound of log R before exp."""
     correct_rate_min: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     """The loss sees the group's correct rate as at least this."""
     correct_rate_max: Annotated[float, Field(gt=0.5, lt=1)] = 0.98
     """The loss sees the group's correct rate as at most this."""
+
+    @model_validator(mode="after")
+    def _divisor(self) -> LikelihoodSettings:
+        if self.ratio == "sequence":
+            refuse_token_divisor(self, "ratio=sequence")
+        return self
 
 
 class NFTSettings(LikelihoodSettings):
@@ -253,8 +267,12 @@ class NFT(Likelihood):
         return self.settings.clamp
 
     def metrics(self, logprobs: Tensor, loss: Tensor, batch: PackedBatch) -> dict[str, Mean | Max]:
-        """Those of every algorithm, and clamp/share: the share of the wrong answers' tokens at the clamp."""
+        """Those of every algorithm, and clamp/share: the share of the wrong answers' tokens at the clamp. With
+        ratio=sequence it is that of the tokens whose answer is at the clamp."""
         negative = (batch.loss_mask > 0) & (batch.correct <= 0)
-        at_clamp = negative_argument(bounded_log_ratio(logprobs, batch), batch.correct_rate) < self.clamp
+        log_ratio = bounded_log_ratio(logprobs, batch)
+        if self.settings.ratio == "sequence":
+            log_ratio = sum_per_answer(log_ratio, batch.loss_mask, batch.segment_ids)
+        at_clamp = negative_argument(log_ratio, batch.correct_rate) < self.clamp
         share = Mean((negative & at_clamp).sum(), negative.sum())
         return super().metrics(logprobs, loss, batch) | {"clamp/share": share}

@@ -18,6 +18,9 @@ ALGORITHMS = {
     "grpo": "megatron_nft.algorithms.grpo:GRPO",
     "dr_grpo": "megatron_nft.algorithms.dr_grpo:DrGRPO",
     "dapo": "megatron_nft.algorithms.dapo:DAPO",
+    "gspo": "megatron_nft.algorithms.gspo:GSPO",
+    "cispo": "megatron_nft.algorithms.cispo:CISPO",
+    "w_reinforce": "megatron_nft.algorithms.w_reinforce:WReinforce",
 }
 """name -> module:Class"""
 DEFAULT = "nft"

@@ -128,6 +128,7 @@ def pack(
     labels = np.zeros(total, np.int64)
     mask, behaviour, rollout, correct, advantage = (np.zeros(total, np.float32) for _ in range(5))
     rate = np.full(total, 0.5, np.float32)
+    weights = np.ones(total, np.float32)
     for s, start, length in zip(chosen, starts, lengths):
         tokens[start : start + length] = s.input_ids
         labels[start : start + length - 1] = s.input_ids[1:]
@@ -139,6 +140,8 @@ def pack(
         correct[response] = float(s.correct)
         rate[response] = s.correct_rate
         advantage[response] = s.advantage
+        if s.weights is not None:
+            weights[response] = s.weights
     if padding:
         tokens[-padding:] = np.resize(longest, padding)
     return PackedBatch(
@@ -153,6 +156,7 @@ def pack(
         correct=_tensor(correct, device),
         correct_rate=_tensor(rate, device),
         advantage=_tensor(advantage, device),
+        weights=_tensor(weights, device),
         segment_ids=_tensor(np.repeat(np.arange(len(segments)), segments), device),
         sample_ids=[int(i) for i in indices],
     )
@@ -180,6 +184,7 @@ def filler(multiple_of: int = 1, device: torch.device | str = "cpu") -> PackedBa
         correct=zeros.clone(),
         correct_rate=torch.full_like(zeros, 0.5),
         advantage=zeros.clone(),
+        weights=torch.ones_like(zeros),
         segment_ids=ids.clone(),
         sample_ids=[],
     )

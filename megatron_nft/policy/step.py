@@ -3,7 +3,7 @@
 The gradient that the optimizer sees is, whatever the data, tensor, pipeline, sequence or virtual-pipeline layout, the
 packing and the split into micro-batches,
 
-    d/dtheta  sum over replicas, micro-batches and tokens with loss_mask 1 of the per-token loss  /  denominator
+    d/dtheta  sum over replicas, micro-batches and tokens with loss_mask 1 of weight * per-token loss  /  denominator
 
 Megatron would divide by micro-batches, tokens and data-parallel ranks at several places. With
 `calculate_per_token_loss` it only ever sums: the schedule does not touch the loss, DistributedDataParallel adds up
@@ -37,10 +37,10 @@ class Objective(Protocol):
     """What a step minimizes and logs; every `megatron_nft.algorithms.Algorithm` is one."""
 
     def loss(self, logprobs: Tensor, batch: PackedBatch) -> Tensor:
-        """Log-probs fp32 [T] -> loss of each token [T]. Values outside loss_mask are ignored."""
+        """Log-probs fp32 [T] -> loss of each token [T], before its weight. Values outside loss_mask are ignored."""
 
     def metrics(self, logprobs: Tensor, loss: Tensor, batch: PackedBatch) -> dict[str, Mean | Max]:
-        """Called without gradients with the log-probs and the loss [T], which is 0 outside loss_mask. Every call must
+        """Called without gradients with the log-probs and the weighted loss [T], 0 outside loss_mask. Every call must
         return the same names, each of the same kind."""
 
 
@@ -118,7 +118,7 @@ def forward_backward(
             raise ValueError(
                 f"the loss has shape {tuple(per_token.shape)}; it must have one value per token, {tuple(trained.shape)}"
             )
-        per_token = per_token.where(trained, 0)
+        per_token = (per_token * batch.weights).where(trained, 0)
         loss_sum = per_token.sum()
         with torch.no_grad():
             metrics = objective.metrics(logprobs.detach(), per_token.detach(), batch)

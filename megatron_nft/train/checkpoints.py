@@ -42,6 +42,7 @@ class RunState:
     weight_version: int = 0
     cursor: int = 0  # next draw of the prompt stream
     surplus: tuple[TrainingSample, ...] = field(default=(), repr=False)  # held by this rank's replica
+    steps_over_gap: int = 0  # steps in a row, up to this one, whose mean gap was above algorithm.gap_limit
     unwritten: dict[str, Any] | None = field(default=None, repr=False)  # Manifest.figures
 
 
@@ -58,6 +59,7 @@ class Manifest:
     data: str  # digest of the training questions
     layout: dict[str, int]
     files: dict[str, dict[str, Any]]  # relative path -> {bytes, sha256}
+    steps_over_gap: int = 0
     figures: dict[str, Any] | None = None  # Metrics.state of the step, of all ranks, where its record was not written
 
     @classmethod
@@ -144,6 +146,7 @@ class CheckpointStore:
             step=state.step,
             weight_version=state.weight_version,
             cursor=state.cursor,
+            steps_over_gap=state.steps_over_gap,
             figures=state.unwritten,
             files=dict(sorted(files.items())),
             **self._identity,

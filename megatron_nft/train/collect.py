@@ -72,6 +72,8 @@ def collect(
     verdict, Interrupted after a stop signal. end_tokens: of the model, for the message of the first.
     """
     needed = config.train.questions_per_step
+    record.add_rollouts(metrics, [], 0.0)
+    record.add_groups(metrics, layout.rank, [])
     stream.cursor = state.cursor
     held = {(s.draw, s.sample_index): s for s in state.surplus} if layout.is_replica_leader else {}
     found = Collected([], [], [], held, state.cursor)

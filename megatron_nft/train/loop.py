@@ -18,11 +18,13 @@ from megatron_nft.policy.policy import StepReport
 from megatron_nft.train import record
 from megatron_nft.train.checkpoints import RunState, folder_of
 from megatron_nft.train.collect import Ask, collect, generate, write_step
+from megatron_nft.train.correction import corrected, steps_over_limit
 from megatron_nft.train.held_out import evaluate_held_out
 from megatron_nft.train.lifecycle import Interrupted
 from megatron_nft.train.parts import Parts
 from megatron_nft.train.replicas import (
     compute_behaviour_logprobs,
+    gap_of_all_ranks,
     micro_batch_progress,
     pack_for_policy,
     send_to_replicas,
@@ -99,16 +101,17 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         if layout.is_replica_leader:
             metrics.add("policy/entropy", entropy)
         measured = fresh or list(samples.values())  # surplus alone: as measured when it was generated
-        record.add_gap(metrics, measured if layout.is_replica_leader else [])
+        gap = gap_of_all_ranks(measured, config.algorithm, layout)
+        record.add_gap(metrics, layout.rank, gap)
+        over = steps_over_limit(state.steps_over_gap, gap, config.algorithm, parts.store.saved_step)
     with phases("write"):
         write_step(config.run_dir, step, found, plan, fresh, layout)
     with phases("train"):
         total, skipped = config.train.num_epochs * len(plan.optimizer_steps), 0
         updates = optimizer_steps(plan, samples, config.train.num_epochs, layout.dp.rank, seed=(config.seed, step))
-        for number, (mine, tokens) in enumerate(updates, start=1):
-            divisor = config.algorithm.loss_divisor
-            denominator = float(tokens) if divisor == "tokens" else divisor
-            batches = pack_for_policy(mine, policy)
+        for number, (mine, tokens, answers) in enumerate(updates, start=1):
+            denominator = config.algorithm.denominator(tokens=tokens, answers=answers)
+            batches = pack_for_policy(corrected(mine, config.algorithm), policy)
             with micro_batch_progress(policy, parts.life, f"update {number} of {total}", len(batches)):
                 outcome = policy.train_step(batches, parts.algorithm, denominator, config.rollout.temperature)
             record.add_optimizer_step(metrics, layout.rank, outcome)
@@ -124,6 +127,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         weight_version=version,
         cursor=found.cursor,
         surplus=tuple(s for (draw, _), s in samples.items() if draw in plan.surplus),
+        steps_over_gap=over,
     )
 
 
@@ -185,7 +189,7 @@ def finish_step(parts: Parts, state: RunState) -> None:
         ("length/truncated", config.rollout.max_response_tokens),
         ("eval/truncated_share", config.eval.max_response_tokens or config.rollout.max_response_tokens),
     ):
-        if note := cut_off_note(written.get(share, 0.0), limit, parts.questions.end_tokens):
+        if note := cut_off_note(written.get(share) or 0.0, limit, parts.questions.end_tokens):
             parts.life.console.say(f"{share}: {note}")
 
 

@@ -205,6 +205,7 @@ def restore(
         weight_version=manifest.weight_version,
         cursor=manifest.cursor,
         surplus=tuple(s for s in surplus if s.draw in mine),
+        steps_over_gap=manifest.steps_over_gap,
         unwritten=manifest.figures,
     )
 

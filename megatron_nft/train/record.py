@@ -1,20 +1,23 @@
 """The metrics of a training step, by name, and how each is made.
 
-Every function adds what one rank knows. What all ranks know alike is added by rank 0 alone.
+Every function adds what one rank knows. What all ranks know alike is added by rank 0 alone. Every step has every
+metric: where there was nothing to measure, as in a step that generates nothing, a mean or maximum is null and a sum 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_nft.metrics import Metrics
+from megatron_nft.metrics import Max, Mean, Metrics
+from megatron_nft.train.correction import Gap
 from megatron_nft.train.reasons import Outcomes
 from megatron_nft.train.schedule import GroupFacts, StepPlan
-from megatron_nft.types import ReasonKind, RolloutGroup, TrainingSample, Verdict
+from megatron_nft.types import ReasonKind, RolloutGroup, Verdict
 
 if TYPE_CHECKING:
     from megatron_nft.policy.policy import StepReport
@@ -26,7 +29,8 @@ TRAINER_NAMES = frozenset(
     }
 )  # fmt: skip
 TRAINER_PREFIXES = (
-    "accuracy/", "answers/", "correct_rate/", "entropy/", "eval/", "gap/", "groups/", "length/", "memory/", "seconds/",
+    "accuracy/", "age/", "answers/", "correct_rate/", "correction/", "entropy/", "eval/", "gap/",
+    "groups/", "length/", "memory/", "seconds/",
     "sync/", "verdict/",
 )  # fmt: skip
 """Names of the trainer's own metrics, which an algorithm's must not be added to."""
@@ -34,7 +38,8 @@ HISTOGRAM_BINS = 11  # correct rates 0, 0.1, …, 1 sit in bins of their own
 
 
 def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s: float) -> None:
-    """Accuracy, verdicts, lengths, correct-rate histogram, over all answers of this generation batch."""
+    """Accuracy, verdicts, lengths, correct-rate histogram, over all answers of this generation batch; over none where
+    nothing is generated."""
     answers = [r for g in groups for r in g.rollouts]
     n = len(answers)
     lengths = [len(r.response_ids) for r in answers]
@@ -47,7 +52,7 @@ def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s
     for kind in ReasonKind:
         metrics.sum(f"reason/{kind.value}", reasons[kind])
     metrics.mean("length/mean", sum(lengths), n)
-    metrics.max("length/max", max(lengths, default=0))
+    metrics.max("length/max", max(lengths, default=-math.inf))
     metrics.mean("length/truncated", sum(r.finish_reason == "length" for r in answers), n)
     metrics.mean("answers/ignored", sum(r.ignored for r in answers), n)
     metrics.sum("tokens/generated", sum(lengths))
@@ -60,11 +65,11 @@ def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s
 
 
 def add_groups(metrics: Metrics, rank: int, facts: Sequence[GroupFacts]) -> None:
-    """Groups of a generation batch by what becomes of them."""
+    """Groups of a generation batch by what becomes of them; none where nothing is generated."""
     if rank != 0:
         return
     fates = Counter(f.fate for f in facts)
-    metrics.sum("generation_batches", 1)
+    metrics.sum("generation_batches", bool(facts))
     metrics.sum("groups/generated", len(facts))
     for fate in ("all_correct", "all_wrong", "too_few"):
         metrics.sum(f"groups/{fate}", fates[fate])
@@ -83,19 +88,36 @@ def add_plan(metrics: Metrics, rank: int, kept: Sequence[GroupFacts], plan: Step
     metrics.sum("groups/stale_dropped", len(plan.stale))
     metrics.mean("groups/staleness", sum(step - f.step for f in trained), len(trained))
     metrics.sum("tokens/trained", sum(plan.response_tokens))
+    for facts in trained:
+        age, tokens = step - facts.step, sum(n for _, _, n in facts.samples)
+        metrics.mean("age/mean", age * tokens, tokens)  # of trained tokens, in weight syncs
+        metrics.max("age/max", age)
 
 
-def add_gap(metrics: Metrics, samples: Sequence[TrainingSample]) -> None:
-    """|trainer log-prob - engine log-prob| over the tokens of this step's kept answers."""
-    for s in samples:
-        assert s.behaviour_logprobs is not None, "computed before the gap is measured"
-        gap = np.abs(s.behaviour_logprobs.astype(np.float64) - s.rollout_logprobs)
-        metrics.mean("gap/mean", float(gap.sum()), gap.size)
-        metrics.max("gap/max", float(gap.max(initial=0.0)))
+def add_gap(metrics: Metrics, rank: int, gap: Gap) -> None:
+    """The trainer's log-probs against the engine's over the tokens of this step's kept answers, of all ranks.
+
+    gap/mean, gap/max               |log w| in nats per token, w = pi_trainer / pi_engine
+    gap/k1, gap/k3                  estimates of KL(engine || trainer): -log w, and w - 1 - log w, never below 0
+    correction/effective_share      effective sample size of w as a share of the tokens
+    correction/truncated_share      tokens whose weight is a bound
+    correction/masked_share         tokens without weight
+    correction/vetoed_share         answers without weight because of a single token
+    """
+    if rank != 0:
+        return
+    for name, total in (("mean", gap.absolute), ("k1", gap.k1), ("k3", gap.k3)):
+        metrics.mean(f"gap/{name}", total, gap.tokens)
+    metrics.max("gap/max", gap.largest)
+    metrics.mean("correction/effective_share", gap.effective_share, bool(gap.tokens))
+    metrics.mean("correction/truncated_share", gap.truncated, gap.tokens)
+    metrics.mean("correction/masked_share", gap.masked, gap.tokens)
+    metrics.mean("correction/vetoed_share", gap.vetoed, gap.answers)
 
 
 def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
-    """One optimizer step, the algorithm's own metrics included; the report holds sums over all ranks already.
+    """One optimizer step, the algorithm's own metrics included; the report holds sums over all ranks already. Of a
+    skipped one nothing but that counts.
 
     ValueError, on every rank, where the algorithm gives a metric the name of one of the trainer's.
     """
@@ -106,13 +128,15 @@ def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
     metrics.mean("skipped_steps/share", float(report.skipped), 1)
     metrics.sum("skipped_steps", float(report.skipped))
     metrics.mean("lr", report.lr, 1)
-    if report.skipped:
-        return
-    metrics.mean("loss/total", report.loss, 1)
-    metrics.mean("grad_norm", report.grad_norm, 1)
-    metrics.max("grad_norm/max", report.grad_norm)
-    for name, value in report.metrics.items():
-        metrics.add(name, value)
+    made: dict[str, Mean | Max] = {
+        "loss/total": Mean(report.loss, 1),
+        "grad_norm": Mean(report.grad_norm, 1),
+        "grad_norm/max": Max(report.grad_norm),
+        **report.metrics,
+    }
+    for name, value in made.items():
+        nothing = Mean(0, 0) if isinstance(value, Mean) else Max(-math.inf)
+        metrics.add(name, nothing if report.skipped else value)
 
 
 def add_sync(metrics: Metrics, costs: dict[str, float]) -> None:

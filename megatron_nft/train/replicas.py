@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from megatron_nft.algorithms import AlgorithmSettings
 from megatron_nft.data.packing import filler, pack, plan_micro_batches, unpack
-from megatron_nft.distributed import largest, route
+from megatron_nft.distributed import gather_objects, largest, route
 from megatron_nft.metrics import Mean
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.policy.policy import Policy
 from megatron_nft.train.collect import Collected
+from megatron_nft.train.correction import Gap
 from megatron_nft.train.lifecycle import Lifecycle
 from megatron_nft.train.schedule import SampleKey, StepPlan
 from megatron_nft.types import PackedBatch, TrainingSample
@@ -32,6 +34,17 @@ def send_to_replicas(found: Collected, plan: StepPlan, layout: ParallelLayout) -
                 outgoing[rank].append(found.samples[key])
     received = route(outgoing, layout.world_gloo)
     return {(s.draw, s.sample_index): s for s in sorted(received, key=lambda s: (s.draw, s.sample_index))}
+
+
+def gap_of_all_ranks(samples: Sequence[TrainingSample], settings: AlgorithmSettings, layout: ParallelLayout) -> Gap:
+    """The gap over the answers of all replicas, the same on every rank. Collective.
+
+    samples: this replica's, the same on each of its ranks.
+    """
+    total = Gap()
+    for part in gather_objects(Gap.of(samples if layout.is_replica_leader else (), settings), layout.world_gloo):
+        total.add(part)
+    return total
 
 
 def pack_samples(

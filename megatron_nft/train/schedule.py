@@ -91,10 +91,10 @@ def plan_step(
 
 def optimizer_steps(
     plan: StepPlan, samples: Mapping[SampleKey, TrainingSample], num_epochs: int, replica: int, *, seed: tuple[int, int]
-) -> Iterator[tuple[list[TrainingSample], int]]:
+) -> Iterator[tuple[list[TrainingSample], int, int]]:
     """The optimizer steps of a training step, epoch by epoch.
 
-    Yields (this replica's samples, the response tokens of all replicas).
+    Yields (this replica's samples, the response tokens of all replicas, the answers of all replicas).
 
     seed: (the run's, the step). The first epoch goes in the plan's order, each further one in an order of its own.
     """
@@ -104,4 +104,4 @@ def optimizer_steps(
             order = np.random.default_rng([*seed, epoch]).permutation(len(order))
         for i in order:
             mine = [samples[key] for key, at in plan.optimizer_steps[i].items() if at == replica]
-            yield mine, plan.response_tokens[i]
+            yield mine, plan.response_tokens[i], len(plan.optimizer_steps[i])

@@ -33,6 +33,7 @@ from megatron_nft.weights.import_hf import load_hf
 VOCAB = 263  # odd, so that every TP size above 1 pads it
 LENGTHS = ((3, 9), (4, 8), (2, 3), (5, 15), (3, 4), (1, 6), (6, 11), (2, 1))  # prompt and response tokens
 DENOMINATOR = 37.0
+WEIGHTS = np.array([1.0, 0.5, 0.0, 2.0], np.float32)  # of the tokens' losses, in turn; masked tokens have 0
 TEMPERATURE = 0.8
 
 
@@ -63,6 +64,7 @@ def samples() -> list[TrainingSample]:
                 correct=True,
                 correct_rate=0.5,
                 advantage=float(rng.normal()),
+                weights=WEIGHTS[np.arange(i, i + response) % len(WEIGHTS)],
             )
         )
     return made
@@ -71,6 +73,11 @@ def samples() -> list[TrainingSample]:
 def token_loss(logprobs: torch.Tensor, advantage: torch.Tensor | float) -> torch.Tensor:
     """Nonlinear in the log-prob, so that a wrong log-prob shows in the gradient as well."""
     return -advantage * logprobs + 0.05 * logprobs.square()
+
+
+def answer_loss(logprobs: torch.Tensor, sample: TrainingSample) -> torch.Tensor:
+    """What a sample adds to the loss: its tokens' losses by their weights, over DENOMINATOR. logprobs: [R]."""
+    return (token_loss(logprobs, sample.advantage) * torch.from_numpy(sample.weights)).sum() / DENOMINATOR
 
 
 def token_metrics(logprobs: torch.Tensor, loss: torch.Tensor, batch: PackedBatch) -> dict[str, Mean | Max]:
@@ -114,7 +121,7 @@ def _write_reference(folder: Path, family: str, tied: bool, layers: int, changes
         ids = torch.from_numpy(sample.input_ids).long()
         logits = model(ids[None]).logits[0, :-1] / TEMPERATURE
         row = torch.log_softmax(logits, -1).gather(-1, ids[1:, None]).squeeze(-1)
-        total = total + token_loss(row[sample.prompt_length - 1 :], sample.advantage).sum() / DENOMINATOR
+        total = total + answer_loss(row[sample.prompt_length - 1 :], sample)
         rows.append(torch.cat([row.detach(), row.new_zeros(1)]))
     total.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))

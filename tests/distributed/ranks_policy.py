@@ -13,13 +13,13 @@ from policies import (
     TEMPERATURE,
     UNEVEN,
     VOCAB,
+    answer_loss,
     deal,
     loss,
     make_config,
     make_policy,
     make_reference,
     samples,
-    token_loss,
 )
 
 from megatron_nft.data.packing import pack
@@ -104,7 +104,7 @@ def check_updates_are_those_of_torch(ranks: Ranks) -> None:
                 ids = torch.from_numpy(sample.input_ids).long()
                 logits = model(ids[None]).logits[0, :-1] / TEMPERATURE
                 row = torch.log_softmax(logits, -1).gather(-1, ids[1:, None]).squeeze(-1)
-                (token_loss(row[sample.prompt_length - 1 :], sample.advantage).sum() / DENOMINATOR).backward()
+                answer_loss(row[sample.prompt_length - 1 :], sample).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             adam.step()
         model.float().save_pretrained(folder)

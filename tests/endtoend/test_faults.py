@@ -90,6 +90,21 @@ def test_a_run_folder_in_use_is_refused(settings):
     assert second.left_over() == []
 
 
+def test_an_engine_too_far_from_the_trainer_stops_the_run_and_leaves_the_checkpoint(settings):
+    """The gap of fp32 is about 1e-7: above this limit in every step. The count goes on over a resume."""
+    changed = merge(settings, run_dir=settings["run_dir"] + "-gap", algorithm__gap_limit=1e-12, train__num_steps=1)
+    changed["eval"] = {}
+    assert Run(changed).wait() == 0
+    run = Run(merge(changed, train__num_steps=9))
+    assert run.wait() == 1
+    assert run.left_over() == []
+    said = last_line(run)
+    assert "phase logprobs: GapError: the engine's log-probs differ from the trainer's by" in said, run.text
+    assert "in 3 steps in a row by more than algorithm.gap_limit (1e-12); the weights of step 2 are in the" in said
+    assert run.steps_done() == 2
+    assert (run.run_dir / "checkpoints" / "step_000002" / "manifest.json").is_file()
+
+
 def test_weights_that_blow_up_stop_the_run_before_they_are_used(settings):
     """A learning rate that makes NaN weights: the next log-probs are NaN, and the run ends naming phase and cause."""
     changed = merge(settings, run_dir=settings["run_dir"] + "-nan", optimizer__lr=1e30, optimizer__lr_warmup_steps=0)

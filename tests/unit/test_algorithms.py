@@ -74,7 +74,7 @@ def logprobs(batch):
         ),
         ({"name": "rft"}, lambda lp, b: rft_loss(lp, b.behaviour_logprobs, b.correct, b.correct_rate)),
         (
-            {"name": "nft", "ratio": "sequence", "ratio_max_log": 1.0},
+            {"name": "nft", "ratio": "sequence", "loss_divisor": "answers", "ratio_max_log": 1.0},
             lambda lp, b: nft_sequence_loss(
                 lp, b.behaviour_logprobs, b.correct, b.correct_rate, b.loss_mask, b.segment_ids, ratio_max_log=1.0
             ),
@@ -121,13 +121,34 @@ def test_metrics_by_hand(batch, logprobs):
     assert loss.sum().item() == pytest.approx(-3 * ln2 - 2 * math.log(1.5), rel=1e-5)
 
 
+def test_with_one_ratio_per_answer_the_clamp_is_that_of_the_answer():
+    # r = 1/2, eps = 1: an answer is at the clamp where the product of its tokens' ratios is above 1.
+    batch = pack([sample(1, 2, False, 0.5), sample(1, 3, False, 0.5)], [0, 1])
+    ratio = torch.tensor([4.0, 0.5, 1.0, 0.5, 0.5, 2.0, 1.0])  # products 2 and 1/2
+    token, answer = (
+        evaluate(ratio.log() - 1.0, batch, **settings)[1]["clamp/share"]
+        for settings in ({}, {"ratio": "sequence", "loss_divisor": "answers"})
+    )
+    assert parts(token) == (2, 5)  # the first token of the one, the last of the other
+    assert parts(answer) == (2, 5)  # both tokens of the one, none of the other
+    ratio[5] = 8.0
+    longer = evaluate(ratio.log() - 1.0, batch, ratio="sequence", loss_divisor="answers")[1]
+    assert parts(longer["clamp/share"]) == (5, 5)
+
+
+def test_the_denominator_is_of_tokens_of_answers_or_a_number():
+    given = {"tokens": 40, "answers": 8}
+    found = [read_settings({"loss_divisor": d}).denominator(**given) for d in ("tokens", "answers", 1000)]
+    assert found == [40.0, 8.0, 1000.0] and all(isinstance(f, float) for f in found)
+
+
 def test_only_nft_has_a_clamp_to_log(batch, logprobs):
     for name in ALGORITHMS:
         assert ("clamp/share" in evaluate(logprobs, batch, name=name)[1]) == (name == "nft")
 
 
 def test_a_filler_carries_no_loss_and_no_counts():
-    for name in ("nft", "rft", "grpo", "dr_grpo", "dapo"):
+    for name in ALGORITHMS:
         logprobs = torch.full((8,), -3.0, requires_grad=True)
         loss, metrics = evaluate(logprobs, filler(8), name=name)
         loss.sum().backward()
@@ -135,7 +156,13 @@ def test_a_filler_carries_no_loss_and_no_counts():
         assert all(parts(v) == (0.0 if isinstance(v, Max) else (0.0, 0.0)) for v in metrics.values())
 
 
-@pytest.mark.parametrize("settings", [{"name": "nft"}, {"name": "nft", "ratio": "sequence"}, {"name": "grpo"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"name": name} for name in ("nft", "grpo", "gspo", "cispo")),
+        {"name": "nft", "ratio": "sequence", "loss_divisor": "answers"},
+    ],
+)
 def test_samples_without_behaviour_logprobs_cannot_pass(settings):
     batch = pack([sample(2, 3, True, 0.5, 1.0, behaviour=None)], [0])
     loss, _ = evaluate(torch.full((5,), -1.0), batch, **settings)
@@ -150,21 +177,32 @@ def test_an_enormous_ratio_stays_finite_in_the_log():
     assert parts(metrics["ratio/max"]) > 1e30
 
 
-@pytest.mark.parametrize("settings", [*({"name": name} for name in ALGORITHMS), {"name": "nft", "ratio": "sequence"}])
-def test_only_the_sequence_ratio_makes_a_token_depend_on_others(settings, batch, logprobs):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"name": name} for name in ALGORITHMS),
+        {"name": "nft", "ratio": "sequence", "loss_divisor": "answers"},
+        {"name": "grpo", "answer_loss": "mean", "loss_divisor": "answers"},
+    ],
+)
+def test_only_losses_per_answer_make_a_token_depend_on_others(settings, batch, logprobs):
     algorithm = open_algorithm(read_settings(settings), max_response_tokens=20)
     whole = algorithm.loss(logprobs, batch)
     columns = ("behaviour_logprobs", "loss_mask", "correct", "correct_rate", "advantage", "segment_ids")
     pieces = [replace(batch, **{k: getattr(batch, k)[part] for k in columns}) for part in (slice(9), slice(9, None))]
     found = torch.cat([algorithm.loss(logprobs[:9], pieces[0]), algorithm.loss(logprobs[9:], pieces[1])])
     inside = batch.loss_mask > 0
-    assert torch.equal(found[inside], whole[inside]) == (settings.get("ratio") != "sequence")
+    per_answer = settings["name"] == "gspo" or bool({"ratio", "answer_loss"} & settings.keys())
+    assert torch.equal(found[inside], whole[inside]) != per_answer
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("ppo", "'ppo' is none of nft, rft, grpo, dr_grpo, dapo, and not module:Class of your own"),
+        (
+            "ppo",
+            "'ppo' is none of nft, rft, grpo, dr_grpo, dapo, gspo, cispo, w_reinforce, and not module:Class of your",
+        ),
         (3, "3 is none of"),
         ("no_such_module:Mine", "cannot import no_such_module: ModuleNotFoundError"),
         ("broken:Mine", "cannot import broken: ZeroDivisionError: division by zero"),

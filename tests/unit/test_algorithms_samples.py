@@ -90,11 +90,27 @@ def test_without_a_negative_term_wrong_answers_are_left_out(settings):
         ("dr_grpo", [0.75, -0.25, -0.25, -0.25]),
         ("grpo", [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]),
         ("dapo", [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]),
+        ("gspo", [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]),
+        ("cispo", [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]),
+        ("w_reinforce", [0.1, -1, -1, -1]),
     ],
 )
 def test_advantages(name, expected):
     g = group(rollout(0, R), rollout(1, W), rollout(2, U), rollout(3, T))
     assert [s.advantage for s in samples_of(g, name=name)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo"])
+def test_the_standard_deviation_is_chosen_by_name(name):
+    g = group(rollout(0, R), rollout(1, W), rollout(2, W), rollout(3, W))
+    # squares 9/16 + 3/16 over K - 1 = 3: std 1/2 of the rewards 1, 0, 0, 0
+    assert [s.advantage for s in samples_of(g, name=name, deviation="sample")] == pytest.approx([1.5, -0.5, -0.5, -0.5])
+
+
+def test_the_weight_of_right_answers_in_w_reinforce():
+    g = group(rollout(0, R), rollout(1, W))
+    assert [s.advantage for s in samples_of(g, name="w_reinforce", positive_weight=0.0)] == [0.0, -1.0]
+    assert [s.advantage for s in samples_of(g, name="w_reinforce", positive_weight=1.0)] == [1.0, -1.0]
 
 
 def test_dapo_penalty_for_long_answers():

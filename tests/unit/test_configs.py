@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from objectives import ALGORITHM_DEFAULTS
 
 from megatron_nft.config import Config, ConfigError, dump_config, load_config
 from megatron_nft.config.load import REMOVED
@@ -39,7 +40,7 @@ def differences(a, b, path=""):
 
 def test_the_shipped_configs_are_these():
     expected = {f"{a}_{size}.yaml" for size in SIZES for a in ("nft", *BASELINES)}
-    expected |= {"quickstart.yaml"} | {f"quickstart_{a}.yaml" for a in BASELINES}
+    expected |= {f"quickstart{a}.yaml" for a in ("", "_nft_positive_only", *(f"_{b}" for b in BASELINES))}
     assert expected <= set(NAMES)
 
 
@@ -148,13 +149,15 @@ def test_baselines_differ_in_the_algorithm_alone(size, algorithm):
     assert algorithms[0] == {
         "name": algorithm,
         "loss_divisor": "tokens" if algorithm == "dapo" else divisor,
-        "truncated": "negative",
+        **ALGORITHM_DEFAULTS,
         "ratio_max_log": 10.0,
         **{
-            "rft": LIKELIHOOD,
-            "grpo": {"clip_low": 0.2, "clip_high": 0.2},
-            "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2},
+            "rft": LIKELIHOOD | {"prompt_weight": "uniform"},
+            "grpo": {"clip_low": 0.2, "clip_high": 0.2, "answer_loss": "sum", "deviation": "population"},
+            "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "answer_loss": "sum"},
             "dapo": {
+                "answer_loss": "sum",
+                "deviation": "population",
                 "clip_low": 0.2,
                 "clip_high": 0.28,
                 "overlong_buffer_tokens": 4096 if size == "qwen2.5_32b" else 0,
@@ -163,7 +166,18 @@ def test_baselines_differ_in_the_algorithm_alone(size, algorithm):
         }[algorithm],
     }
     nft = {"name": "nft", "loss_divisor": divisor, "negative_weight": 1.0, "clamp": 1.0}
-    assert algorithms[1] == {**nft, "truncated": "negative", "ratio_max_log": 10.0, **LIKELIHOOD}
+    assert algorithms[1] == {**nft, **ALGORITHM_DEFAULTS, "ratio_max_log": 10.0, **LIKELIHOOD}
+
+
+def test_the_ablation_without_negatives_differs_in_their_weight_alone():
+    ours, theirs = tree("quickstart_nft_positive_only"), tree("quickstart")
+    assert differences(ours, theirs) == {"run_dir", "algorithm.negative_weight"}
+    assert ours["algorithm"]["negative_weight"] == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_shipped_config_trains_stale_groups(name):
+    assert load_config([CONFIGS / name]).rollout.max_staleness == 0
 
 
 def test_quick_start_is_the_calibrated_run():

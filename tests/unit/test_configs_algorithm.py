@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from objectives import ALGORITHM_DEFAULTS
 
 from megatron_nft.algorithms.dapo import DAPOSettings
 from megatron_nft.algorithms.nft import NFTSettings
@@ -70,10 +71,12 @@ def test_keys_that_a_replaced_algorithm_reads_are_dropped(write):
     assert read(write("grpo", {"name": "grpo"}, base="nft")) == {
         "name": "grpo",
         "loss_divisor": 1000.0,
-        "truncated": "negative",
+        **ALGORITHM_DEFAULTS,
         "ratio_max_log": 5.0,  # GRPO reads it as well
         "clip_low": 0.2,
         "clip_high": 0.2,
+        "answer_loss": "sum",
+        "deviation": "population",
     }
     rft = read(write("rft", {"name": "rft"}, base="nft"))
     assert rft["prompt_weight"] == "grpo" and "negative_weight" not in rft
@@ -91,7 +94,7 @@ def test_they_are_dropped_from_earlier_files_and_below_the_command_line(write):
 
 
 def test_they_are_refused_beside_the_name_above_it_and_on_the_command_line(write):
-    said = "algorithm.clamp: unknown key for algorithm.name=grpo (read by nft; allowed: clip_high, clip_low, "
+    said = "algorithm.clamp: unknown key for algorithm.name=grpo (read by nft; allowed: answer_loss, behaviour, "
     assert said in refused(write("beside", {"name": "grpo", "clamp": 1.0}))
     grpo = write("grpo", {"name": "grpo"})
     assert said in refused(grpo, overrides=("algorithm.clamp=1",))
@@ -156,12 +159,24 @@ def test_the_section_that_0_1_0_wrote_is_read_with_a_warning(write):
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"name": "ppo"}, "algorithm.name: 'ppo' is none of nft, rft, grpo, dr_grpo, dapo, and not module:Class"),
+        (
+            {"name": "ppo"},
+            "algorithm.name: 'ppo' is none of nft, rft, grpo, dr_grpo, dapo, gspo, cispo, w_reinforce, and not",
+        ),
         ({"name": 3}, "algorithm.name: 3 is none of"),
         ({"name": "no_such:Loss"}, "algorithm.name: 'no_such:Loss': cannot import no_such"),
         ({"clamp": 0}, "algorithm.clamp = 0: input should be greater than 0"),
         ({"name": "dapo", "clip_low": "x"}, "algorithm.clip_low = 'x': input should be a valid number"),
         ([1], "algorithm = [1]: input should be a valid dictionary"),
+        (
+            {"ratio": "sequence"},
+            "ratio=sequence gives one loss per answer, which algorithm.loss_divisor=tokens would divide by the tokens",
+        ),
+        (
+            {"name": "grpo", "answer_loss": "mean"},
+            "answer_loss=mean gives one loss per answer, which algorithm.loss_divisor=tokens would divide by",
+        ),
+        ({"name": "dr_grpo", "deviation": "sample"}, "algorithm.deviation: unknown key for algorithm.name=dr_grpo"),
         ({"name": "dapo", "overlong_buffer_tokens": 9999}, "algorithm.overlong_buffer_tokens (9999) must be at most"),
     ],
 )
@@ -183,7 +198,7 @@ def test_settings_of_your_own_are_validated_by_their_own_class(write, tmp_path, 
     monkeypatch.delitem(sys.modules, "own_settings", raising=False)
     write("nft", {"clamp": 0.5, "loss_divisor": 7.0})
     own = write("own", {"name": "own_settings:Own"}, base="nft")
-    expected = {"name": "own_settings:Own", "loss_divisor": 7.0, "truncated": "negative", "strength": 2.0}
+    expected = {"name": "own_settings:Own", "loss_divisor": 7.0, **ALGORITHM_DEFAULTS, "strength": 2.0}
     assert read(own) == expected
     assert read(own, overrides=("algorithm.strength=3",)) == {**expected, "strength": 3.0}
     assert "algorithm.strength = -1: input should be greater than 0" in refused(

@@ -102,7 +102,12 @@ def test_advantages_by_hand():
     # population standard deviation sqrt(1/4 * 3/4)
     np.testing.assert_allclose(advantages(rewards, "grpo"), np.array([3, -1, -1, -1]) / math.sqrt(3))
     np.testing.assert_allclose(advantages(2 * rewards - 1, "dapo"), np.array([3, -1, -1, -1]) / math.sqrt(3))
+    # sample standard deviation sqrt((9/16 + 3/16) / 3) = 1/2
+    np.testing.assert_allclose(advantages(rewards, "grpo", "sample"), [1.5, -0.5, -0.5, -0.5])
     assert advantages(np.ones(3) * 0.1, "grpo").tolist() == [0, 0, 0]
+    assert advantages(np.ones(3) * 0.1, "grpo", "sample").tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match=r"'unbiased': must be population or sample"):
+        advantages(rewards, "grpo", "unbiased")
     with pytest.raises(ValueError, match=r"'ppo'.*grpo, dr_grpo, dapo"):
         advantages(rewards, "ppo")
 

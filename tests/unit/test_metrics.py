@@ -43,10 +43,10 @@ def test_sum_max_histogram():
     assert Metrics.merge([a.state(), b.state()]) == {"kept": 7.0, "ratio": -2.0, "rates": [2, 0, 7]}
 
 
-def test_mean_of_nothing_is_left_out_and_kinds_do_not_mix():
+def test_mean_of_nothing_is_none_and_kinds_do_not_mix():
     m = Metrics()
     m.mean("x", 0, 0)
-    assert Metrics.merge([m.state()]) == {}
+    assert Metrics.merge([m.state()]) == {"x": None}
     with pytest.raises(ValueError, match="x is a mean"):
         m.sum("x", 1)
 
@@ -59,7 +59,12 @@ def test_means_and_maxima_add_themselves():
         metrics.add("max", value)
     metrics.add("nothing seen", Max(-math.inf))
     metrics.add("nothing counted", Mean(0.0, 0))
-    assert Metrics.merge([metrics.state()]) == {"mean": 0.5, "max": -2.0}
+    assert Metrics.merge([metrics.state()]) == {
+        "mean": 0.5,
+        "max": -2.0,
+        "nothing seen": None,
+        "nothing counted": None,
+    }
     with pytest.raises(ValueError, match="is a mean"):
         metrics.add("mean", Max(1.0))
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
+from megatron_nft.algorithms import ALGORITHMS
 from megatron_nft.config import load_config
 from megatron_nft.section import Section
 
@@ -39,7 +40,7 @@ def test_the_page_is_current(reference):
     )
 
 
-@pytest.mark.parametrize("name", ["nft", "rft", "grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_page_has_every_key_of_the_resolved_settings(name):
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     parts = page.replace("\n### ", "\n## ").split("\n## ")

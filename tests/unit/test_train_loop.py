@@ -45,17 +45,17 @@ PLAN = StepPlan(({(0, 0): 0, (0, 1): 1}, {(1, 0): 0}, {(2, 0): 1, (2, 1): 1}), (
 SAMPLES = {key: key for part in PLAN.optimizer_steps for key in part}  # their keys stand in for samples here
 
 
-def updates(replica: int, epochs: int, seed: tuple[int, int] = (0, 3)) -> list[tuple[list, int]]:
+def updates(replica: int, epochs: int, seed: tuple[int, int] = (0, 3)) -> list[tuple[list, int, int]]:
     return list(optimizer_steps(PLAN, SAMPLES, epochs, replica, seed=seed))
 
 
-def test_a_replica_gets_its_samples_and_the_tokens_of_all():
-    assert updates(0, 1) == [([(0, 0)], 5), ([(1, 0)], 6), ([], 7)]
-    assert updates(1, 1) == [([(0, 1)], 5), ([], 6), ([(2, 0), (2, 1)], 7)]
+def test_a_replica_gets_its_samples_and_the_tokens_and_answers_of_all():
+    assert updates(0, 1) == [([(0, 0)], 5, 2), ([(1, 0)], 6, 1), ([], 7, 2)]
+    assert updates(1, 1) == [([(0, 1)], 5, 2), ([], 6, 1), ([(2, 0), (2, 1)], 7, 2)]
 
 
 def test_every_epoch_trains_every_update_in_an_order_of_its_own():
-    by_epoch = [[tokens for _, tokens in updates(1, 8)][start : start + 3] for start in range(0, 24, 3)]
+    by_epoch = [[tokens for _, tokens, _ in updates(1, 8)][start : start + 3] for start in range(0, 24, 3)]
     assert all(sorted(tokens) == [5, 6, 7] for tokens in by_epoch)
     assert by_epoch[0] == [5, 6, 7]
     for epoch in range(1, 8):
@@ -65,7 +65,7 @@ def test_every_epoch_trains_every_update_in_an_order_of_its_own():
 
 
 def test_replicas_agree_on_the_order():
-    assert [t for _, t in updates(0, 5)] == [t for _, t in updates(1, 5)]
+    assert [t for _, t, _ in updates(0, 5)] == [t for _, t, _ in updates(1, 5)]
 
 
 class Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from megatron_nft.metrics import Max, Mean, Metrics, WandbSink
 from megatron_nft.policy.policy import StepReport
 from megatron_nft.train import collect, record
+from megatron_nft.train.correction import Gap
 from megatron_nft.train.schedule import GroupFacts, StepPlan
-from megatron_nft.types import Prompt, Rollout, RolloutGroup, TrainingSample, Verdict
+from megatron_nft.types import Prompt, Rollout, RolloutGroup, Verdict
 
 PROMPT = Prompt(0, "test", ({"role": "user", "content": "q"},), "1", np.array([1, 2], dtype=np.int32))
 
@@ -52,16 +54,22 @@ def test_metrics_of_rollouts():
     assert merged["seconds/verify_wait"] == 0.5
 
 
-def test_the_gap_is_measured_over_tokens():
+def test_the_gap_is_that_of_all_ranks_and_added_once():
     metrics = Metrics()
-    for n, offset in ((1, 0.4), (3, 0.2)):
-        zeros = np.zeros(n, np.float32)
-        ids = np.arange(n + 2, dtype=np.int32)
-        behaviour = zeros + np.float32(offset) * (-1) ** n
-        record.add_gap(metrics, [TrainingSample(0, 0, ids, 2, zeros, behaviour, True, 0.5)])
-    merged = Metrics.merge([metrics.state()])
-    assert merged["gap/mean"] == pytest.approx((0.4 + 3 * 0.2) / 4)
-    assert merged["gap/max"] == pytest.approx(0.4)
+    gap = Gap(tokens=4, answers=2, absolute=1.0, largest=0.4, k1=-0.2, k3=0.1, truncated=1, masked=2, vetoed=1)
+    gap.ratio, gap.ratio_squared = 6.0, 12.0
+    for rank in (0, 1):
+        record.add_gap(metrics, rank, gap)
+    assert Metrics.merge([metrics.state()]) == {
+        "gap/mean": 0.25,
+        "gap/max": 0.4,
+        "gap/k1": -0.05,
+        "gap/k3": 0.025,
+        "correction/effective_share": 0.75,  # 6^2 / (4 * 12)
+        "correction/truncated_share": 0.25,
+        "correction/masked_share": 0.5,
+        "correction/vetoed_share": 0.5,
+    }
 
 
 def test_an_optimizer_step_brings_the_metrics_of_its_algorithm():
@@ -86,6 +94,27 @@ def test_an_optimizer_step_brings_the_metrics_of_its_algorithm():
     }
 
 
+def test_a_step_that_generates_or_updates_nothing_writes_the_same_metrics():
+    """Means and maxima are null and sums 0, so that every line of metrics.jsonl has every name."""
+    something, nothing = Metrics(), Metrics()
+    groups = [RolloutGroup(0, PROMPT, [rollout(0, Verdict.CORRECT), rollout(1, Verdict.WRONG)], 1)]
+    report = StepReport(0.5, 2.0, 1e-6, False, "", 4, {"own/share": Mean(1.0, 4), "own/largest": Max(3.0)})
+    for metrics, some, facts, skipped in (
+        (something, groups, [GroupFacts(0, 0, "kept", 1)], False),
+        (nothing, [], [], True),
+    ):
+        record.add_rollouts(metrics, some, 0.0)
+        record.add_groups(metrics, 0, facts)
+        record.add_optimizer_step(metrics, 0, replace(report, skipped=skipped))
+    full, empty = (Metrics.merge([m.state()]) for m in (something, nothing))
+    assert full.keys() == empty.keys() and None not in full.values()
+    assert {name for name, value in empty.items() if value is None} >= {
+        "accuracy/train", "length/mean", "length/max", "verdict/wrong", "loss/total", "grad_norm/max", "own/largest",
+    }  # fmt: skip
+    assert (empty["groups/generated"], empty["generation_batches"], empty["tokens/generated"]) == (0, 0, 0)
+    assert sum(empty["correct_rate/hist"]) == 0 and full["generation_batches"] == 1
+
+
 @pytest.mark.parametrize("name", ["lr", "loss/total", "policy/entropy", "seconds/own", "step", "tokens/trained"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_metric_of_the_trainer_cannot_be_added_to(name, rank):
@@ -107,13 +136,21 @@ def test_groups_by_fate_and_staleness():
     assert merged["tokens/trained"] == 7
 
 
+def test_ages_are_those_of_trained_tokens():
+    metrics = Metrics()
+    facts = [GroupFacts(0, 0, "kept", 3, ((0, 9, 6),)), GroupFacts(1, 0, "kept", 5, ((0, 5, 1), (1, 5, 1)))]
+    record.add_plan(metrics, 0, facts, StepPlan(({(0, 0): 0, (1, 0): 0, (1, 1): 0},), (8,), {}, ()), step=5)
+    merged = Metrics.merge([metrics.state()])
+    assert (merged["age/mean"], merged["age/max"]) == (2 * 6 / 8, 2.0)
+
+
 def test_wandb_gets_scalars_by_step(tmp_path, monkeypatch):
     logged = []
     run = SimpleNamespace(log=lambda record, step: logged.append((step, record)), finish=lambda: logged.append("done"))
     asked = {}
     monkeypatch.setitem(__import__("sys").modules, "wandb", SimpleNamespace(init=lambda **k: asked.update(k) or run))
     sink = WandbSink("project", tmp_path / "my-run", {"seed": 1})
-    sink.write(3, {"loss/total": 0.5, "correct_rate/hist": [1, 2]})
+    sink.write(3, {"loss/total": 0.5, "correct_rate/hist": [1, 2], "length/mean": None})
     sink.close()
     assert (asked["project"], asked["id"], asked["resume"], asked["config"]) == (
         "project",
