@@ -25,7 +25,7 @@ from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.export import Buffers, export_buckets
 from megatron_nft.weights.receipt import Receipt
-from megatron_nft.weights.transport import Ledger, Reference, Transport, WeightSyncError
+from megatron_nft.weights.transport import Ledger, Reference, Transport, WeightSyncError, none_left
 
 Probe = tuple[np.ndarray, np.ndarray]
 """(token ids int32 [L], the trainer's log-probs of token_ids[1:] float32 [L - 1])"""
@@ -142,7 +142,7 @@ class WeightSync:
             self._layout,
             self._buffers,
             dtype=self._transport.dtype,
-            everywhere=self._transport.everywhere,
+            receivers=self._transport.receivers,
         )
         on_gpu = self._layout.device.type == "cuda"
         while True:
@@ -165,7 +165,11 @@ class WeightSync:
 
     @torch.no_grad()  # which holds for a thread, not for those it starts
     def _send(self, bucket: Bucket, progress: _Progress) -> None:
-        progress.attempt("send", lambda: self._transport.send(bucket))
+        with progress.phase("send"):
+            if progress.error is None:
+                self._transport.send(bucket)
+            else:
+                self._transport.skip()
 
     def _used(self) -> None:
         """Wait until nothing reads the oldest bucket any more."""
@@ -190,9 +194,11 @@ class WeightSync:
         return finished
 
     def _finish(self, sent: set[str], version: int) -> None:
-        if not self._transport.everywhere:
+        receivers = self._transport.receivers.ranks
+        if not receivers:
             sent = set().union(*gather_objects(sent, self._layout.world_gloo))
-        self._ledger.check_complete(sent)
+        if not receivers or self._layout.rank in receivers:
+            self._ledger.check_complete(sent)
         self._transport.finish(version)
 
     def _whole_reference(self, progress: _Progress) -> dict[str, str]:
@@ -222,6 +228,8 @@ class WeightSync:
         for _, lost, _ in ranks:
             self._transport.lost |= lost
         raise_any([message for message, _, _ in ranks], WeightSyncError, progress.error)
+        if not self._transport.engines():  # those of each host are known to its own ranks first
+            raise none_left(self._transport.lost)
         return any(must_resend for _, _, must_resend in ranks)
 
     def _receipt(
