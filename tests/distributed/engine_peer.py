@@ -108,7 +108,7 @@ class Shard:
 class Handler(BaseHTTPRequestHandler):
     shards: list[Shard]
     threads: ThreadPoolExecutor
-    calls: list[tuple[str, str]] = []  # (address of the caller, path)
+    calls: list[tuple[str, str]]  # (address of the caller, path)
 
     def do_GET(self) -> None:
         known = {"/server_info": {"tp_size": len(self.shards), "dtype": "float32"}}
@@ -150,7 +150,7 @@ def main() -> None:
     announcement, model, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     config = json.loads((model / "config.json").read_text())
     Handler.shards = [Shard(config, rank, size) for rank in range(size)]
-    Handler.threads = ThreadPoolExecutor(size)
+    Handler.threads, Handler.calls = ThreadPoolExecutor(size), []
     address = sys.argv[4] if len(sys.argv) > 4 else "127.0.0.1"
     server = ThreadingHTTPServer((address, 0), Handler)
     partial = announcement.with_suffix(".partial")
