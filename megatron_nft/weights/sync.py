@@ -157,11 +157,18 @@ class WeightSync:
                 torch.cuda.current_stream().synchronize()  # readers do not know of our stream
             progress.nbytes += bucket.nbytes if bucket.own else 0
             hashed = self._hash(bucket, progress)
-            self._in_use.append((hashed, self._sending.submit(self._send, bucket, progress)))
+            sent = [self._sending.submit(self._send, bucket, progress)] if self._sends else []
+            self._in_use.append((hashed, *sent))
             del bucket  # one that is larger than a bucket must be gone before the next is made
         if on_gpu:
             self._buffers.release()
         self._transport.end_stream()
+
+    @property
+    def _sends(self) -> bool:
+        """Whether this rank's transport gets buckets, rather than the export alone passing them on to receivers."""
+        receivers = self._transport.receivers.ranks
+        return not receivers or self._layout.rank in receivers
 
     @torch.no_grad()  # which holds for a thread, not for those it starts
     def _send(self, bucket: Bucket, progress: _Progress) -> None:
@@ -194,10 +201,9 @@ class WeightSync:
         return finished
 
     def _finish(self, sent: set[str], version: int) -> None:
-        receivers = self._transport.receivers.ranks
-        if not receivers:
+        if not self._transport.receivers.ranks:  # each leader has sent a part
             sent = set().union(*gather_objects(sent, self._layout.world_gloo))
-        if not receivers or self._layout.rank in receivers:
+        if self._sends:
             self._ledger.check_complete(sent)
         self._transport.finish(version)
 

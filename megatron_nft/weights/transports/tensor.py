@@ -64,8 +64,6 @@ class TensorTransport(ServerTransport):
         return shared_buffer(nbytes, self._layout.device) if self._shared else super().allocate(nbytes)
 
     def send(self, bucket: Bucket) -> None:
-        if self._layout.rank not in self.receivers.ranks:
-            return  # a leader that only passes its buckets on
         shares: Shares | None = None
         try:
             self._ledger.note(bucket.metas)
@@ -74,8 +72,7 @@ class TensorTransport(ServerTransport):
             self._meet(bucket, shares)
 
     def skip(self) -> None:
-        if self._layout.rank in self.receivers.ranks:
-            self._meet(None, None)
+        self._meet(None, None)
 
     def _meet(self, bucket: Bucket | None, shares: Shares | None) -> None:
         """Bring a bucket to the host's servers, with all ranks that share it; with none, if one of them cannot."""
