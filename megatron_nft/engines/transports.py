@@ -19,6 +19,7 @@ from megatron_nft.weights.transports.servers import ServerTransport
 from megatron_nft.weights.transports.tensor import TensorTransport
 
 if TYPE_CHECKING:
+    from megatron_nft.config import Config
     from megatron_nft.engines.engine import Ranks
 
 TRANSPORTS: dict[str, type[ServerTransport]] = {
@@ -43,6 +44,26 @@ def server_transport(name: str, places: Places) -> type[ServerTransport]:
             "shared within a host alone. Allowed here: auto, distributed, disk"
         )
     return TRANSPORTS[name]
+
+
+def check_transport(config: Config, device: str) -> None:
+    """ValueError for a transport that cannot reach servers that the run starts beside trainer ranks on `device`.
+
+    device: cpu | cuda. Servers take the first GPUs of each host, so one of them is on rank 0's, which sends.
+    """
+    server, name = config.rollout.server, config.sync.transport
+    if not config.rollout.uses_servers or server.urls or server.registry or name == "disk":
+        return
+    if server.device not in ("auto", device):
+        raise ValueError(
+            f"sync.transport={name} with rollout.server.device={server.device}: the trainer's weights are on {device}. "
+            "Allowed here: disk"
+        )
+    if name == "distributed" and device == "cuda":
+        raise ValueError(
+            "sync.transport=distributed: the servers that the run starts share their GPUs with trainer ranks, and NCCL "
+            "does not take two ranks on one GPU (Duplicate GPU detected). Allowed here: auto, tensor, disk"
+        )
 
 
 def locate(urls: Sequence[str], local_urls: Sequence[str] | None, layout: Ranks) -> Places:

@@ -16,6 +16,9 @@ def check_inputs(config: Config) -> None:
     _check_writable(config.run_dir)
     _check_graders(config.verify.grader)
     _check_tokenizer(config.model.path)
+    import torch
+
+    from megatron_nft.engines.transports import check_transport
     from megatron_nft.policy.family import check_layout, read_family
     from megatron_nft.policy.positions import check_positions
     from megatron_nft.policy.precision import check_sizes
@@ -24,6 +27,7 @@ def check_inputs(config: Config) -> None:
 
     spec = read_family(config.model.path)
     check_layout(spec, config.policy)
+    check_transport(config, "cuda" if torch.cuda.is_available() else "cpu")
     check_sizes(spec, config.policy)
     _check_architecture(config.model)
     _check_prompts(config)

@@ -73,7 +73,6 @@ class Simulation:
         monkeypatch.setattr(SGLangEngine, "_weight_client", lambda _, url, __: Client(self, url))
         monkeypatch.setattr(tensor, "open_receivers", lambda ranks, *_: Receivers(frozenset(ranks), (None, None)))
         monkeypatch.setattr(tensor, "_open_meeting", self.open_meeting)
-        # Called by the sending thread, for which a rank has one of its own.
         monkeypatch.setattr(tensor, "gather_to_first", self.gather_to_first)
         monkeypatch.setattr(tensor, "told_by_first", lambda value, group: group.gather(self.here.rank, value)[0])
 
@@ -194,7 +193,7 @@ def settings(num_servers: int, tp_size: int) -> Config:
 
 @pytest.mark.parametrize(("num_servers", "tp_size"), [(2, 4), (4, 1)])
 def test_no_message_to_a_server_leaves_its_host(monkeypatch, num_servers, tp_size):
-    """Every server is called by the first rank of its host alone, and each of its ranks reads from its own GPU's rank."""
+    """Every server is called by the first rank of its host alone; each of its ranks reads from its own GPU's rank."""
     simulation = Simulation(monkeypatch, num_servers, tp_size)
     with ThreadPoolExecutor(WORLD) as threads:
         for finished in [threads.submit(simulation.run_rank, rank) for rank in range(WORLD)]:

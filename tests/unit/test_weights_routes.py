@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_nft.config import Config
 from megatron_nft.engines import transports
 from megatron_nft.weights.routes import Places, RankPlace, ServerPlace
 from megatron_nft.weights.transport import WeightSyncError
@@ -50,3 +51,25 @@ def test_addresses_of_this_host():
     assert transports.is_own_address("127.0.0.1") and transports.is_own_address("localhost")
     assert not transports.is_own_address("192.0.2.1")  # for documentation, on no machine
     assert not transports.is_own_address("no-such-host.invalid") and not transports.is_own_address("")
+
+
+@pytest.mark.parametrize(
+    ("device", "transport", "server", "refused"),
+    [
+        ("cuda", "distributed", {}, "two ranks on one GPU.*Allowed here: auto, tensor, disk"),
+        ("cuda", "auto", {}, ""),
+        ("cpu", "distributed", {}, ""),
+        ("cuda", "distributed", {"urls": ["http://elsewhere:1"]}, ""),  # known once the engine is opened
+        ("cuda", "auto", {"device": "cpu"}, "rollout.server.device=cpu: the trainer's weights are on cuda.*: disk"),
+        ("cuda", "disk", {"device": "cpu"}, ""),
+    ],
+)
+def test_what_is_refused_before_any_rank_starts(device, transport, server, refused):
+    required = {"run_dir": "run", "model": {"path": "model"}, "data": {"train": ["unused"]}}
+    given = {"rollout": {"engine": "sglang", "server": server}, "sync": {"transport": transport}}
+    config = Config.model_validate(required | given)
+    if refused:
+        with pytest.raises(ValueError, match=refused):
+            transports.check_transport(config, device)
+    else:
+        transports.check_transport(config, device)
