@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megatron_nft.config import Config
-from megatron_nft.distributed import describe_error, gather_objects, raise_any
+from megatron_nft.distributed import any_of, describe_error, gather_objects, raise_any
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
@@ -42,6 +42,7 @@ class _Progress:
     reference: Reference | None = None  # of the buckets that were put together here
     nbytes: int = 0  # of those buckets
     error: Exception | None = None
+    lost: dict[str, str] = field(default_factory=dict)  # engines that all ranks know to be lost
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -93,7 +94,8 @@ class WeightSync:
         return receipt
 
     def _sync(self, chunks: Sequence[torch.nn.Module], version: int, probe: Probe | None) -> Receipt:
-        progress, transport = _Progress(), self._transport
+        transport = self._transport
+        progress = _Progress(lost=dict(transport.lost))
         self._agree(progress)  # a paused engine would never answer a rank that still waits for it before this sync
         progress.attempt("pause", transport.pause)
         self._agree(progress)
@@ -229,13 +231,18 @@ class WeightSync:
 
     def _agree(self, progress: _Progress) -> bool:
         """Tell all ranks of errors and of lost engines. Return whether the stream must be sent again."""
-        known = (describe_error(progress.error, WeightSyncError), self._transport.lost, self._transport.must_resend)
+        transport = self._transport
+        has_news = progress.error is not None or transport.lost != progress.lost or transport.must_resend
+        if not any_of(has_news, self._layout.world_gloo):
+            return False
+        known = (describe_error(progress.error, WeightSyncError), transport.lost, transport.must_resend)
         ranks = gather_objects(known, self._layout.world_gloo)
         for _, lost, _ in ranks:
-            self._transport.lost |= lost
+            transport.lost |= lost
+        progress.lost = dict(transport.lost)
         raise_any([message for message, _, _ in ranks], WeightSyncError, progress.error)
-        if not self._transport.engines():  # those of each host are known to its own ranks first
-            raise none_left(self._transport.lost)
+        if not transport.engines():  # those of each host are known to its own ranks first
+            raise none_left(transport.lost)
         return any(must_resend for _, _, must_resend in ranks)
 
     def _receipt(
