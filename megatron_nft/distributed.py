@@ -28,6 +28,32 @@ def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
     return values
 
 
+def any_of(flag: bool, group: dist.ProcessGroup) -> bool:
+    """Whether the flag of any rank is set. Each rank sends one byte; all-gathers of gloo take a round trip per rank."""
+    mine, is_first = torch.tensor([flag]), dist.get_rank(group) == 0
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))] if is_first else None
+    dist.gather(mine, found, group=group, group_dst=0)
+    if found is not None:
+        mine = torch.stack(found).any().reshape(1)
+    dist.broadcast(mine, group=group, group_src=0)
+    return bool(mine.item())
+
+
+def gather_to_first(value: T, group: dist.ProcessGroup) -> list[T] | None:
+    """Every rank's value, in rank order, on the first rank of the group; None on the others."""
+    is_first = dist.get_rank(group) == 0
+    values: list[Any] | None = [None] * dist.get_world_size(group) if is_first else None
+    dist.gather_object(value, values, group=group, group_dst=0)
+    return values
+
+
+def told_by_first(value: T, group: dist.ProcessGroup) -> T:
+    """The value of the first rank of the group."""
+    values = [value]
+    dist.broadcast_object_list(values, group=group, group_src=0)
+    return values[0]
+
+
 def run_everywhere(work: Callable[[], T], group: dist.ProcessGroup | None, kind: type[Exception], what: str = "") -> T:
     """Run `work` on every rank and return its result. If it fails on one, every rank raises `kind`. Collective.
 

@@ -45,12 +45,13 @@ class SyncConfig(Section):
     """How weights get from the trainer into the engines."""
 
     transport: Literal["auto", "tensor", "distributed", "disk"] = "auto"
-    """tensor: shared memory, or CUDA IPC on a GPU, for servers on this machine; distributed: gloo or NCCL broadcast to
-    servers anywhere; disk: files in run_dir that the servers load. auto takes `tensor` where every server is on this
-    machine, else `distributed`. The embedded engine copies in the process, which `auto` and `tensor` both mean."""
+    """tensor: shared memory, or CUDA IPC on a GPU, for servers on the trainer's hosts, each from the ranks of its own;
+    distributed: gloo or NCCL broadcast to servers on other machines; disk: files in run_dir that the servers load. auto
+    takes `tensor` where every server is on a trainer's host, else `distributed`. The embedded engine copies in the
+    process, which `auto` and `tensor` both mean."""
     bucket_bytes: PositiveInt = 512 << 20
-    """Bytes of weights that travel together. A leader of a sync holds two buckets of this size beside its own weights;
-    make it smaller where memory is short."""
+    """Bytes of weights that travel together. A leader of a sync, and with `tensor` every rank that shares a GPU with an
+    engine, holds two buckets of this size beside its own weights; make it smaller where memory is short."""
     in_flight: Literal["finish", "abort", "continue"] = "finish"
     """What happens to requests under way when a sync begins: wait for them, abort them and ask again under the new
     weights, or let them go on under the new weights."""

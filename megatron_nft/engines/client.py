@@ -21,7 +21,7 @@ from megatron_nft.engines.completions import Aborted, BadAnswer, check_completio
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
 from megatron_nft.engines.reasons import reason
 from megatron_nft.engines.targets import RequestRouter, Target, Targets
-from megatron_nft.engines.transports import server_transport
+from megatron_nft.engines.transports import locate, server_transport
 
 if TYPE_CHECKING:
     from megatron_nft.config import Config, ServerConfig
@@ -58,6 +58,7 @@ class HttpEngine(ABC):
         group: ServerGroup | None = None,
         sleeping: SleepingServers | None = None,
         all_urls: Sequence[str] = (),
+        local_urls: Sequence[str] | None = None,
         router: RequestRouter | None = None,
         first: int = 0,
     ) -> None:
@@ -65,10 +66,12 @@ class HttpEngine(ABC):
 
         group: servers that this process started, ended with the engine. sleeping: the same servers, where they share
         the trainer's GPU (rollout.server.memory_saver). router: requests go to it. first: see `targets.Targets`.
+        local_urls: those of `all_urls` on this host, where that is known; else it is found out for the weight sync.
         """
         if not urls:
             raise ValueError("an engine client needs at least one server URL")
         self.urls, self.all_urls = list(urls), list(all_urls or urls)
+        self._local_urls = local_urls
         self.group = group
         self.weight_version = weight_version
         self.memory_released = False
@@ -171,8 +174,8 @@ class HttpEngine(ABC):
     def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
         """See `engine.Engine.open_transport`. Weights go to the servers of every rank."""
         clients = [self._weight_client(url, config.sync.timeout_s) for url in self.all_urls]
-        kind = server_transport(config.sync.transport, self.all_urls)
-        return kind(clients, self, config, spec, layout, ledger)
+        places = locate(self.all_urls, self._local_urls, layout)
+        return server_transport(config.sync.transport, places)(clients, places, self, config, spec, layout, ledger)
 
     def release_memory(self) -> None:
         """See `engine.Engine.release_memory`. The rank that started the servers tells them; others only note it."""

@@ -100,6 +100,7 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
         group=group,
         sleeping=_sleeping(kind, config, group, patience_s),
         all_urls=list(dict.fromkeys(url for urls in started for url in urls)),
+        local_urls=None if given else asked,
         router=router,
         first=hosts.first_server(len(asked), of_all_ranks=bool(given)),
     )

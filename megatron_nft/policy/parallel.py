@@ -15,7 +15,6 @@ import datetime
 import os
 import socket
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,6 +65,11 @@ class ParallelLayout:
         """The next number of micro-batches, at least one, that the pipeline schedule can run."""
         multiple = self.pp.size if self.vpp_size else 1
         return max(1, -(-count // multiple)) * multiple
+
+    @property
+    def stage_leaders(self) -> tuple[int, ...]:
+        """Of each pipeline stage the global rank with TP rank 0 of the first replica."""
+        return self.replica_ranks[0][:: self.tp.size]
 
     @property
     def last_stage_rank(self) -> int:
@@ -145,8 +149,9 @@ def _join(timeout: datetime.timedelta) -> torch.device:
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return device
+    # Without a device_id, with which torch 2.11 and 2.13 make a new gloo group hang: ranks that are not in it enter a
+    # split of NCCL's world, which is collective, and those that are in it do not.
     backend = "nccl" if on_gpu else "gloo"
-    options: dict[str, Any] = {"device_id": device} if on_gpu else {}
     env = os.environ
     if "RANK" not in env:
         rank, world, store = 0, 1, _loopback_store(0, 0, 1)
@@ -154,9 +159,9 @@ def _join(timeout: datetime.timedelta) -> torch.device:
         rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
         store = _loopback_store(int(env["MASTER_PORT"]), rank, world)
     else:
-        dist.init_process_group(backend, timeout=timeout, **options)
+        dist.init_process_group(backend, timeout=timeout)
         return device
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, **options)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return device
 
 

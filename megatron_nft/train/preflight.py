@@ -18,9 +18,13 @@ def check_inputs(config: Config) -> None:
     spec = check_without_torch(config)
     _check_writable(config.run_dir)
     _check_graders(config.verify.grader)
+    import torch
+
+    from megatron_nft.engines.transports import check_transport
     from megatron_nft.weights.hf_check import check_folder
     from megatron_nft.weights.hf_folder import HFFolder
 
+    check_transport(config, "cuda" if torch.cuda.is_available() else "cpu")
     _check_prompts(config)
     check_folder(HFFolder(config.model.path), spec)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,7 +23,9 @@ class ServerFacts:
     dtype: str  # float32 | bfloat16 | ... | auto
     quantization: str | None
     plain: bool  # one pipeline stage, no data parallelism
+    device: str = "cpu"  # or cuda
     sessions: bool = True  # updates stand between a begin and an end
+    gpus: tuple[str, ...] = field(default=(), compare=False)  # of each rank, as `routes.ServerPlace` has them
 
 
 class WeightClient(Protocol):
@@ -47,8 +49,15 @@ class WeightClient(Protocol):
         """Open an update, also where a killed trainer left one open."""
         ...
 
-    def load_shared(self, bucket: Bucket) -> None:
-        """Load a bucket that lies in shared memory; returns when all of the server's ranks have read it."""
+    def share(self, bucket: Bucket) -> Any:
+        """Return, as JSON, where one of the server's ranks finds a bucket in this process's memory. No call is made."""
+        ...
+
+    def load_shared(self, bucket: Bucket, shares: Sequence[Any]) -> None:
+        """Load a bucket that lies in shared memory; returns when all of the server's ranks have read it.
+
+        shares: of each of its ranks what `share` returned, in the process whose memory that rank reads.
+        """
         ...
 
     def join(self, rendezvous: Rendezvous, rank_offset: int) -> None:

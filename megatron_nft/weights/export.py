@@ -2,16 +2,18 @@
 
 Each pipeline stage has a *leader* (tensor rank 0 of data-parallel replica 0). For one bucket the other ranks of the
 stage send their shards to the leader in messages (`messages.py`), and it writes them into their place in a flat buffer
-of full HF tensors. With `everywhere` the leader then broadcasts the buffer to the world.
+of full HF tensors. Where there are receivers (`receivers.py`), the leader then broadcasts the buffer to them.
 
 Memory on a leader: two buffers of a bucket each, so that one is filled while the other is in use, and a staging
 buffer for the messages, no larger than the largest parameter. A parameter larger than a bucket gets a buffer of its own
 while neither of the two is in use, and one of them then serves for staging. So a leader never holds more than two
-buckets and the largest parameter, and no rank holds the model. A sender holds its own shards of one bucket.
+buckets and the largest parameter, and no rank holds the model. A receiver holds no more than a leader, a sender its own
+shards of one bucket.
 
 Invariants:
 - every rank of the world runs the iterator to its end; all ranks of a stage compute the same plan
 - the order of tensors is the same in every export: stage by stage, dense parameters, then experts
+- all receivers get all buckets, in that order
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket, BucketPlan, TensorMeta, plan_stage
 from megatron_nft.weights.messages import Piece, cut_messages, index_of, pack, unpack
 from megatron_nft.weights.names import Geometry
+from megatron_nft.weights.receivers import Receivers
 from megatron_nft.weights.splits import place, unmerge
 
 Allocate = Callable[[int], torch.Tensor]
@@ -40,19 +43,18 @@ def export_buckets(
     buffers: Buffers,
     *,
     dtype: torch.dtype | None = None,
-    everywhere: bool,
+    receivers: Receivers,
 ) -> Iterator[Bucket]:
     """Stream the policy's weights. A collective call: every rank runs it to the end.
 
     buffers           where the buckets lie, which also says how large they are and how long they are valid.
     dtype             of the exported tensors; None keeps the parameters' own.
-    everywhere=True   every rank gets every bucket, in one order (embedded engines).
-    everywhere=False  stage leaders get the buckets of their own stage, the other ranks get none.
+    receivers         get every bucket; other leaders those of their own stage alone, and other ranks none.
     """
     plans = plan_stage(chunks, spec, layout, buffers.bucket_bytes, dtype)
-    gathered = _gather(plans, spec, buffers, everywhere)
-    if everywhere:
-        yield from _broadcast(gathered, plans, buffers, layout)
+    gathered = _gather(plans, spec, buffers, keeps=layout.rank in receivers.ranks)
+    if receivers.ranks:
+        yield from _broadcast(gathered, plans, buffers, layout, receivers)
     else:
         for bucket in gathered:
             if bucket is not None:
@@ -127,22 +129,22 @@ class Buffers:
         return buffer
 
 
-def _gather(plans: list[BucketPlan], geometry: Geometry, buffers: Buffers, everywhere: bool) -> Iterator[Bucket | None]:
-    """Yield per bucket of this stage: the bucket on the leader; on a sender an empty one if `everywhere`; else None."""
+def _gather(plans: list[BucketPlan], geometry: Geometry, buffers: Buffers, keeps: bool) -> Iterator[Bucket | None]:
+    """Yield per bucket of this stage: the bucket on the leader; on a sender an empty one if it `keeps` one; or None."""
     largest = max((e.hf_bytes(geometry) for plan in plans for e in plan.entries), default=0)
     staging_bytes = min(largest, buffers.bucket_bytes)
     for plan in plans:
-        yield _gather_one(plan, staging_bytes, geometry, buffers, everywhere)  # nothing here holds it beyond that
+        yield _gather_one(plan, staging_bytes, geometry, buffers, keeps)  # nothing here holds it beyond that
 
 
 def _gather_one(
-    plan: BucketPlan, staging_bytes: int, geometry: Geometry, buffers: Buffers, everywhere: bool
+    plan: BucketPlan, staging_bytes: int, geometry: Geometry, buffers: Buffers, keeps: bool
 ) -> Bucket | None:
     if not plan.gathers:
         return None
     rank, size = dist.get_rank(plan.group), dist.get_world_size(plan.group)
     if rank > 0:
-        empty = buffers.bucket(plan.metas, own=False) if everywhere else None
+        empty = buffers.bucket(plan.metas, own=False) if keeps else None
         _send(plan, rank, size, buffers.staging_buffer(staging_bytes), geometry)
         return empty
     bucket = buffers.bucket(plan.metas)
@@ -215,17 +217,24 @@ def _post(
 
 
 def _broadcast(
-    gathered: Iterator[Bucket | None], plans: list[BucketPlan], buffers: Buffers, layout: ParallelLayout
+    gathered: Iterator[Bucket | None],
+    plans: list[BucketPlan],
+    buffers: Buffers,
+    layout: ParallelLayout,
+    receivers: Receivers,
 ) -> Iterator[Bucket]:
-    """Yield every bucket of every stage on every rank."""
+    """Yield every bucket of every stage on the receivers, and on the leaders those of their stage."""
     stages: list[list[list[TensorMeta]]] = gather_objects([plan.metas for plan in plans], layout.pp.group)
-    ranks_per_stage = layout.world_size // layout.pp.size  # stages are the outermost axis: the first rank leads
     for stage, buckets in enumerate(stages):
+        leader, group = layout.stage_leaders[stage], receivers.groups[stage]
+        gets_all = layout.rank == leader or layout.rank in receivers.ranks
         for metas in buckets:
             bucket = next(gathered) if stage == layout.pp.rank else None
+            if not gets_all:
+                continue
             if bucket is None:
                 bucket = buffers.bucket(metas, own=False)
-            if layout.world_size > 1:
-                dist.broadcast(bucket.flat, src=stage * ranks_per_stage)
+            if group is not None:
+                dist.broadcast(bucket.flat, src=leader, group=group)
             yield bucket
             del bucket

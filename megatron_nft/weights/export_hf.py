@@ -23,6 +23,7 @@ from megatron_nft.weights.hf_writer import (
     split_into_files,
     write_file,
 )
+from megatron_nft.weights.receivers import nobody
 
 
 class ExportError(RuntimeError):
@@ -59,7 +60,8 @@ def save_hf(
     counts = gather_objects(len(files), layout.world_gloo)
     names = file_names(sum(counts))[sum(counts[: layout.rank]) :][: len(files)]
 
-    stream = export_buckets(chunks, spec, layout, Buffers(bucket_bytes, layout.device), dtype=dtype, everywhere=False)
+    buffers = Buffers(bucket_bytes, layout.device)
+    stream = export_buckets(chunks, spec, layout, buffers, dtype=dtype, receivers=nobody(layout))
 
     def write() -> None:
         try:

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from megatron_nft.config import Config
-from megatron_nft.distributed import describe_error, gather_objects, raise_any
+from megatron_nft.distributed import any_of, describe_error, gather_objects, raise_any
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.export import Buffers, export_buckets
 from megatron_nft.weights.receipt import Receipt
-from megatron_nft.weights.transport import Ledger, Reference, Transport, WeightSyncError
+from megatron_nft.weights.transport import Ledger, Reference, Transport, WeightSyncError, none_left
 
 Probe = tuple[np.ndarray, np.ndarray]
 """(token ids int32 [L], the trainer's log-probs of token_ids[1:] float32 [L - 1])"""
@@ -42,6 +42,7 @@ class _Progress:
     reference: Reference | None = None  # of the buckets that were put together here
     nbytes: int = 0  # of those buckets
     error: Exception | None = None
+    lost: dict[str, str] = field(default_factory=dict)  # engines that all ranks know to be lost
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -93,7 +94,8 @@ class WeightSync:
         return receipt
 
     def _sync(self, chunks: Sequence[torch.nn.Module], version: int, probe: Probe | None) -> Receipt:
-        progress, transport = _Progress(), self._transport
+        transport = self._transport
+        progress = _Progress(lost=dict(transport.lost))
         self._agree(progress)  # a paused engine would never answer a rank that still waits for it before this sync
         progress.attempt("pause", transport.pause)
         self._agree(progress)
@@ -142,7 +144,7 @@ class WeightSync:
             self._layout,
             self._buffers,
             dtype=self._transport.dtype,
-            everywhere=self._transport.everywhere,
+            receivers=self._transport.receivers,
         )
         on_gpu = self._layout.device.type == "cuda"
         while True:
@@ -157,15 +159,26 @@ class WeightSync:
                 torch.cuda.current_stream().synchronize()  # readers do not know of our stream
             progress.nbytes += bucket.nbytes if bucket.own else 0
             hashed = self._hash(bucket, progress)
-            self._in_use.append((hashed, self._sending.submit(self._send, bucket, progress)))
+            sent = [self._sending.submit(self._send, bucket, progress)] if self._sends else []
+            self._in_use.append((hashed, *sent))
             del bucket  # one that is larger than a bucket must be gone before the next is made
         if on_gpu:
             self._buffers.release()
         self._transport.end_stream()
 
+    @property
+    def _sends(self) -> bool:
+        """Whether this rank's transport gets buckets, rather than the export alone passing them on to receivers."""
+        receivers = self._transport.receivers.ranks
+        return not receivers or self._layout.rank in receivers
+
     @torch.no_grad()  # which holds for a thread, not for those it starts
     def _send(self, bucket: Bucket, progress: _Progress) -> None:
-        progress.attempt("send", lambda: self._transport.send(bucket))
+        with progress.phase("send"):
+            if progress.error is None:
+                self._transport.send(bucket)
+            else:
+                self._transport.skip()
 
     def _used(self) -> None:
         """Wait until nothing reads the oldest bucket any more."""
@@ -190,9 +203,10 @@ class WeightSync:
         return finished
 
     def _finish(self, sent: set[str], version: int) -> None:
-        if not self._transport.everywhere:
+        if not self._transport.receivers.ranks:  # each leader has sent a part
             sent = set().union(*gather_objects(sent, self._layout.world_gloo))
-        self._ledger.check_complete(sent)
+        if self._sends:
+            self._ledger.check_complete(sent)
         self._transport.finish(version)
 
     def _whole_reference(self, progress: _Progress) -> dict[str, str]:
@@ -217,11 +231,18 @@ class WeightSync:
 
     def _agree(self, progress: _Progress) -> bool:
         """Tell all ranks of errors and of lost engines. Return whether the stream must be sent again."""
-        known = (describe_error(progress.error, WeightSyncError), self._transport.lost, self._transport.must_resend)
+        transport = self._transport
+        has_news = progress.error is not None or transport.lost != progress.lost or transport.must_resend
+        if not any_of(has_news, self._layout.world_gloo):
+            return False
+        known = (describe_error(progress.error, WeightSyncError), transport.lost, transport.must_resend)
         ranks = gather_objects(known, self._layout.world_gloo)
         for _, lost, _ in ranks:
-            self._transport.lost |= lost
+            transport.lost |= lost
+        progress.lost = dict(transport.lost)
         raise_any([message for message, _, _ in ranks], WeightSyncError, progress.error)
+        if not transport.engines():  # those of each host are known to its own ranks first
+            raise none_left(transport.lost)
         return any(must_resend for _, _, must_resend in ranks)
 
     def _receipt(

@@ -11,6 +11,7 @@ import torch
 from megatron_nft.weights.buckets import Bucket, TensorMeta
 from megatron_nft.weights.checksum.nft_checksum import checksums
 from megatron_nft.weights.hf_folder import name_list
+from megatron_nft.weights.receivers import Receivers
 
 
 class WeightSyncError(RuntimeError):
@@ -23,6 +24,11 @@ class EngineLost(Exception):
     def __init__(self, url: str, reason: str) -> None:
         super().__init__(f"{url}: {reason}")
         self.url, self.reason = url, reason
+
+
+def none_left(lost: dict[str, str]) -> WeightSyncError:
+    """Return the error of a sync whose engines are all lost. `lost`: engine -> why."""
+    return WeightSyncError("no engine is left: " + "; ".join(f"{engine}: {why}" for engine, why in lost.items()))
 
 
 class Reference(Protocol):
@@ -63,7 +69,7 @@ class Transport(Protocol):
     """
 
     name: str
-    everywhere: bool  # every rank receives every bucket, or only stage leaders those of their stage
+    receivers: Receivers  # ranks whose transport sends every bucket; with nobody, leaders send those of their stage
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -87,6 +93,9 @@ class Transport(Protocol):
 
     def send(self, bucket: Bucket) -> None:
         """Bring a bucket to the engines; returns when its buffer may be written again."""
+
+    def skip(self) -> None:
+        """Take note, in place of `send`, of a bucket that comes after an error; other ranks may wait for this one."""
 
     def end_stream(self) -> None:
         """Take note that this rank sends no more buckets, perhaps because of an error. Never raises."""

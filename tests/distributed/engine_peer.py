@@ -1,19 +1,23 @@
 """A stand-in for an SGLang server with several tensor-parallel ranks, which SGLang itself does not run on a CPU.
 
-    python engine_peer.py ANNOUNCEMENT MODEL_DIR TP_SIZE     writes its URL to the file ANNOUNCEMENT
+    python engine_peer.py ANNOUNCEMENT MODEL_DIR TP_SIZE [ADDRESS]     writes its URL to the file ANNOUNCEMENT
 
 It answers SGLang's update calls over HTTP. Each of its ranks is a thread that joins the trainer's gloo group under a
-rank of its own, receives every broadcast, and keeps the part of each tensor that SGLang's rank would, in a buffer laid
-out as SGLang's. The slicing is written here from SGLang's layers (heads, columns, rows, padded vocabulary), with numpy
-on the buffers, and shares no code with the trainer.
+rank of its own, or reads the shared memory that it is told, and keeps the part of each tensor that SGLang's rank would,
+in a buffer laid out as SGLang's. The slicing is written here from SGLang's layers (heads, columns, rows, padded
+vocabulary), with numpy on the buffers, and shares no code with the trainer. GET /seen tells who called what, and of
+each rank which processes' memory it read.
 """
 
 from __future__ import annotations
 
+import base64
 import datetime
 import hashlib
 import json
 import os
+import pickle
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,6 +39,7 @@ class Shard:
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         self.rank, self.size = rank, size
         self.groups: dict[str, dist.ProcessGroupGloo] = {}  # of each leader
+        self.read_from: set[int] = set()  # process ids
         self.parts: dict[str, dict[int, np.ndarray]] = {}  # engine's tensor -> place in it -> rows
 
     def join(self, ask: dict) -> None:
@@ -55,9 +60,18 @@ class Shard:
         options.rootRank, options.rootTensor = 0, 0
         self.groups[ask["group_name"]].broadcast([flat], options).wait()
         offset = 0
-        for name, shape, size in zip(ask["names"], ask["shapes"], sizes):
+        for name, shape, size in zip(ask["names"], ask["shapes"], sizes, strict=True):
             self.keep(name, flat.numpy()[offset : offset + size].view(np.float32).reshape(shape))
             offset += size
+
+    def read(self, ask: dict) -> None:
+        assert len(ask["serialized_named_tensors"]) == self.size and ask["load_format"] == "flattened_bucket"
+        message = base64.b64decode(ask["serialized_named_tensors"][self.rank])
+        self.read_from.add(int(re.search(rb"/torch_(\d+)_", message)[1]))
+        found = pickle.loads(message)
+        for meta in found["metadata"]:
+            part = found["flattened_tensor"].numpy()[meta.start_idx : meta.end_idx]
+            self.keep(meta.name, part.view(np.float32).reshape(meta.shape))
 
     def keep(self, name: str, full: np.ndarray) -> None:
         layer = name.split(".")[-2]
@@ -94,14 +108,19 @@ class Shard:
 class Handler(BaseHTTPRequestHandler):
     shards: list[Shard]
     threads: ThreadPoolExecutor
+    calls: list[tuple[str, str]]  # (address of the caller, path)
 
     def do_GET(self) -> None:
         known = {"/server_info": {"tp_size": len(self.shards), "dtype": "float32"}}
+        known["/seen"] = {"calls": self.calls, "read_from": [sorted(shard.read_from) for shard in self.shards]}
+        self.note()
         self.answer(200 if self.path in known else 405, known.get(self.path, {}))
 
     def do_POST(self) -> None:
         ask = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        self.note()
         calls = {"/init_weights_update_group": Shard.join, "/update_weights_from_distributed": Shard.receive}
+        calls["/update_weights_from_tensor"] = Shard.read
         calls["/destroy_weights_update_group"] = Shard.leave
         try:
             if self.path in calls:
@@ -111,6 +130,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         found = [{"parallelism_info": {"tp_rank": s.rank}, "checksums": s.checksums()} for s in self.shards]
         self.answer(200, {"success": True} | ({"ranks": found} if self.path == "/weights_checker" else {}))
+
+    def note(self) -> None:
+        self.calls.append((self.client_address[0], self.path))
 
     def answer(self, status: int, body: dict) -> None:
         data = json.dumps(body).encode()
@@ -128,10 +150,11 @@ def main() -> None:
     announcement, model, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     config = json.loads((model / "config.json").read_text())
     Handler.shards = [Shard(config, rank, size) for rank in range(size)]
-    Handler.threads = ThreadPoolExecutor(size)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Handler.threads, Handler.calls = ThreadPoolExecutor(size), []
+    address = sys.argv[4] if len(sys.argv) > 4 else "127.0.0.1"
+    server = ThreadingHTTPServer((address, 0), Handler)
     partial = announcement.with_suffix(".partial")
-    partial.write_text(f"{os.getpid()} http://127.0.0.1:{server.server_port}")
+    partial.write_text(f"{os.getpid()} http://{address}:{server.server_port}")
     partial.rename(announcement)
     server.serve_forever()
 

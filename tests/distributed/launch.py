@@ -91,8 +91,7 @@ def distributed_checks(script: str, world_size: int, args: tuple[str, ...] = (),
     import pytest
 
     path = HERE / script
-    names = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
-    names = [name for name in names if name.startswith("check_")]
+    names = names_of(path)
     if not names:
         raise ValueError(f"{path} holds no function check_*(ranks)")
     finished: dict[str, dict[str, str]] = {}
@@ -106,6 +105,12 @@ def distributed_checks(script: str, world_size: int, args: tuple[str, ...] = (),
             pytest.fail(error, pytrace=False)
 
     return test
+
+
+def names_of(path: Path) -> list[str]:
+    """The checks of a rank script, in order."""
+    names = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
+    return [name for name in names if name.startswith("check_")]
 
 
 def launch(path: Path, world_size: int, args: tuple[str, ...], timeout_s: float) -> dict[str, str]:
@@ -128,7 +133,7 @@ def launch(path: Path, world_size: int, args: tuple[str, ...], timeout_s: float)
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        return _collect(scratch, world_size, late, timeout_s, [p.returncode for p in processes])
+        return collect(scratch, world_size, late, timeout_s, [p.returncode for p in processes])
 
 
 _servers: list[ForkServer] = []
@@ -180,7 +185,8 @@ def _wait_briefly(processes: list[ForkedProcess], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def _collect(scratch: Path, world_size: int, late: bool, timeout_s: float, codes: list[int]) -> dict[str, str]:
+def collect(scratch: Path, world_size: int, late: bool, timeout_s: float, codes: list[int]) -> dict[str, str]:
+    """What `launch` returns, from what the ranks left in `scratch`: their results, and output in log-RANK.txt."""
     by_check: dict[str, dict[int, str]] = {}
     for rank in range(world_size):
         results = scratch / f"results-{rank}.jsonl"

@@ -38,6 +38,7 @@ from megatron_nft.weights.import_hf import load_hf
 from megatron_nft.weights.names import hf_shapes
 from megatron_nft.weights.offline.convert import hf_to_megatron
 from megatron_nft.weights.offline.megatron_writer import TargetLayout
+from megatron_nft.weights.receivers import Receivers, everyone, nobody, open_receivers
 from megatron_nft.weights.sync import WeightSync
 from megatron_nft.weights.transport import WeightSyncError
 
@@ -155,16 +156,16 @@ def megatron_logits(chunks, tokens: torch.Tensor) -> torch.Tensor | None:
 
 
 def check_export_gives_back_what_was_imported(ranks: Ranks) -> None:
-    """Bit for bit, for buckets smaller than a tensor and larger than the model, with and without `everywhere`."""
+    """Bit for bit, for buckets smaller than a tensor and larger than the model, to nobody, some or all."""
     for family, tied in World.cases:
         path = folder(ranks, family, tied)
         spec, chunks = loaded(path)
         source, expected = HFFolder(path), set(hf_shapes(spec))
         assert expected == set(source.shapes)
         for bucket_bytes in (4096, 100_000, 1 << 30):
-            for everywhere in (True, False):
+            for receivers in audiences():
                 names = []
-                stream = export_buckets(chunks, spec, World.layout, buffers_of(bucket_bytes), everywhere=everywhere)
+                stream = export_buckets(chunks, spec, World.layout, buffers_of(bucket_bytes), receivers=receivers)
                 for bucket in stream:
                     assert bucket.nbytes <= bucket_bytes or len(bucket.metas) <= 3, "a large parameter goes alone"
                     for name, tensor in bucket.tensors:
@@ -172,13 +173,22 @@ def check_export_gives_back_what_was_imported(ranks: Ranks) -> None:
                         names.append(name)
                 gathered = [None] * World.layout.world_size
                 dist.all_gather_object(gathered, names)
-                if everywhere:
-                    assert all(of_rank == names for of_rank in gathered)
-                    assert len(names) == len(set(names)) and set(names) == expected
-                else:
-                    together = [name for of_rank in gathered for name in of_rank]
-                    assert len(together) == len(set(together)) and set(together) == expected
-                    assert bool(names) == (World.layout.tp.rank == 0 and World.layout.dp.rank == 0)
+                receivers.close()
+                for rank in receivers.ranks:
+                    assert gathered[rank] == gathered[max(receivers.ranks)]
+                    assert len(gathered[rank]) == len(set(gathered[rank])) and set(gathered[rank]) == expected
+                leads = World.layout.tp.rank == 0 and World.layout.dp.rank == 0
+                assert bool(names) == (leads or ranks.rank in receivers.ranks)
+                leaders = [gathered[leader] for leader in World.layout.stage_leaders if leader not in receivers.ranks]
+                of_leaders = [name for of_rank in leaders for name in of_rank]
+                assert len(of_leaders) == len(set(of_leaders)) and set(of_leaders) <= expected
+                assert receivers.ranks or set(of_leaders) == expected
+
+
+def audiences() -> tuple:
+    """Nobody, the last rank alone, everyone."""
+    last = open_receivers({World.layout.world_size - 1}, World.layout, 60)
+    return nobody(World.layout), last, everyone(World.layout)
 
 
 def check_export_casts(ranks: Ranks) -> None:
@@ -186,7 +196,8 @@ def check_export_casts(ranks: Ranks) -> None:
     path = folder(ranks, family, tied)
     spec, chunks = loaded(path)
     source = HFFolder(path)
-    stream = export_buckets(chunks, spec, World.layout, buffers_of(50_000), dtype=torch.bfloat16, everywhere=True)
+    buffers, all_ranks = buffers_of(50_000), everyone(World.layout)
+    stream = export_buckets(chunks, spec, World.layout, buffers, dtype=torch.bfloat16, receivers=all_ranks)
     for bucket in stream:
         for name, tensor in bucket.tensors:
             assert tensor.dtype is torch.bfloat16 and torch.equal(tensor, source.read(name).bfloat16()), name
@@ -209,7 +220,7 @@ def check_buckets_stay_as_long_as_they_are_used(ranks: Ranks) -> None:
 
             buffers = Buffers(bucket_bytes, World.layout.device, used=used)
             count = 0
-            for bucket in export_buckets(chunks, spec, World.layout, buffers, everywhere=True):
+            for bucket in export_buckets(chunks, spec, World.layout, buffers, receivers=everyone(World.layout)):
                 held.append(bucket)
                 together = max(together, len(held))
                 count += 1
@@ -217,7 +228,7 @@ def check_buckets_stay_as_long_as_they_are_used(ranks: Ranks) -> None:
             assert together == (1 if bucket_bytes == 4096 else 2), "two, but for parameters larger than a bucket"
 
 
-def check_leader_memory_is_bounded(ranks: Ranks) -> None:
+def check_memory_is_bounded(ranks: Ranks) -> None:
     """Bytes that the export asks for at any time while all buckets are in use as long as they may be: at most two
     buckets and the largest tensor; for a reader that takes one at a time, one bucket less."""
     family, tied = World.cases[-1]
@@ -225,17 +236,29 @@ def check_leader_memory_is_bounded(ranks: Ranks) -> None:
     largest = max(math.prod(shape) for shape in hf_shapes(spec).values()) * 4
     for bucket_bytes in (30_000, 60_000, 200_000):
         for overlap in (True, False):
-            bound = (1 + overlap) * bucket_bytes + largest
-            with counted_bytes(bound) as peak:
-                held = deque()
-                used = held.popleft if overlap else None
-                buffers = Buffers(bucket_bytes, World.layout.device, used=used)
-                for bucket in export_buckets(chunks, spec, World.layout, buffers, everywhere=True):
-                    held.append(bucket)
-                    if not overlap:
-                        held.clear()
-                    del bucket
-            assert 0 < peak[0] <= bound, (bucket_bytes, overlap, largest)
+            for receivers in audiences()[1:]:
+                peak_is_bounded(ranks, (chunks, spec), bucket_bytes, overlap, receivers, largest)
+                receivers.close()
+
+
+def peak_is_bounded(
+    ranks: Ranks, model: tuple, bucket_bytes: int, overlap: bool, receivers: Receivers, largest: int
+) -> None:
+    bound = (1 + overlap) * bucket_bytes + largest
+    with counted_bytes(bound) as peak:
+        held = deque()
+        used = held.popleft if overlap else None
+        buffers = Buffers(bucket_bytes, World.layout.device, used=used)
+        for bucket in export_buckets(*model, World.layout, buffers, receivers=receivers):
+            held.append(bucket)
+            if not overlap:
+                held.clear()
+            del bucket
+    assert peak[0] <= bound, (bucket_bytes, overlap, largest)
+    if ranks.rank in World.layout.stage_leaders or ranks.rank in receivers.ranks:
+        assert peak[0] > 0
+    else:
+        assert peak[0] <= min(largest, bucket_bytes), "what it sends, and no bucket"
 
 
 @contextmanager
@@ -398,7 +421,7 @@ def check_a_bucket_is_sent_while_the_next_is_gathered(ranks: Ranks) -> None:
     engine = EmbeddedEngine.create(path, load_weights=False)
     sync = open_weight_sync(settings(ranks, path, bucket_bytes=100_000), spec, World.layout, engine)
     buffers = buffers_of(100_000)
-    total = sum(1 for _ in export_buckets(chunks, spec, World.layout, buffers, everywhere=True))
+    total = sum(1 for _ in export_buckets(chunks, spec, World.layout, buffers, receivers=everyone(World.layout)))
     gathered, sent = threading.Semaphore(0), []
     send, hashed = sync._transport.send, sync._hash
 

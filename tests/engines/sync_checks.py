@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import launch
@@ -13,8 +12,7 @@ HERE = Path(__file__).resolve().parent
 
 def names_of(script: str) -> list[str]:
     """The checks of a rank script, in order."""
-    tree = ast.parse((HERE / script).read_text())
-    return [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("check_")]
+    return launch.names_of(HERE / script)
 
 
 def run(script: str, world_size: int, *arguments: object, timeout_s: float = 500) -> dict[str, str]:

@@ -240,7 +240,7 @@ class EmbeddedEngine:
 
     def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
         """See `engine.Engine.open_transport`."""
-        return InProcess(self, ledger, layout.device)
+        return InProcess(self, ledger, layout)
 
     memory_released = False  # the weights stay: every rank holds a small model of its own
 

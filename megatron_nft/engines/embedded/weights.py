@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.checksum.nft_checksum import checksum
+from megatron_nft.weights.receivers import everyone
 from megatron_nft.weights.transport import HFReference, Ledger, Reference, WeightSyncError, compare
+
+if TYPE_CHECKING:
+    from megatron_nft.policy.parallel import ParallelLayout
 
 
 class UpdatableEngine(Protocol):
@@ -31,11 +35,11 @@ class InProcess:
     """See `transport.Transport`. Nothing is ever in flight: the embedded engine answers within a call."""
 
     name = "in-process"
-    everywhere = True
     dtype: torch.dtype | None = None
 
-    def __init__(self, engine: UpdatableEngine, ledger: Ledger, device: torch.device) -> None:
-        self._engine, self._ledger, self._device = engine, ledger, device
+    def __init__(self, engine: UpdatableEngine, ledger: Ledger, layout: ParallelLayout) -> None:
+        self._engine, self._ledger, self._device = engine, ledger, layout.device
+        self.receivers = everyone(layout)
         self.lost: dict[str, str] = {}
         self.must_resend = False
 
@@ -54,6 +58,9 @@ class InProcess:
     def send(self, bucket: Bucket) -> None:
         self._ledger.note(bucket.metas)
         self._engine.update_weights(bucket.tensors)
+
+    def skip(self) -> None:
+        pass
 
     def end_stream(self) -> None:
         pass

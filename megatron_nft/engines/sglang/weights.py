@@ -33,13 +33,17 @@ class SGLangWeightClient(HttpWeightClient):
     """See `weights.client.WeightClient`."""
 
     _is_open = False
-    """Whether this client has an update session open; rank 0's alone opens and closes them."""
+    """Whether this client has an update session open; the one that controls the server opens and closes them."""
 
     def facts(self) -> ServerFacts:
         info = self._get("/server_info")
         plain = info.get("pp_size", 1) == 1 and info.get("dp_size", 1) == 1
         sessions = self._ask("GET", "/begin_weight_update", None).status_code != 404  # 405: only POST is allowed
-        return ServerFacts(info.get("tp_size", 1), info.get("dtype", "auto"), info.get("quantization"), plain, sessions)
+        size, device = info.get("tp_size", 1), info.get("device", "cpu")
+        first, step = info.get("base_gpu_id", 0), info.get("gpu_id_step", 1)
+        gpus = tuple(str(first + rank * step) for rank in range(size)) if device == "cuda" else ()
+        dtype, quantization = info.get("dtype", "auto"), info.get("quantization")
+        return ServerFacts(size, dtype, quantization, plain, device, sessions, gpus)
 
     def pause(self, in_flight: str) -> None:
         self._is_open = False
@@ -67,9 +71,12 @@ class SGLangWeightClient(HttpWeightClient):
             self._post("/begin_weight_update", {"selector": "all"})
         self._is_open = True
 
-    def load_shared(self, bucket: Bucket) -> None:
+    def share(self, bucket: Bucket) -> str:
+        return flattened_bucket(bucket)
+
+    def load_shared(self, bucket: Bucket, shares: Sequence[str]) -> None:
         body = {
-            "serialized_named_tensors": [flattened_bucket(bucket) for _ in range(self._known.tp_size)],
+            "serialized_named_tensors": list(shares),
             "load_format": "flattened_bucket",
             "flush_cache": self._known.sessions,
         }

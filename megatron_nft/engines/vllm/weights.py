@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,12 @@ class VLLMWeightClient(HttpWeightClient):
         return results
 
     def facts(self) -> ServerFacts:
-        workers = self._call("nft_facts")
+        workers = sorted(self._call("nft_facts"), key=lambda worker: worker["rank"])
         first = workers[0]
-        return ServerFacts(first["tp_size"], first["dtype"], first["quantization"], first["plain"])
+        gpus = tuple(worker["gpu"] for worker in workers if worker["gpu"])
+        return ServerFacts(
+            first["tp_size"], first["dtype"], first["quantization"], first["plain"], first["device"], gpus=gpus
+        )
 
     def pause(self, in_flight: str) -> None:
         self._post(f"/pause?mode={PAUSE_MODE[in_flight]}", {})
@@ -49,8 +53,11 @@ class VLLMWeightClient(HttpWeightClient):
     def begin(self) -> None:
         self._call("nft_begin")
 
-    def load_shared(self, bucket: Bucket) -> None:
-        self._call("nft_load_shared", [shared_memory(bucket) for _ in range(self._known.tp_size)], _metas(bucket))
+    def share(self, bucket: Bucket) -> dict[str, Any]:
+        return shared_memory(bucket)
+
+    def load_shared(self, bucket: Bucket, shares: Sequence[dict[str, Any]]) -> None:
+        self._call("nft_load_shared", list(shares), _metas(bucket))
 
     def join(self, rendezvous: Rendezvous, rank_offset: int) -> None:
         where = (rendezvous.address, rendezvous.port, rendezvous.name, rank_offset, rendezvous.world_size)

@@ -23,7 +23,7 @@ class DiskTransport(ServerTransport):
     def begin(self, version: int) -> None:
         super().begin(version)
         self._num_files = 0
-        if self._controls:
+        if self._layout.rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
 
@@ -36,5 +36,8 @@ class DiskTransport(ServerTransport):
     def finish(self, version: int) -> None:
         self._each(lambda server: server.load_folder(self._folder, version))
         super().finish(version)
-        if self._controls:
+
+    def resume(self, version: int) -> None:
+        super().resume(version)
+        if self._layout.rank == 0:  # all engines have loaded: that was agreed on before
             shutil.rmtree(self._folder)

@@ -24,7 +24,8 @@ from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.client import WeightClient
-from megatron_nft.weights.transport import EngineLost, Ledger, WeightSyncError
+from megatron_nft.weights.routes import Places
+from megatron_nft.weights.transport import EngineLost, Ledger, WeightSyncError, none_left
 from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Rendezvous, address_towards
 from megatron_nft.weights.transports.servers import ServerTransport, Versioned
 
@@ -41,19 +42,22 @@ class DistributedTransport(ServerTransport):
     def __init__(
         self,
         servers: Sequence[WeightClient],
+        places: Places,
         engine: Versioned,
         config: Config,
         spec: ModelSpec,
         layout: ParallelLayout,
         ledger: Ledger,
     ) -> None:
-        super().__init__(servers, engine, config, spec, layout, ledger)
+        super().__init__(servers, places, engine, config, spec, layout, ledger)
+        self._check_device()
+        if layout.device.type == "cuda":
+            _refuse_shared_gpus(self._places, layout.stage_leaders)
         self._group: BroadcastGroup | None = None
         self._group_name = ""
         self._members: list[str] = []  # URLs
         self._has_turn = False
-        ranks_per_stage = self._layout.world_size // self._layout.pp.size
-        self._leader_ranks = [stage * ranks_per_stage for stage in range(self._layout.pp.size)]
+        self._leaders = layout.stage_leaders
 
     def begin(self, version: int) -> None:
         """Open the sessions and, at the first sync or after a loss, the groups. No rank leaves before the others."""
@@ -64,8 +68,8 @@ class DistributedTransport(ServerTransport):
         for lost in gather_objects(self.lost, self._layout.world_gloo):
             self.lost |= lost
         if not self.engines():
-            raise self._none_left()  # on every rank
-        for leader in self._leader_ranks:  # one group at a time: an engine that waits for one cannot join another
+            raise none_left(self.lost)  # on every rank
+        for leader in self._leaders:  # one group at a time: an engine that waits for one cannot join another
             if self._layout.rank == leader and (self._group is None or self._members != self.engines()):
                 with _collected(errors):
                     self._join_engines()
@@ -82,7 +86,7 @@ class DistributedTransport(ServerTransport):
             except EngineLost as lost:
                 self.lost[lost.url] = lost.reason
                 if not self.engines():
-                    raise self._none_left() from None
+                    raise none_left(self.lost) from None
 
     def _gather_engines(self) -> BroadcastGroup:
         """Return a group with the engines that are left. EngineLost where one of them does not answer."""
@@ -129,7 +133,7 @@ class DistributedTransport(ServerTransport):
         """Wait until the leader of the stage before has sent everything."""
         if not self._has_turn and self._layout.pp.rank > 0:
             turn = torch.zeros(1)
-            dist.recv(turn, src=self._leader_ranks[self._layout.pp.rank - 1], group=self._layout.world_gloo)
+            dist.recv(turn, src=self._leaders[self._layout.pp.rank - 1], group=self._layout.world_gloo)
         self._has_turn = True
 
     def end_stream(self) -> None:
@@ -137,7 +141,7 @@ class DistributedTransport(ServerTransport):
             return
         self._take_turn()
         if self._layout.pp.rank + 1 < self._layout.pp.size:
-            dist.send(torch.zeros(1), dst=self._leader_ranks[self._layout.pp.rank + 1], group=self._layout.world_gloo)
+            dist.send(torch.zeros(1), dst=self._leaders[self._layout.pp.rank + 1], group=self._layout.world_gloo)
         self._has_turn = False
 
     def _leave(self, wait_s: float = 0.0) -> None:
@@ -202,3 +206,14 @@ def _forget(server: WeightClient, group_name: str) -> None:
         server.leave(group_name)
     except (EngineLost, WeightSyncError):
         return
+
+
+def _refuse_shared_gpus(places: Places, leaders: Sequence[int]) -> None:
+    """WeightSyncError where an engine rank is on the GPU of a rank that broadcasts: NCCL takes one rank per GPU."""
+    if shared := places.on_gpus_of(leaders):
+        text = ", ".join(f"{url} with rank {rank}" for url, rank in shared)
+        raise WeightSyncError(
+            f"sync.transport=distributed: servers share a GPU with a trainer rank that sends ({text}), and NCCL does "
+            "not take two ranks on one GPU (Duplicate GPU detected). Allowed here: "
+            + ("disk" if places.foreign else "tensor, disk")
+        )

@@ -1,10 +1,11 @@
-"""What the transports to engine servers share: control by rank 0, checks, and engines that are lost."""
+"""What the transports to engine servers share: who controls them, checks, and engines that are lost."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -17,7 +18,17 @@ from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.client import ServerFacts, WeightClient
 from megatron_nft.weights.names import hf_shapes
-from megatron_nft.weights.transport import EngineLost, Ledger, Reference, Transport, WeightSyncError, rank_key
+from megatron_nft.weights.receivers import Receivers, nobody
+from megatron_nft.weights.routes import Places
+from megatron_nft.weights.transport import (
+    EngineLost,
+    Ledger,
+    Reference,
+    Transport,
+    WeightSyncError,
+    none_left,
+    rank_key,
+)
 
 T = TypeVar("T")
 
@@ -29,50 +40,67 @@ class Versioned(Protocol):
 
 
 class ServerTransport(Transport):
-    """See `transport.Transport`. Rank 0 pauses, begins, ends, checks and resumes; stage leaders send.
+    """See `transport.Transport`. Each server is paused, begun, ended, checked and resumed by its caller (`routes.py`).
 
     Subclasses say how a bucket travels.
     """
 
-    everywhere = False
-
     def __init__(
         self,
         servers: Sequence[WeightClient],
+        places: Places,
         engine: Versioned,
         config: Config,
         spec: ModelSpec,
         layout: ParallelLayout,
         ledger: Ledger,
     ) -> None:
-        """servers: the same ones in the same order on every rank. Collective. WeightSyncError where they differ."""
-        self._servers, self._engine = servers, engine
-        self._config, self._spec, self._layout, self._ledger = config, spec, layout, ledger
-        self._controls = layout.rank == 0
+        """servers: a client for each of `places.servers`, in their order. Collective.
+
+        WeightSyncError where a server does not answer, or their settings differ.
+        """
+        self._servers, self._engine, self._config, self._spec = list(servers), engine, config, spec
+        self._layout, self._ledger = layout, ledger
+        of_servers = zip(servers, places.servers, strict=True)
+        self._called = [server for server, place in of_servers if places.caller(place) == layout.rank]
         self._leads = layout.tp.rank == 0 and layout.dp.rank == 0
+        self.receivers: Receivers = nobody(layout)
         # two per server: one that hangs in a broadcast can still be told to leave the group
         self._threads = ThreadPoolExecutor(2 * len(servers), thread_name_prefix="weight-sync")
-        self._facts = self._gather_facts()
+        facts = self._gather_facts()
+        self._facts = facts[servers[0].url]
+        placed = [replace(place, gpus=facts[server.url].gpus) for server, place in zip(servers, places.servers)]
+        self._places = replace(places, servers=tuple(placed))
         for server in servers:
             server.configure(self._facts)
         self.lost: dict[str, str] = {}
         self.must_resend = False
 
-    def _gather_facts(self) -> ServerFacts:
-        """Return the servers' settings, which must be alike. Collective."""
-        asked: list[ServerFacts] | str = []
-        if self._controls:
-            try:
-                asked = list(self._threads.map(lambda server: server.facts(), self._servers))
-            except (EngineLost, WeightSyncError) as error:
-                asked = str(error)
-        found = gather_objects(asked, self._layout.world_gloo)[0]
-        if isinstance(found, str):
-            raise WeightSyncError(found)
-        if len(set(found)) > 1:
-            by_url = {server.url: facts for server, facts in zip(self._servers, found, strict=True)}
+    def _gather_facts(self) -> dict[str, ServerFacts]:
+        """Return the settings of each server by its URL; they must be alike. Collective."""
+        asked: dict[str, ServerFacts] = {}
+        problem = ""
+        try:
+            found = self._threads.map(lambda server: server.facts(), self._called)
+            asked = {server.url: facts for server, facts in zip(self._called, found, strict=True)}
+        except (EngineLost, WeightSyncError) as error:
+            problem = str(error)
+        answers = gather_objects((asked, problem), self._layout.world_gloo)
+        if problems := [text for _, text in answers if text]:
+            raise WeightSyncError("; ".join(problems))
+        by_url = {url: facts for of_rank, _ in answers for url, facts in of_rank.items()}
+        if len(set(by_url.values())) > 1:
             raise WeightSyncError(f"the servers have different settings: {by_url}")
-        return found[0]
+        return by_url
+
+    def _check_device(self) -> None:
+        """WeightSyncError where the servers cannot take tensors from the trainer's device."""
+        own, theirs = self._layout.device.type, self._facts.device
+        if own != theirs:
+            raise WeightSyncError(
+                f"sync.transport={self.name}: the trainer's weights are on {own} and the servers run on {theirs}. "
+                "Allowed here: disk"
+            )
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -97,6 +125,9 @@ class ServerTransport(Transport):
     @abstractmethod
     def send(self, bucket: Bucket) -> None:
         """See `transport.Transport.send`."""
+
+    def skip(self) -> None:
+        """Do nothing: no rank waits for another one's bucket."""
 
     def end_stream(self) -> None:
         """Do nothing: the servers have answered for every bucket."""
@@ -148,12 +179,11 @@ class ServerTransport(Transport):
             server.close()
 
     def _each(self, call: Callable[[WeightClient], T]) -> list[T]:
-        """Run `call(server)` for every server that is not lost, from rank 0 alone."""
-        return self._run(call) if self._controls else []
+        """Run `call` at once for all servers that this rank calls and that are not lost.
 
-    def _run(self, call: Callable[[WeightClient], T]) -> list[T]:
-        """Run `call` for all servers at once. A lost one is noted; WeightSyncError if none is left or one refuses."""
-        servers = [server for server in self._servers if server.url not in self.lost]
+        One that is lost now is noted; WeightSyncError if no rank has one left, as far as is known here, or one refuses.
+        """
+        servers = [server for server in self._called if server.url not in self.lost]
         results, refusals = [], []
         for server, future in [(s, self._threads.submit(call, s)) for s in servers]:
             try:
@@ -165,8 +195,5 @@ class ServerTransport(Transport):
         if refusals:
             raise WeightSyncError("; ".join(refusals))
         if not self.engines():
-            raise self._none_left()
+            raise none_left(self.lost)
         return results
-
-    def _none_left(self) -> WeightSyncError:
-        return WeightSyncError("no engine is left: " + "; ".join(f"{u}: {why}" for u, why in self.lost.items()))

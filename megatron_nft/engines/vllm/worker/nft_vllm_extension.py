@@ -49,6 +49,8 @@ class WeightReceiver:
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "quantization": config.model_config.quantization,
             "plain": config.parallel_config.pipeline_parallel_size == config.parallel_config.data_parallel_size == 1,
+            "device": self.device.type,
+            "gpu": str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else "",
         }
 
     def nft_begin(self) -> bool:
