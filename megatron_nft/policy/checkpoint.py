@@ -52,14 +52,11 @@ from megatron_nft.policy.checkpoint_pieces import (
     whole_piece,
 )
 from megatron_nft.policy.checkpoint_reader import HashingReader, StoredTensors
+from megatron_nft.policy.checkpoint_state import CONTENT, EXTRA_STATE, sharded_models, undivided_state, without_classes
 from megatron_nft.policy.checkpoint_writer import StoredTensor, WrittenFile, pack_common, write_index, write_pieces
 from megatron_nft.policy.fp8_history import fp8_history
 from megatron_nft.policy.optimizer import optimizer_parts
 from megatron_nft.policy.policy import Policy
-
-EXTRA_STATE = "_extra_state"
-CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-"""Megatron's names for how the optimizer state is laid out. Handed out as copies: Megatron adds groups to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +107,7 @@ class Saver:
                 copied = self._memory.copy([piece.values for piece in pieces])
                 pieces = [replace(piece, values=values) for piece, values in zip(pieces, copied, strict=True)]
             first = policy.layout.rank == 0
-            return Snapshot(policy.layout.rank, pieces, pack_common(_without_classes(common)) if first else b"")
+            return Snapshot(policy.layout.rank, pieces, pack_common(without_classes(common)) if first else b"")
 
 
 def save_sharded(policy: Policy, folder: Path | str) -> None:
@@ -133,7 +130,7 @@ def _on_first_rank(work: Callable[[], Any], group: dist.ProcessGroup) -> None:
 
 def _pieces_to_write(policy: Policy) -> tuple[list[Piece], dict[str, Any]]:
     """The pieces that this rank writes, in the order in which it reads them again, and what is not sharded."""
-    models = _sharded_models(policy)
+    models = sharded_models(policy)
     described = sharded_by_parameter(models)
     pieces: list[Piece] = []
     for own in own_ranges(policy):
@@ -141,7 +138,7 @@ def _pieces_to_write(policy: Policy) -> tuple[list[Piece], dict[str, Any]]:
         for name, values in own.states().items():
             pieces += range_pieces(sharded, values, own.start, f"{STATE}{name}.")
         pieces += range_pieces(sharded, own.weight, own.start)
-    rest, common = save_preprocess(_rest(policy, models, loading=False), validate_access_integrity=False)
+    rest, common = save_preprocess(undivided_state(policy, models, loading=False), validate_access_integrity=False)
     pieces += [whole_piece(sharded) for sharded in nested_values(rest)]
     common |= {
         "settings": _settings(policy),
@@ -166,7 +163,7 @@ def load_sharded(policy: Policy, folder: Path | str) -> dict[str, str]:
     _check(policy, stored, common)
     with cpu.on_cpu():
         fill_adam_state(policy)
-        models = _sharded_models(policy)
+        models = sharded_models(policy)
         if distributed_parts(policy):
             policy.optimizer.load_state_dict(common["optimizer"])
         with HashingReader(stored) as reader:
@@ -213,7 +210,7 @@ def _read(
             _fill(range_pieces(sharded, values, own.start, f"{STATE}{name}."), stored, reader)
         own.set_states(states)
         _fill(range_pieces(sharded, own.weight, own.start), stored, reader)
-    state = _rest(policy, models, loading=True)
+    state = undivided_state(policy, models, loading=True)
     same_layout = common["layout"] == _layout(policy)
     if not same_layout:
         del state["rng"]
@@ -286,65 +283,6 @@ def _layout(policy: Policy) -> dict[str, int]:
     at = policy.layout
     sizes = {"world": at.world_size, "tp": at.tp.size, "pp": at.pp.size, "dp": at.dp.size, "ep": at.ep_size}
     return sizes | {"vpp": at.vpp_size or 1}
-
-
-def _sharded_models(policy: Policy) -> dict[str, Any]:
-    """Megatron's description of all chunks' tensors, without Transformer Engine's extra state."""
-    models = {f"model{i}": chunk.sharded_state_dict(metadata=dict(CONTENT)) for i, chunk in enumerate(policy.chunks)}
-    return {
-        model: {name: sharded for name, sharded in entries.items() if not name.endswith(EXTRA_STATE)}
-        for model, entries in models.items()
-    }
-
-
-def _rest(policy: Policy, models: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-    """What `own_ranges` leave: a state as Megatron's dist_checkpointing takes it."""
-    divided = divided_parameters(policy)
-    undivided = {
-        model: {name: sharded for name, sharded in entries.items() if sharded.data not in divided}
-        for model, entries in models.items()
-    }
-    if distributed_parts(policy):
-        optimizer = _hyper_parameters(policy) if not loading else {}
-    else:
-        optimizer = policy.optimizer.sharded_state_dict(models, is_loading=loading, metadata=dict(CONTENT))
-    scales = _by_rank(policy, "fp8", fp8_history(policy.chunks))
-    return {**undivided, "optimizer": optimizer, "rng": _sharded_rng(policy), **({"fp8": scales} if scales else {})}
-
-
-def _hyper_parameters(policy: Policy) -> dict[Any, Any]:
-    """What Megatron's distributed optimizers save beside their tensors."""
-    parts = distributed_parts(policy)
-    if len(parts) > 1:
-        policy.optimizer._synchronize_steps()
-    states = [part.state_dict() | {"param_state_sharding_type": "fully_reshardable"} for part in parts]
-    return states[0] if len(states) == 1 else dict(enumerate(states))
-
-
-def _without_classes(state: Any) -> Any:
-    """`state` without entries that are classes: the optimizer on the host names its own in every parameter group, and a
-    class is what loading refuses to unpickle."""
-    if isinstance(state, dict):
-        return {key: _without_classes(value) for key, value in state.items() if not isinstance(value, type)}
-    return [_without_classes(value) for value in state] if isinstance(state, list) else state
-
-
-def _sharded_rng(policy: Policy) -> dict[str, ShardedTensor]:
-    """This rank's generator states, uint8, each one row of a [world_size, bytes] tensor."""
-    states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    states |= {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
-    return _by_rank(policy, "rng", states)
-
-
-def _by_rank(policy: Policy, kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, ShardedTensor]:
-    """Tensors that every rank has its own of, each one row of a [world_size, ...] tensor."""
-    at = policy.layout
-    return {
-        name: ShardedTensor.from_rank_offsets(f"{kind}.{name}", tensor[None].clone(), (0, at.rank, at.world_size))
-        for name, tensor in tensors.items()
-    }
 
 
 def _set_rng(states: dict[str, torch.Tensor]) -> None:
