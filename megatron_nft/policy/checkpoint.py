@@ -4,48 +4,110 @@ Tensors are stored by their place in the whole model, so any layout loads what a
 parallelism must be on in both or off in both. The same layout continues bit for bit. RNG states and the scales of FP8's
 delayed recipe belong to a rank: they are restored only where the layout is the same one.
 
-Files: `*.distcp` (tensors), `.metadata` (where each tensor lies), `common.pt` (schedule, hyper-parameters) and
-`metadata.json`. They are what stock Megatron-Core reads. There are two differences from its own writer:
+Files: `*.distcp` (tensors, one file per rank), `.metadata` (where each tensor lies), `common.pt` (schedule,
+hyper-parameters) and `metadata.json`. They are what stock Megatron-Core reads and, as its "fully reshardable" format,
+writes. What is done in another way than there:
 
-- The files are written by torch's own FileSystemWriter in this process. Megatron's writer starts a manager process and
-  forks one writer per file, even when it is asked to be synchronous; that costs seconds, and needs a `__main__` guard.
-- Nothing is unpickled freely. Tensor files and common.pt go through `torch.load(weights_only=True)`, and `.metadata` is
-  first read by policy/checkpoint_metadata.py. Pickled objects among the entries are refused, and none are written:
-  Transformer Engine's pickled `_extra_state` is left out, and policy/fp8_history.py saves what an exact resume needs of
-  it as tensors.
+- Every rank writes and reads its own part of weights and optimizer state (checkpoint_pieces.py). Megatron gathers a
+  replica's optimizer state on one rank for this format, and its formats without a gather are bound to TP, PP and VPP.
+- `Saver.snapshot` is quick and what remains (`Snapshot.write`) needs no other rank and no GPU, so that it can happen in
+  a thread while the training goes on. Megatron's own asynchronous writer forks processes beside CUDA, gloo's threads
+  and the engine, or needs a `__main__` guard, and hashes nothing.
+- Nothing is unpickled freely. `.metadata` and the tensor files are read by checkpoint_metadata.py and
+  checkpoint_item.py, common.pt by `torch.load(weights_only=True)`. Pickled objects among the entries are refused, and
+  none are written: Transformer Engine's pickled `_extra_state` is left out, and policy/fp8_history.py saves what an
+  exact resume needs of it as tensors.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from megatron_nft.distributed import run_everywhere
+from megatron_nft.distributed import gather_objects, run_everywhere
 from megatron_nft.policy import cpu
-from megatron_nft.policy.checkpoint_metadata import check_metadata, read_metadata
-from megatron_nft.policy.checkpoint_optimizer import bucket_padding, fill_adam_state, quick_collection, separate_steps
+from megatron_nft.policy.checkpoint_memory import HostMemory
+from megatron_nft.policy.checkpoint_optimizer import fill_adam_state, separate_steps
+from megatron_nft.policy.checkpoint_pieces import (
+    STATE,
+    Piece,
+    distributed_parts,
+    divided_parameters,
+    own_ranges,
+    range_pieces,
+    sharded_by_parameter,
+    whole_piece,
+)
+from megatron_nft.policy.checkpoint_reader import HashingReader, StoredTensors
+from megatron_nft.policy.checkpoint_state import CONTENT, EXTRA_STATE, sharded_models, undivided_state, without_classes
+from megatron_nft.policy.checkpoint_writer import StoredTensor, WrittenFile, pack_common, write_index, write_pieces
 from megatron_nft.policy.fp8_history import fp8_history
+from megatron_nft.policy.optimizer import optimizer_parts
 from megatron_nft.policy.policy import Policy
 
-EXTRA_STATE = "_extra_state"
+
+@dataclass(frozen=True, slots=True)
+class WrittenPart:
+    """What one rank has written: its file, and the tensors of the whole model that it holds boxes of."""
+
+    file: WrittenFile
+    tensors: dict[str, StoredTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a rank writes into a checkpoint. Neither method waits for another rank or touches a GPU, if the values are
+    copies."""
+
+    rank: int
+    pieces: Sequence[Piece]
+    common: bytes  # on the first rank alone
+
+    def write(self, folder: Path) -> WrittenPart:
+        """Write this rank's file into `folder`, which must exist. OSError on a full disk."""
+        values = ((piece.key, piece.offsets, piece.values.cpu()) for piece in self.pieces)
+        file = write_pieces(folder / f"__{self.rank}_0.distcp", values)
+        return WrittenPart(file, {p.key: StoredTensor(p.shape, p.values.dtype) for p in self.pieces})
+
+    def finish(self, folder: Path, parts: Sequence[WrittenPart]) -> None:
+        """On the first rank, when all have written: the files that describe all `parts`."""
+        tensors = {key: stored for part in parts for key, stored in part.tensors.items()}
+        write_index(folder, tensors, [part.file for part in parts], self.common)
+
+
+class Saver:
+    """Takes snapshots of a policy."""
+
+    def __init__(self, policy: Policy, *, copies: bool) -> None:
+        """`copies`: into host memory (pinned on a GPU's host) that is kept for the next snapshot, so that the policy
+        may go on training while one is written. Without, a snapshot is of what the policy holds when it is written."""
+        self._policy = policy
+        self._memory = HostMemory(pinned=policy.layout.device.type == "cuda") if copies else None
+
+    def snapshot(self) -> Snapshot:
+        """This rank's part as it is now. With `copies` the snapshot before must be written, or given up, by then."""
+        policy = self._policy
+        with cpu.on_cpu():
+            fill_adam_state(policy)
+            pieces, common = _pieces_to_write(policy)
+            if self._memory is not None:
+                copied = self._memory.copy([piece.values for piece in pieces])
+                pieces = [replace(piece, values=values) for piece, values in zip(pieces, copied, strict=True)]
+            first = policy.layout.rank == 0
+            return Snapshot(policy.layout.rank, pieces, pack_common(without_classes(common)) if first else b"")
 
 
 def save_sharded(policy: Policy, folder: Path | str) -> None:
@@ -53,53 +115,74 @@ def save_sharded(policy: Policy, folder: Path | str) -> None:
 
     An error on one rank, such as a full disk, is raised on all of them.
     """
-    folder = Path(folder)
-    group = policy.layout.world_gloo  # host memory: plans are exchanged as objects
-    with cpu.on_cpu():
-        fill_adam_state(policy)
-        state = _sharded_state(policy, loading=False)
-        state |= {
-            "settings": _settings(policy),
-            "layout": _layout(policy),
-            "schedule": policy.schedule.state_dict(),
-        }
-        sharded, common = save_preprocess(state | {"content_metadata": _content()})
-        common = _without_classes(common)
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
-        _on_first_rank(lambda: folder.mkdir(parents=True, exist_ok=True), group)
-        _on_first_rank(lambda: torch.save(common, folder / "common.pt"), group)
-        with _plain_errors(OSError, f"could not write {folder}"):
-            save(
-                mcore_to_pyt_state_dict(by_key, False),
-                storage_writer=FileSystemWriter(folder, single_file_per_rank=True, thread_count=1),
-                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-                process_group=group,
-            )
-        _on_first_rank(lambda: save_config(CheckpointingConfig("torch_dist", 1), str(folder)), group)
-
-
-def _without_classes(state: Any) -> Any:
-    """`state` without entries that are classes: the optimizer on the host names its own in every parameter group, and a
-    class is what loading refuses to unpickle."""
-    if isinstance(state, dict):
-        return {key: _without_classes(value) for key, value in state.items() if not isinstance(value, type)}
-    return [_without_classes(value) for value in state] if isinstance(state, list) else state
+    folder, group = Path(folder), policy.layout.world_gloo
+    snapshot = Saver(policy, copies=False).snapshot()
+    _on_first_rank(lambda: folder.mkdir(parents=True, exist_ok=True), group)
+    part = run_everywhere(lambda: snapshot.write(folder), group, OSError, f"could not write {folder}")
+    parts = gather_objects(part, group)
+    _on_first_rank(lambda: snapshot.finish(folder, parts), group)
 
 
 def _on_first_rank(work: Callable[[], Any], group: dist.ProcessGroup) -> None:
-    """Run `work` on rank 0. Its error is raised on every rank, as an OSError: torch.save reports a full disk as a
-    RuntimeError."""
+    """Run `work` on rank 0. Its error is raised on every rank, as an OSError."""
     run_everywhere(lambda: work() if dist.get_rank(group) == 0 else None, group, OSError)
 
 
-def load_sharded(policy: Policy, folder: Path | str) -> None:
+def _pieces_to_write(policy: Policy) -> tuple[list[Piece], dict[str, Any]]:
+    """The pieces that this rank writes, in the order in which it reads them again, and what is not sharded."""
+    models = sharded_models(policy)
+    described = sharded_by_parameter(models)
+    pieces: list[Piece] = []
+    for own in own_ranges(policy):
+        sharded = described[own.parameter]
+        for name, values in own.states().items():
+            pieces += range_pieces(sharded, values, own.start, f"{STATE}{name}.")
+        pieces += range_pieces(sharded, own.weight, own.start)
+    rest, common = save_preprocess(undivided_state(policy, models, loading=False), validate_access_integrity=False)
+    pieces += [whole_piece(sharded) for sharded in nested_values(rest)]
+    common |= {
+        "settings": _settings(policy),
+        "layout": _layout(policy),
+        "schedule": policy.schedule.state_dict(),
+        "content_metadata": CONTENT,
+    }
+    return [piece for piece in pieces if piece.main], common
+
+
+def load_sharded(policy: Policy, folder: Path | str) -> dict[str, str]:
     """Load `folder` into `policy`, all ranks together.
+
+    Returns the SHA-256, by file name, of the files that this rank has read from the first byte to the last: its own,
+    if the layout is the one that saved. What is in none of the ranks' answers was read in parts.
 
     ValueError where the files hold what this program never writes, or another model.
     """
-    folder = Path(folder)
-    common = torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
-    check_metadata(folder)
+    folder, group = Path(folder), policy.layout.world_gloo
+    stored = run_everywhere(lambda: StoredTensors(folder), group, ValueError)
+    common = run_everywhere(stored.read_common, group, ValueError)
+    _check(policy, stored, common)
+    with cpu.on_cpu():
+        fill_adam_state(policy)
+        models = sharded_models(policy)
+        if distributed_parts(policy):
+            policy.optimizer.load_state_dict(common["optimizer"])
+        with HashingReader(stored) as reader:
+            loaded = run_everywhere(
+                lambda: _read(policy, models, common, stored, reader), group, ValueError, f"could not load {folder}"
+            )
+            digests = reader.digests()
+        _restore_rest(policy, loaded)
+        if distributed_parts(policy):
+            for ddp in policy.wrapped:
+                ddp.start_param_sync()  # every rank has read its own part of the weights
+    return digests
+
+
+def _check(policy: Policy, stored: StoredTensors, common: dict[str, Any]) -> None:
+    """ValueError where `policy` cannot hold what is stored, or where it is nothing that this program writes."""
+    folder = stored.folder
+    if stored.objects:
+        raise ValueError(f"{folder / '.metadata'}: entry {stored.objects[0]!r} is a pickled object; allowed: tensors")
     for name, value in _settings(policy).items():
         if common["settings"][name] != value:
             raise ValueError(
@@ -112,53 +195,83 @@ def load_sharded(policy: Policy, folder: Path | str) -> None:
             f"{folder} was saved with expert_model_parallel_size {saved['ep']} and cannot be loaded with {own['ep']}: "
             "Megatron keeps expert parameters in an optimizer of their own above 1. Use the saved size"
         )
-    with cpu.on_cpu():
-        fill_adam_state(policy)
-        state = _sharded_state(policy, loading=True)
-        if saved != own:
-            del state["rng"]
-        if saved != own or not any(key.startswith("fp8.") for key in read_metadata(folder).state_dict_metadata):
-            state.pop("fp8", None)  # as at the start of a run
-        with _plain_errors(ValueError, f"could not load {folder}"):
-            loaded = dist_checkpointing.load(state, str(folder))
-        for i, chunk in enumerate(policy.chunks):
-            _load_model(chunk, loaded[f"model{i}"])
+
+
+def _read(
+    policy: Policy, models: dict[str, Any], common: dict[str, Any], stored: StoredTensors, reader: HashingReader
+) -> dict[str, Any]:
+    """Read what `_pieces_to_write` listed, in its order. Own ranges go to their place; the rest is returned, merged
+    with `common`."""
+    described = sharded_by_parameter(models)
+    for own in own_ranges(policy):
+        sharded = described[own.parameter]
+        states = {name: torch.empty(values.shape, dtype=values.dtype) for name, values in own.states().items()}
+        for name, values in states.items():
+            _fill(range_pieces(sharded, values, own.start, f"{STATE}{name}."), stored, reader)
+        own.set_states(states)
+        _fill(range_pieces(sharded, own.weight, own.start), stored, reader)
+    state = undivided_state(policy, models, loading=True)
+    same_layout = common["layout"] == _layout(policy)
+    if not same_layout:
+        del state["rng"]
+    if not same_layout or not any(key.startswith("fp8.") for key in stored.shapes):
+        state.pop("fp8", None)  # as at the start of a run
+    rest, nonpersistent, factories = load_preprocess(state)
+    rest, _ = extract_sharded_base(rest)
+
+    def values_of(sharded: ShardedTensor) -> torch.Tensor:
+        values = torch.empty(sharded.local_shape, dtype=sharded.dtype)
+        _fill([whole_piece(replace(sharded, data=values))], stored, reader)
+        return values
+
+    dict_list_map_inplace(values_of, rest)
+    merge(common, nonpersistent)
+    merge(common, rest)
+    apply_factory_merges(common, factories)
+    return common
+
+
+def _fill(pieces: Iterable[Piece], stored: StoredTensors, reader: HashingReader) -> None:
+    """Read the pieces' values into their place. ValueError where the checkpoint is of another model."""
+    for piece in pieces:
+        shape = stored.shapes.get(piece.key)
+        if shape is None:
+            raise ValueError(f"the checkpoint is of another model: it lacks {piece.key}")
+        if shape != piece.shape and not (piece.padded and shape[1:] == piece.shape[1:]):
+            raise ValueError(f"shape mismatch: {piece.key} is {list(shape)} there and {list(piece.shape)} here")
+        rows = max(0, min(shape[0] - piece.offsets[0], piece.values.shape[0]))
+        if rows:
+            reader.read_into(piece.values[:rows], piece.key, piece.offsets)
+        piece.values[rows:] = 0  # padding that the layout which saved did not have
+
+
+def _restore_rest(policy: Policy, loaded: dict[str, Any]) -> None:
+    """Put into the policy what is not its own ranges: buffers, schedule, RNG, FP8's scales; and all of a model and an
+    optimizer that are not divided."""
+    divided = divided_parameters(policy)
+    for i, chunk in enumerate(policy.chunks):
+        _load_model(chunk, loaded.get(f"model{i}", {}), {name for name, p in chunk.named_parameters() if p in divided})
+    if not distributed_parts(policy):
         policy.optimizer.load_state_dict(loaded["optimizer"])
-        separate_steps(policy)
-        policy.schedule.num_steps = 0  # Megatron adds the loaded count to it
-        policy.schedule.load_state_dict(loaded["schedule"])
-        for name, tensor in fp8_history(policy.chunks).items() if "fp8" in loaded else ():
-            tensor.copy_(loaded["fp8"][name][0])
-        if "rng" in loaded:
-            _set_rng(loaded["rng"])
+    for part in optimizer_parts(policy.optimizer):
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            part.optimizer._sync_hdo_state_to_sub_optimizers()
+    separate_steps(policy)
+    policy.schedule.num_steps = 0  # Megatron adds the loaded count to it
+    policy.schedule.load_state_dict(loaded["schedule"])
+    for name, tensor in fp8_history(policy.chunks).items() if "fp8" in loaded else ():
+        tensor.copy_(loaded["fp8"][name][0])
+    if "rng" in loaded:
+        _set_rng(loaded["rng"])
 
 
-def _load_model(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Every tensor of `state` and no other; Transformer Engine's extra state, pickled, is neither saved nor wanted."""
+def _load_model(chunk: torch.nn.Module, state: dict[str, Any], done: AbstractSet[str] = frozenset()) -> None:
+    """Every tensor of `state` and no other, besides those that are `done`; Transformer Engine's extra state, pickled,
+    is neither saved nor wanted."""
     missing, unexpected = chunk.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
+    missing = [name for name in missing if name not in done and not name.endswith(EXTRA_STATE)]
     if missing or unexpected:
         raise ValueError(f"the checkpoint is of another model: it lacks {missing} and has {list(unexpected)} besides")
-
-
-@contextlib.contextmanager
-def _plain_errors(kind: type[Exception], what: str) -> Iterator[None]:
-    """torch's CheckpointException holds each rank's error and is no Exception: raise the first one as `kind`."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (problem, _) = next(iter(error.failures.items()))
-        raise kind(f"{what} (rank {rank}): {type(problem).__name__}: {problem}") from None
-
-
-def _content() -> dict[str, Any]:
-    """How Megatron lays the optimizer state out. On GPUs a replica's state is gathered on the host of its
-    data-parallel rank 0 alone, not on every rank."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": torch.cuda.is_available(),
-        "chained_optim_avoid_prefix": True,
-    }
 
 
 def _settings(policy: Policy) -> dict[str, Any]:
@@ -170,36 +283,6 @@ def _layout(policy: Policy) -> dict[str, int]:
     at = policy.layout
     sizes = {"world": at.world_size, "tp": at.tp.size, "pp": at.pp.size, "dp": at.dp.size, "ep": at.ep_size}
     return sizes | {"vpp": at.vpp_size or 1}
-
-
-def _sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
-    content = _content()
-    models = {f"model{i}": chunk.sharded_state_dict(metadata=content) for i, chunk in enumerate(policy.chunks)}
-    for sharded in models.values():
-        for name in [name for name in sharded if name.endswith(EXTRA_STATE)]:
-            del sharded[name]
-    with bucket_padding(policy), quick_collection():
-        optimizer = policy.optimizer.sharded_state_dict(models, is_loading=loading, metadata=content)
-    scales = _by_rank(policy, "fp8", fp8_history(policy.chunks))
-    return {**models, "optimizer": optimizer, "rng": _sharded_rng(policy), **({"fp8": scales} if scales else {})}
-
-
-def _sharded_rng(policy: Policy) -> dict[str, ShardedTensor]:
-    """This rank's generator states, uint8, each one row of a [world_size, bytes] tensor."""
-    states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    states |= {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
-    return _by_rank(policy, "rng", states)
-
-
-def _by_rank(policy: Policy, kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, ShardedTensor]:
-    """Tensors that every rank has its own of, each one row of a [world_size, ...] tensor."""
-    at = policy.layout
-    return {
-        name: ShardedTensor.from_rank_offsets(f"{kind}.{name}", tensor[None].clone(), (0, at.rank, at.world_size))
-        for name, tensor in tensors.items()
-    }
 
 
 def _set_rng(states: dict[str, torch.Tensor]) -> None:

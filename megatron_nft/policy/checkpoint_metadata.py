@@ -10,7 +10,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 ALLOWED_IN_METADATA = {
     "torch": {"Size", "float32", "bfloat16", "float16", "uint8", "int64"},
@@ -29,13 +29,6 @@ ALLOWED_IN_METADATA = {
     "pathlib": {"PosixPath"},
 }
 """Module -> the names in it that `.metadata` may refer to."""
-
-
-def check_metadata(folder: Path) -> None:
-    """ValueError when `.metadata` names anything but torch's checkpoint records, or holds pickled objects."""
-    for key, entry in read_metadata(folder).state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{folder / '.metadata'}: entry {key!r} is a pickled object; allowed: tensors")
 
 
 def read_metadata(folder: Path) -> Metadata:

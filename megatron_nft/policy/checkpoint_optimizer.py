@@ -1,64 +1,11 @@
-"""Optimizer state in a checkpoint: what megatron-core 0.16.1 gets wrong, and what torch's AdamW lacks."""
+"""Optimizer state in a checkpoint: what torch's AdamW lacks, and what megatron-core 0.16.1 gets wrong with it."""
 
 from __future__ import annotations
-
-import contextlib
-import functools
-import gc
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from megatron_nft.policy.optimizer import optimizer_parts
 from megatron_nft.policy.policy import Policy
-
-
-@contextlib.contextmanager
-def quick_collection() -> Iterator[None]:
-    """Keep the objects that exist now out of garbage collection. Megatron collects while it gathers; with the objects
-    of every imported package, that would be most of the time that saving a small model takes."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextlib.contextmanager
-def bucket_padding(policy: Policy) -> Iterator[None]:
-    """Correct what megatron-core 0.16.1's distributed optimizer gathers of its state while the block runs.
-
-    `get_parameter_state_dp_zero` joins a buffer's buckets without the padding between them, and the reshardable format
-    then cuts parameters out by positions that count the padding: with two or more buckets (tied embeddings under
-    pipeline parallelism, overlapped reduction) another part of the buffer is saved, without an error.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    optimizers = [part for part in optimizer_parts(policy.optimizer) if isinstance(part, DistributedOptimizer)]
-    for optimizer in optimizers:
-        optimizer.get_parameter_state_dp_zero = functools.partial(_gather_with_padding, optimizer)
-    try:
-        yield
-    finally:
-        for optimizer in optimizers:
-            del optimizer.get_parameter_state_dp_zero
-
-
-def _gather_with_padding(optimizer: Any, **kwargs: Any) -> dict[Any, Any] | None:
-    """type(optimizer).get_parameter_state_dp_zero, with each bucket at its place in the padded buffer."""
-    state: dict[Any, Any] | None = type(optimizer).get_parameter_state_dp_zero(optimizer, **kwargs)
-    if state is None:
-        return None
-    for index, buffer in enumerate(optimizer.buffers):
-        for tensors in state[index].values():
-            for key in ("param", "exp_avg", "exp_avg_sq"):
-                joined, padded, done = tensors[key], tensors[key].new_zeros(buffer.numel), 0
-                for (start, _), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
-                    padded[start : start + bucket.numel_unpadded] = joined[done : done + bucket.numel_unpadded]
-                    done += bucket.numel_unpadded
-                tensors[key] = padded
-    return state
 
 
 def _adams(policy: Policy) -> list[torch.optim.Optimizer]:

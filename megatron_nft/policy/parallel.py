@@ -109,6 +109,12 @@ def initialize(policy: PolicyConfig, seed: int, collective_timeout_s: float = CO
     return layout
 
 
+def new_gloo_group(timeout_s: float) -> dist.ProcessGroup:
+    """Another group of every rank for host memory, for a thread of its own. Collective."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    return group
+
+
 def seed_trackers(seed: int) -> None:
     """Seed Megatron's random states, which differ over tensor-, pipeline- and expert-parallel ranks as they must."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

@@ -13,14 +13,14 @@ from megatron_nft.console import step_line
 from megatron_nft.distributed import largest
 from megatron_nft.engines.end_tokens import cut_off_note, token_ids
 from megatron_nft.metrics import Metrics
-from megatron_nft.policy import checkpoint as policy_checkpoint
 from megatron_nft.policy.policy import StepReport
 from megatron_nft.train import record
-from megatron_nft.train.checkpoints import RunState, folder_of
+from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.collect import Ask, collect, generate, write_step
 from megatron_nft.train.correction import corrected, steps_over_limit
 from megatron_nft.train.held_out import evaluate_held_out
 from megatron_nft.train.lifecycle import Interrupted
+from megatron_nft.train.manifest import folder_of
 from megatron_nft.train.parts import Parts
 from megatron_nft.train.replicas import (
     compute_behaviour_logprobs,
@@ -53,11 +53,15 @@ def train(parts: Parts, state: RunState) -> RunState:
             state = train_step(parts, state, metrics)
             parts.recorder.end_step(metrics)
             finish_step(parts, state)
+            if parts.store.pending_step:
+                with parts.life.phases("checkpoint"):
+                    parts.store.check()
             if signum := largest(parts.life.stop.signum, parts.layout.world_gloo):
                 raise Interrupted(signum)
     except Interrupted as interrupted:
         save_and_say(parts, state, interrupted)
         raise
+    wait_for_checkpoint(parts)
     if parts.config.checkpoint.export_hf:
         export(parts)
     return state
@@ -194,13 +198,21 @@ def finish_step(parts: Parts, state: RunState) -> None:
 
 
 def save(parts: Parts, state: RunState) -> None:
-    """Save a checkpoint of `state`, unless there is one. Collective."""
-    if parts.store.saved_step == state.step:
+    """Save a checkpoint of `state`, unless there is one or one is being written. Collective."""
+    if state.step in (parts.store.saved_step, parts.store.pending_step):
         return
+    wait_for_checkpoint(parts)
     with parts.life.phases("checkpoint"):
         state = replace(state, unwritten=parts.recorder.snapshot(state.step))
         surplus = state.surplus if parts.layout.is_replica_leader else None
-        parts.store.save(state, lambda folder: policy_checkpoint.save_sharded(parts.policy, folder), surplus)
+        parts.store.save(state, parts.saver.snapshot, surplus)
+
+
+def wait_for_checkpoint(parts: Parts) -> None:
+    """Wait for the save that is under way, if one is. Collective."""
+    if parts.store.pending_step:
+        with parts.life.phases("checkpoint_wait"):
+            parts.store.wait()
 
 
 def save_and_say(parts: Parts, state: RunState, interrupted: Interrupted) -> None:
@@ -209,6 +221,7 @@ def save_and_say(parts: Parts, state: RunState, interrupted: Interrupted) -> Non
         parts.life.console.say(f"{interrupted} before the first step was complete; nothing to save")
         return
     save(parts, state)
+    wait_for_checkpoint(parts)
     folder = folder_of(parts.config.run_dir, state.step)
     parts.life.console.say(f"{interrupted}: step {state.step} is saved in {folder}; run the same command to go on")
 

@@ -27,12 +27,13 @@ from megatron_nft.files import sha256_of_file
 from megatron_nft.metrics import JsonlSink, Sink, TensorBoardSink, WandbSink
 from megatron_nft.policy import checkpoint as policy_checkpoint
 from megatron_nft.policy.family import ModelSpec, read_family
-from megatron_nft.policy.parallel import ParallelLayout
+from megatron_nft.policy.parallel import ParallelLayout, new_gloo_group
 from megatron_nft.policy.policy import Policy
 from megatron_nft.policy.stack import check_stack, read_stack
 from megatron_nft.train.checkpoints import CheckpointStore, RunState, read_surplus
 from megatron_nft.train.held_out import HeldOut, load_held_out
 from megatron_nft.train.lifecycle import Lifecycle, Phases
+from megatron_nft.train.manifest import Manifest
 from megatron_nft.train.memory import PhaseMemory, check_memory, keep_room
 from megatron_nft.train.recorder import Recorder
 from megatron_nft.train.sync import sync_weights
@@ -66,6 +67,7 @@ class Parts:
     sync: WeightSync
     verifier: VerifierPool
     store: CheckpointStore
+    saver: policy_checkpoint.Saver
     recorder: Recorder
 
 
@@ -91,9 +93,13 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
             say(note)
     policy = Policy.create(config, spec, layout)
     say(f"optimizer: {policy.optimizer_kind}")
-    store = CheckpointStore(config.run_dir, config.checkpoint.keep, _identity(config, spec, layout), layout.world_gloo)
+    background = new_gloo_group(config.train.collective_timeout_s) if config.checkpoint.asynchronous else None
+    store = CheckpointStore(
+        config.run_dir, config.checkpoint.keep, _identity(config, spec, layout), layout.world_gloo, background
+    )
     state = restore(config, spec, layout, policy, store, say)
     with Closer(life.phases) as closer:
+        closer.add(store)
         sinks = _open_sinks(config, first_step=state.step + 1 if state.step else 0) if layout.rank == 0 else []
         for sink in sinks:
             closer.add(sink)
@@ -121,6 +127,7 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
             sync=sync,
             verifier=verifier,
             store=store,
+            saver=policy_checkpoint.Saver(policy, copies=config.checkpoint.asynchronous),
             recorder=recorder,
         )
         sync_weights(sync, engine, policy, questions.stream, questions.tokenizer, state.weight_version)
@@ -184,18 +191,23 @@ def restore(
 
     ValueError where there is a checkpoint and checkpoint.resume is never.
     """
-    found = store.newest(say)
+    steps = store.steps()
+    if steps and config.checkpoint.resume == "never":
+        raise ValueError(
+            f"{config.run_dir} holds a checkpoint of step {steps[0]}, and checkpoint.resume is never: "
+            "choose another run_dir, or set checkpoint.resume=auto to go on from it"
+        )
+
+    def load(folder: Path, _: Manifest) -> dict[str, str]:
+        digests = policy_checkpoint.load_sharded(policy, folder / "megatron")
+        return {f"megatron/{name}": digest for name, digest in digests.items()}
+
+    found = store.restore(load, say)
     if found is None:
         load_hf(policy.chunks, config.model.path, spec, layout)
         policy.reload_master_weights()
         return RunState()
     folder, manifest = found
-    if config.checkpoint.resume == "never":
-        raise ValueError(
-            f"{config.run_dir} holds a checkpoint of step {manifest.step}, and checkpoint.resume is never: "
-            "choose another run_dir, or set checkpoint.resume=auto to go on from it"
-        )
-    policy_checkpoint.load_sharded(policy, folder / "megatron")
     surplus = read_surplus(folder)
     draws = sorted({s.draw for s in surplus})
     mine = {d for i, d in enumerate(draws) if i % layout.dp.size == layout.dp.rank}

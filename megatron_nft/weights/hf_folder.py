@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_nft.weights.file_array import BLOCK_BYTES, FileArray
+from megatron_nft.file_array import BLOCK_BYTES, FileArray
 
 INDEX_NAME = "model.safetensors.index.json"
 

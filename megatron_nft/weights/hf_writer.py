@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from megatron_nft.file_array import names_file
 from megatron_nft.files import publish_folder
 from megatron_nft.weights.buckets import Bucket, TensorMeta
-from megatron_nft.weights.file_array import names_file
 from megatron_nft.weights.hf_folder import DTYPES, INDEX_NAME
 
 CARRIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_nft"
 
 LAYERS = (
-    ("types", "section", "files", "processes", "distributed", "console", "arguments", "metrics"),
+    ("types", "section", "files", "file_array", "processes", "distributed", "console", "arguments", "metrics"),
     ("algorithms",),
     ("config", "losses"),
     ("verify",),

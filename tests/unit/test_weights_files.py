@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_nft.weights import file_array
-from megatron_nft.weights.file_array import FileArray
+from megatron_nft import file_array
+from megatron_nft.file_array import FileArray
+from megatron_nft.policy.checkpoint_item import find_item
 from megatron_nft.weights.offline.reused_memory import ReusedMemory
-from megatron_nft.weights.offline.torch_item import find_item
 
 WHOLE = torch.arange(6 * 5 * 4, dtype=torch.float32).view(6, 5, 4)
 PARTS = [

@@ -10,6 +10,7 @@ import torch
 
 from megatron_nft.console import SILENT, Progress
 from megatron_nft.files import publish_folder
+from megatron_nft.policy.checkpoint_writer import StoredTensor
 from megatron_nft.policy.family import ModelSpec, read_family
 from megatron_nft.weights.buckets import Bucket, TensorMeta
 from megatron_nft.weights.hf_check import check_folder
@@ -24,7 +25,7 @@ from megatron_nft.weights.hf_writer import (
 )
 from megatron_nft.weights.names import Kind, Place, all_places
 from megatron_nft.weights.offline.megatron_reader import HF_FILES, MegatronCheckpoint, MegatronWeights, megatron_shape
-from megatron_nft.weights.offline.megatron_writer import StoredBox, StoredTensor, TargetLayout, boxes, write_checkpoint
+from megatron_nft.weights.offline.megatron_writer import StoredBox, TargetLayout, boxes, write_checkpoint
 from megatron_nft.weights.offline.reused_memory import ReusedMemory
 from megatron_nft.weights.offline.summary import ConversionSummary, WrittenTensor
 from megatron_nft.weights.splits import unmerge

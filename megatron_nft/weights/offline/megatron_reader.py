@@ -1,25 +1,20 @@
 """Reading a Megatron checkpoint (torch_dist) region by region, without Megatron's ranks, whatever layout wrote it.
 
 Tensors are stored by their place in the whole model: one key per kind of parameter, layers stacked along axis 0 (then
-experts along axis 1), in chunks as the ranks held them. Chunks are single tensors in `*.distcp` files; `.metadata`
-says where. Neither is unpickled freely (torch_item.py, policy/checkpoint.py), and data go from the file to their place.
+experts along axis 1), in boxes as the ranks held them (policy/checkpoint_reader.py).
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_nft.policy.checkpoint_metadata import read_metadata
+from megatron_nft.policy.checkpoint_reader import StoredTensors
 from megatron_nft.policy.family import ModelSpec, read_family
 from megatron_nft.weights.hf_folder import name_list
 from megatron_nft.weights.names import Geometry, Kind, Place, all_places, hf_shapes
-from megatron_nft.weights.offline.torch_item import find_item
 from megatron_nft.weights.splits import unmerge
 
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -28,46 +23,16 @@ EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 MASTER = "optimizer.state.param."  # fp32 copies of the weights in a training checkpoint
 
 
-class MegatronCheckpoint:
-    """Keys, shapes and regions of a checkpoint folder. ValueError where it is no checkpoint or is damaged."""
+class MegatronCheckpoint(StoredTensors):
+    """A checkpoint folder and the model that it is of. ValueError where it is no checkpoint or is damaged."""
 
     def __init__(self, path: Path | str) -> None:
         """`path`: the torch_dist folder itself, or one that holds it as `megatron/` (a run's `step_...` folder)."""
         self.path = Path(path)
-        self.folder = self.path / "megatron" if (self.path / "megatron").is_dir() else self.path
-        if not (self.folder / ".metadata").is_file():
+        folder = self.path / "megatron" if (self.path / "megatron").is_dir() else self.path
+        if not (folder / ".metadata").is_file():
             raise ValueError(f"{self.path} is no Megatron checkpoint: it has no .metadata file")
-        metadata = self._read_metadata()
-        entries = metadata.state_dict_metadata
-        tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-        self.objects = sorted(entries.keys() - tensors.keys())  # pickles, never read: `..._extra_state/shard_0_24`
-        self.shapes = {key: tuple(entry.size) for key, entry in tensors.items()}
-        self.dtypes = {key: entry.properties.dtype for key, entry in tensors.items()}
-        self._chunks = {key: entry.chunks for key, entry in tensors.items()}
-        self._stored = {
-            (index.fqn, tuple(index.offset)): info
-            for index, info in metadata.storage_data.items()
-            if index.fqn in tensors
-        }
-        self._check_files()
-
-    def _read_metadata(self) -> Metadata:
-        try:
-            return read_metadata(self.folder)
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder / '.metadata'} is damaged: {error}") from None
-
-    def _check_files(self) -> None:
-        """ValueError, before anything is read or written, where a file is missing or shorter than .metadata says."""
-        ends: dict[str, int] = {}
-        for info in self._stored.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-        for name, end in ends.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise ValueError(f"{path} is missing; .metadata lists it")
-            if path.stat().st_size < end:
-                raise ValueError(f"{path} is cut off: it has {path.stat().st_size} bytes, .metadata lists {end}")
+        super().__init__(folder)
 
     def spec(self) -> ModelSpec:
         """Return the model's sizes, from the carried config.json or from a run's manifest. ValueError without both."""
@@ -77,15 +42,6 @@ class MegatronCheckpoint:
         if not manifest.is_file():
             raise ValueError(f"{self.path} says nothing of its model (no {HF_FILES}/config.json, no manifest.json)")
         return ModelSpec.from_dict(json.loads(manifest.read_text(encoding="utf-8"))["model"])
-
-    def common(self) -> dict[str, Any]:
-        """Return what is not sharded: schedule, hyper-parameters, layout. ValueError where it is damaged."""
-        path = self.folder / "common.pt"
-        try:
-            common: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return common
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
     def read(self, key: str, start: tuple[int, ...] = ()) -> torch.Tensor:
         """Read the sub-tensor at the leading indices `start`, e.g. (layer,) of a key that stacks layers."""
@@ -107,30 +63,6 @@ class MegatronCheckpoint:
         target = torch.empty(lengths, dtype=self.dtypes[key])
         self.read_region_into(target, key, offsets)
         return target
-
-    def read_region_into(self, target: torch.Tensor, key: str, offsets: tuple[int, ...]) -> None:
-        """Fill `target` with the box of its shape at `offsets`, from the chunks that it touches, in its own dtype."""
-        missing = target.numel()
-        for chunk in self._chunks[key]:
-            box = [
-                (max(o, c), min(o + n, c + m))
-                for o, n, c, m in zip(offsets, target.shape, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            if any(low >= high for low, high in box):
-                continue
-            info = self._stored[key, tuple(chunk.offsets)]
-            array, order = find_item(self.folder / info.relative_path, info.offset, info.length)
-            if array.shape != tuple(chunk.sizes[axis] for axis in order) or array.dtype is not self.dtypes[key]:
-                raise ValueError(
-                    f"{self.folder / info.relative_path}: the piece of {key} at {list(chunk.offsets)} is "
-                    f"{array.dtype} {list(array.shape)}, not as .metadata says"
-                )
-            part = target[tuple(slice(low - o, high - o) for (low, high), o in zip(box, offsets, strict=True))]
-            index = [slice(low - c, high - c) for (low, high), c in zip(box, chunk.offsets, strict=True)]
-            array.read_into(part.permute(order), tuple(index[axis] for axis in order))
-            missing -= part.numel()
-        if missing:
-            raise ValueError(f"{self.folder}: {missing} elements of {key} at {list(offsets)} are in none of its files")
 
 
 class MegatronWeights:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 
 from megatron_nft.console import SILENT, Progress
 from megatron_nft.files import publish_folder, sha256_of_file
+from megatron_nft.policy.checkpoint_writer import StoredTensor, WrittenFile
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.weights.hf_folder import name_list
 from megatron_nft.weights.hf_writer import open_partial
 from megatron_nft.weights.names import Kind, ParameterRow, Place, all_places
 from megatron_nft.weights.offline.megatron_reader import HF_FILES, MegatronCheckpoint, MegatronWeights
-from megatron_nft.weights.offline.megatron_writer import StoredBox, StoredTensor, TargetLayout, boxes, write_checkpoint
+from megatron_nft.weights.offline.megatron_writer import StoredBox, TargetLayout, boxes, write_checkpoint
 from megatron_nft.weights.offline.summary import ConversionSummary, WrittenTensor
 
 
@@ -36,15 +37,15 @@ def reshard(source: Path, out: Path, grid: TargetLayout, progress: Progress = SI
     if checkpoint.objects:
         raise ValueError(f"{source} holds pickled objects, which are not read: {name_list(checkpoint.objects)}")
     stored, ranks = _plan(checkpoint, spec, grid)
-    common = _with_layout(checkpoint.common(), grid)
+    common = _with_layout(checkpoint.read_common(), grid)
     partial = open_partial(out, replace=False)
     target = partial / "megatron" if checkpoint.folder != checkpoint.path else partial
     target.mkdir(exist_ok=True)
     summary = ConversionSummary([WrittenTensor(key, s.shape, s.dtype) for key, s in stored.items()], len(ranks))
     progress.expect(summary.nbytes)
-    write_checkpoint(target, stored, ranks, common, progress)
+    files = write_checkpoint(target, stored, ranks, common, progress)
     if target != partial:
-        _carry_run_files(checkpoint, partial, grid)
+        _carry_run_files(checkpoint, partial, grid, files)
     elif (checkpoint.folder / HF_FILES).is_dir():
         shutil.copytree(checkpoint.folder / HF_FILES, partial / HF_FILES)
     publish_folder(partial, out)
@@ -111,16 +112,18 @@ def _with_layout(common: dict[str, Any], grid: TargetLayout) -> dict[str, Any]:
     return common
 
 
-def _carry_run_files(checkpoint: MegatronCheckpoint, partial: Path, grid: TargetLayout) -> None:
+def _carry_run_files(
+    checkpoint: MegatronCheckpoint, partial: Path, grid: TargetLayout, files: Sequence[WrittenFile]
+) -> None:
     """Copy surplus groups, and the manifest with the new layout and the new files' sizes and SHA-256."""
+    known = {f"megatron/{file.name}": {"bytes": file.nbytes, "sha256": file.sha256} for file in files}
     for path in checkpoint.path.iterdir():
         if path.is_dir() and path != checkpoint.folder:
             shutil.copytree(path, partial / path.name)
     manifest = json.loads((checkpoint.path / "manifest.json").read_text(encoding="utf-8"))
     manifest["layout"] |= {"tp": grid.tp, "pp": grid.pp}
-    manifest["files"] = {
-        str(path.relative_to(partial)): _size_and_digest(path) for path in sorted(partial.rglob("*")) if path.is_file()
-    }
+    names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    manifest["files"] = {name: known.get(name) or _size_and_digest(partial / name) for name in names}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 

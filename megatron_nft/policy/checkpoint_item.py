@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import collections
 import io
+import mmap
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from megatron_nft.weights.file_array import FileArray
+from megatron_nft.file_array import FileArray
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -48,20 +50,29 @@ def find_item(path: Path, start: int, length: int) -> tuple[FileArray, tuple[int
     dense tensor.
     """
     with path.open("rb") as file:
-        try:
-            item = zipfile.ZipFile(_Window(file, start, length))
-            root = next(name for name in item.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
-            found = _TensorUnpickler(io.BytesIO(item.read(root + "data.pkl"))).load()
-            if not isinstance(found, _TensorRecord):
-                raise pickle.UnpicklingError(f"it is a {type(found).__name__}")
-            dtype, record, offset, shape, strides = found
-            stored = item.getinfo(f"{root}data/{record}")
-        except (zipfile.BadZipFile, StopIteration, KeyError) as error:
-            raise ValueError(f"{path} is cut off or damaged at {start}: {error}") from None
-        except (pickle.UnpicklingError, TypeError) as error:
-            raise ValueError(f"{path} at {start} holds no plain tensor: {error}") from None
-        file.seek(start + stored.header_offset + _LOCAL_HEADER - 4)
-        names = sum(int.from_bytes(file.read(2), "little") for _ in range(2))
+        array, order = find_array(Window(file, start, length), path, start)
+    return replace(array, offset=start + array.offset), order
+
+
+def find_array(item: Window, path: Path, start: int) -> tuple[FileArray, tuple[int, ...]]:
+    """The same for an `item` that is read already; the array's offset counts from the start of the item.
+
+    `path`, `start`: where it came from.
+    """
+    try:
+        archive = zipfile.ZipFile(item)
+        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+        found = _TensorUnpickler(io.BytesIO(archive.read(root + "data.pkl"))).load()
+        if not isinstance(found, _TensorRecord):
+            raise pickle.UnpicklingError(f"it is a {type(found).__name__}")
+        dtype, record, offset, shape, strides = found
+        stored = archive.getinfo(f"{root}data/{record}")
+    except (zipfile.BadZipFile, StopIteration, KeyError) as error:
+        raise ValueError(f"{path} is cut off or damaged at {start}: {error}") from None
+    except (pickle.UnpicklingError, TypeError) as error:
+        raise ValueError(f"{path} at {start} holds no plain tensor: {error}") from None
+    item.seek(stored.header_offset + _LOCAL_HEADER - 4)
+    names = sum(int.from_bytes(item.read(2), "little") for _ in range(2))
     order = tuple(sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis)))
     dense, expected = 1, []
     for axis in reversed(order):
@@ -69,14 +80,14 @@ def find_item(path: Path, start: int, length: int) -> tuple[FileArray, tuple[int
         dense *= shape[axis]
     if any(shape[axis] > 1 and strides[axis] != step for axis, step in zip(reversed(order), expected, strict=True)):
         raise ValueError(f"{path} at {start}: a tensor of shape {shape} with strides {strides} is not read")
-    begin = start + stored.header_offset + _LOCAL_HEADER + names + offset * dtype.itemsize
+    begin = stored.header_offset + _LOCAL_HEADER + names + offset * dtype.itemsize
     return FileArray(path, begin, dtype, tuple(shape[axis] for axis in order)), order
 
 
-class _Window(io.RawIOBase):
-    """A part of a file, read as a file."""
+class Window(io.RawIOBase):
+    """A part of a file, or of memory, read as a file."""
 
-    def __init__(self, file: io.BufferedIOBase, start: int, length: int) -> None:
+    def __init__(self, file: io.BufferedIOBase | mmap.mmap, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
 
     def seekable(self) -> bool:
