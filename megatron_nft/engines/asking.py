@@ -34,7 +34,6 @@ RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
 class Asker(ABC):
     """Asks servers for answers. `client.HttpEngine` makes an engine of it."""
 
-    weight_version: int
     group: ServerGroup | None
     _config: ServerConfig
     _client: httpx.AsyncClient
@@ -42,6 +41,11 @@ class Asker(ABC):
     _watch: Watch
     _is_helped: bool  # the caller brings weights to servers that came back without them
     _allow_version_change: bool
+
+    @property
+    @abstractmethod
+    def weight_version(self) -> int:
+        """Version that answers must come from."""
 
     # ---- what an engine kind fills in
 

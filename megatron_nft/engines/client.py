@@ -72,7 +72,7 @@ class HttpEngine(Asker):
             raise ValueError("an engine client needs at least one server URL")
         self.urls, self.all_urls = list(urls), list(all_urls or urls)
         self.group = group
-        self.weight_version = weight_version
+        self._weight_version = weight_version
         self.memory_released = False
         self._sleeping = sleeping
         self._config, self._allow_version_change = config, allow_version_change
@@ -108,6 +108,16 @@ class HttpEngine(Asker):
         """The client that brings weights to the server at `url`."""
 
     # ---- the engine
+
+    @property
+    def weight_version(self) -> int:
+        """See `engine.Engine.weight_version`."""
+        return self._weight_version
+
+    @weight_version.setter
+    def weight_version(self, version: int) -> None:
+        self._weight_version = version
+        self._targets.behind.clear()  # weights have come: who lacks them now is for the next look to say
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, on_wait: OnWait | None = None
@@ -183,18 +193,10 @@ class HttpEngine(Asker):
         if self.group is not None:
             self.group.renew()
 
-    def open_transport(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        layout: ParallelLayout,
-        ledger: Ledger,
-        only: Sequence[str] | None = None,
-    ) -> Transport:
+    def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
         """See `engine.Engine.open_transport`. Weights go to the servers of every rank."""
-        urls = [url for url in self.all_urls if only is None or url.rstrip("/") in only]
-        clients = [self._weight_client(url, config.sync.timeout_s) for url in urls]
-        kind = server_transport(config.sync.transport, urls)
+        clients = [self._weight_client(url, config.sync.timeout_s) for url in self.all_urls]
+        kind = server_transport(config.sync.transport, self.all_urls)
         return kind(clients, self, config, spec, layout, ledger)
 
     def release_memory(self) -> None:

@@ -149,18 +149,8 @@ class Engine(Protocol):
         """Log-probs of token_ids[1:], each given the tokens before it, temperature 1: int32 [L] -> float32 [L - 1]."""
         ...
 
-    def open_transport(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        layout: ParallelLayout,
-        ledger: Ledger,
-        only: Sequence[str] | None = None,
-    ) -> Transport:
-        """This rank's transport of weights into the engine. Collective. See `weights.transport`.
-
-        only: URLs of the servers that get weights, all of them by default.
-        """
+    def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
+        """This rank's transport of weights into the engine. Collective. See `weights.transport`."""
         ...
 
     memory_released: bool

@@ -71,7 +71,7 @@ class Script:
 
     weight_version = 0
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, on_wait=None):
         self.sampling = sampling
         tokenizer = make_tokenizer()
         for i in range(len(requests)):
@@ -190,7 +190,7 @@ def test_the_rollouts_of_a_step_that_fails_are_on_disk_before_the_error(tmp_path
     class Endless:
         weight_version = 0
 
-        def generate(self, requests, sampling):
+        def generate(self, requests, sampling, on_wait=None):
             for i in range(len(requests)):
                 for sample in range(4):
                     yield i, sample, Completion(np.array([5], np.int32), np.zeros(1, np.float32), "length", 0)
@@ -209,7 +209,7 @@ def test_the_rollouts_of_a_step_that_fails_are_on_disk_before_the_error(tmp_path
             layout=Ranks(),
             stream=stream,
             algorithm=SimpleNamespace(samples=lambda _: []),
-            stop=SimpleNamespace(signum=0),
+            rounds=SimpleNamespace(wait_for_all=lambda: 0),
             end_tokens=(EndToken(258, "<|im_end|>", ("tokenizer",)),),
         )
     assert said in str(error.value) and "\n" not in str(error.value)

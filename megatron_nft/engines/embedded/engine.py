@@ -251,14 +251,7 @@ class EmbeddedEngine:
     def note_good_step(self) -> None:
         """Does nothing. See `engine.Engine.note_good_step`."""
 
-    def open_transport(
-        self,
-        config: Config,
-        spec: ModelSpec,
-        layout: ParallelLayout,
-        ledger: Ledger,
-        only: Sequence[str] | None = None,
-    ) -> Transport:
+    def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
         """See `engine.Engine.open_transport`."""
         return InProcess(self, ledger, layout.device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.client import ServerFacts, WeightClient
 from megatron_nft.weights.names import hf_shapes
-from megatron_nft.weights.transport import EngineLost, Ledger, Reference, Transport, WeightSyncError, rank_key
+from megatron_nft.weights.transport import SPARED, EngineLost, Ledger, Reference, Transport, WeightSyncError, rank_key
 
 T = TypeVar("T")
 
@@ -81,8 +81,8 @@ class ServerTransport(Transport):
         dtype: torch.dtype = getattr(torch, self._facts.dtype)
         return dtype
 
-    def pause(self) -> None:
-        self.lost = {}
+    def pause(self, only: Collection[str] | None = None) -> None:
+        self.lost = {s.url: SPARED for s in self._servers if only is not None and s.url not in only}
         self._each(lambda server: server.pause(self._config.sync.in_flight))
 
     def begin(self, version: int) -> None:
