@@ -31,7 +31,16 @@ class StallTimeouts(Section):
 
     def given(self) -> dict[str, float]:
         """Phase -> its own seconds."""
-        return {phase: seconds for phase, seconds in self.model_dump().items() if seconds is not None}
+        own = {
+            "start": self.start,
+            "generate": self.generate,
+            "train": self.train,
+            "sync": self.sync,
+            "checkpoint": self.checkpoint,
+            "evaluate": self.evaluate,
+            "export": self.export,
+        }
+        return {phase: seconds for phase, seconds in own.items() if seconds is not None}
 
 
 class TrainConfig(Section):
