@@ -93,6 +93,39 @@ def raise_any(messages: Sequence[str | None], kind: type[Exception], own: Except
         raise kind(f"{what}: {'; '.join(parts)}" if what else "; ".join(parts)) from own
 
 
+class CollectiveError(RuntimeError):
+    """A collective that failed: a rank is gone, or cannot be reached."""
+
+
+class NumbersUnderWay:
+    """A few integers of every rank, gathered while the caller goes on with other work.
+
+    All ranks start one, of the same length and in the same order as the group's other collectives. Without a group this
+    process is the only rank.
+    """
+
+    def __init__(self, values: Sequence[int], group: dist.ProcessGroup | None) -> None:
+        mine = torch.tensor(list(values))
+        self._all, self._work = [mine], None
+        if group is not None:
+            self._all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+            self._work = dist.all_gather(self._all, mine, group=group, async_op=True)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether `result` returns, or raises, at once."""
+        return self._work is None or bool(self._work.is_completed())
+
+    def result(self) -> list[list[int]]:
+        """Wait for every rank's numbers, in rank order. CollectiveError where they do not come."""
+        if self._work is not None:
+            try:
+                self._work.wait()
+            except RuntimeError as e:
+                raise CollectiveError(str(e)) from None
+        return [numbers.tolist() for numbers in self._all]
+
+
 def largest(value: int, group: dist.ProcessGroup) -> int:
     """The largest of every rank's values."""
     t = torch.tensor([value])

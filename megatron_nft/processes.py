@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -21,6 +22,14 @@ RANK_PREFIXES = ("TORCHELASTIC_",)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _given: set[int] = set()
+
+
+def allow_open_files(number: int) -> None:
+    """Let this process open `number` files and connections, as far as the system's hard limit permits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -25,7 +25,11 @@ from pydantic import BaseModel, ValidationError
 from megatron_nft.algorithms import ALGORITHMS, DEFAULT, AlgorithmError, algorithm_class
 from megatron_nft.config.settings import Config
 
-REMOVED = {"checkpoint.save_optimizer": "a checkpoint always holds the optimizer's state"}
+REMOVED = {
+    "checkpoint.save_optimizer": "it had no effect, a checkpoint always holds the optimizer's state",
+    "rollout.server.request_timeout_s": "an answer may take as long as it takes; rollout.server.stall_timeout_s says "
+    "how long a server may stand still",
+}
 """Former key -> why it is gone. Files and overrides that have one are still read; the key is dropped with a warning."""
 KEYS_OF_0_1_0 = {
     *("name", "loss_divisor", "truncated", "ratio_max_log", "clip_low", "clip_high"),
@@ -163,12 +167,21 @@ def _without_unread(layer: dict[str, Any]) -> dict[str, Any]:
 def _without_removed(layer: dict[str, Any]) -> dict[str, Any]:
     """The layer without the keys of `REMOVED`; a FutureWarning names each that it had."""
     for key, reason in REMOVED.items():
-        section, _, name = key.rpartition(".")
-        values = layer.get(section)
-        if isinstance(values, dict) and name in values:
-            warnings.warn(f"{key} was removed, it had no effect: {reason}", FutureWarning, stacklevel=1)
-            layer = {**layer, section: {other: value for other, value in values.items() if other != name}}
+        if _has(layer, key.split(".")):
+            warnings.warn(f"{key} was removed: {reason}", FutureWarning, stacklevel=1)
+            layer = _without(layer, key.split("."))
     return layer
+
+
+def _has(tree: Any, path: Sequence[str]) -> bool:
+    first, *rest = path
+    return isinstance(tree, dict) and first in tree and (not rest or _has(tree[first], rest))
+
+
+def _without(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    first, *rest = path
+    others = {key: value for key, value in tree.items() if key != first}
+    return {**tree, first: _without(tree[first], rest)} if rest else others
 
 
 def parse_override(text: str) -> dict[str, Any]:

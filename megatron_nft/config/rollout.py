@@ -76,18 +76,20 @@ class ServerConfig(Section):
     """Spread requests by sglang-router, one on each trainer machine, in place of our own client (sglang only)."""
     router_args: list[str] = Field(default=[])
     """Further arguments for the router's command line, for example ["--policy=random"]."""
-    max_in_flight: PositiveInt = 256
-    """Requests under way at once, from each trainer rank."""
+    max_in_flight: PositiveInt = 512
+    """Answers under way at once, from each trainer rank. Each is a request of its own."""
     max_retries: NonNegativeInt = 3
-    """Further tries of a request that a server failed or dropped."""
+    """Further tries of an answer that a server failed or dropped."""
     start_timeout_s: PositiveFloat | None = None
     """Seconds that a server may take to start, or to wake up. null: 300, and for the bytes of the model 1 s per 0.2 GB
     where the server reads them (from a disk that all hosts share), or 1 s per GB and GPU where it only makes room for
     what the first weight sync brings."""
-    request_timeout_s: PositiveFloat = 1800.0
-    """Seconds that one request may take; raise it for very long answers."""
+    stall_timeout_s: PositiveFloat = 120.0
+    """Seconds that a server may work on no request at all while answers are under way. These are then asked elsewhere,
+    and a server that the run started is started again. An answer may take as long as it takes."""
     max_restarts: NonNegativeInt = 2
-    """How often a server that the run started and that died is started again."""
+    """How often a server that the run started and that died or hangs is started again between two complete training
+    steps. On nodes of their own (engines.serve), over the whole job."""
 
 
 class RolloutConfig(Section):

@@ -10,6 +10,39 @@ from pydantic import Field, model_validator
 from megatron_nft.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
+class StallTimeouts(Section):
+    """Seconds that single phases may go without progress, in place of `train.stall_timeout_s`; null takes that."""
+
+    start: PositiveFloat | None = 3600.0
+    """From the start of the ranks to the first step: models are read and servers started."""
+    generate: PositiveFloat | None = None
+    """Generation. A server that works on answers is progress; `rollout.server.stall_timeout_s` finds one that hangs,
+    and `rollout.server.start_timeout_s` bounds the wait for one that is started again."""
+    train: PositiveFloat | None = None
+    """The optimizer steps; a micro-batch is progress."""
+    sync: PositiveFloat | None = None
+    """The weight sync, as a whole."""
+    checkpoint: PositiveFloat | None = 3600.0
+    """Writing a checkpoint, as a whole."""
+    evaluate: PositiveFloat | None = None
+    """Held-out questions, as in generation."""
+    export: PositiveFloat | None = 3600.0
+    """Writing the trained model, as a whole."""
+
+    def given(self) -> dict[str, float]:
+        """Phase -> its own seconds."""
+        own = {
+            "start": self.start,
+            "generate": self.generate,
+            "train": self.train,
+            "sync": self.sync,
+            "checkpoint": self.checkpoint,
+            "evaluate": self.evaluate,
+            "export": self.export,
+        }
+        return {phase: seconds for phase, seconds in own.items() if seconds is not None}
+
+
 class TrainConfig(Section):
     """The size of a step."""
 
@@ -24,9 +57,11 @@ class TrainConfig(Section):
     """Passes over the groups of each step."""
     max_skipped_steps: NonNegativeInt = 3
     """Optimizer updates in a row that may be skipped because the gradient holds a NaN or Inf; one more ends the run."""
-    stall_timeout_s: PositiveFloat = 3600.0
-    """Seconds that a phase may go without progress. Then every rank's stacks are written to run_dir/stacks and the run
-    ends. Raise it where one phase really takes longer."""
+    stall_timeout_s: PositiveFloat = 900.0
+    """Seconds that a phase may go without progress. Then the stacks of all ranks are written to run_dir/stacks, and the
+    run ends with a line that names the rank for which the others wait. Raise it where a phase really takes longer."""
+    stall_timeout_by_phase: StallTimeouts = StallTimeouts()
+    """The same for single phases."""
     collective_timeout_s: PositiveFloat = 7200.0
     """Seconds that a rank waits in a collective for the others. Then it ends and names the phase: another rank is gone,
     or its host cannot be reached. Must be longer than ranks with little to generate wait for those with much."""

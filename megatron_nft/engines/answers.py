@@ -5,11 +5,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from megatron_nft.engines.engine import Completion, Engine, EngineError, Request, SamplingParams, WeightVersionError
+from megatron_nft.engines.engine import (
+    WAIT_S,
+    Completion,
+    Engine,
+    EngineError,
+    OnWait,
+    Request,
+    SamplingParams,
+    WeightVersionError,
+)
 from megatron_nft.types import Prompt, ReasonKind, Rollout, RolloutGroup, Verdict
 
 if TYPE_CHECKING:
@@ -58,18 +67,20 @@ def ask_and_grade(
     *,
     grade_truncated: bool,
     on_answer: Callable[[Completion], None] | None = None,
+    on_wait: OnWait | None = None,
 ) -> Iterator[tuple[int, list[GradedAnswer]]]:
     """Yields (number of a request, its graded answers by sample) as soon as a question is complete and graded.
 
     requests: one per prompt, in the same order; every one comes exactly once, in no particular order. grade_truncated:
     whether answers that were cut off at the length limit are given to the verifier. `on_answer` is called as answers
-    arrive. Where the engine fails, the questions that it had finished come before its EngineError is raised.
+    arrive, `on_wait` as engine.OnWait says, and while verdicts are waited for. Where the engine fails, the questions
+    that it had finished come before its EngineError is raised.
     """
     questions = [_OpenQuestion(prompt, {}) for prompt in prompts]
     answered: deque[int] = deque()  # questions with all answers, waiting for verdicts
     failure: EngineError | None = None
     try:
-        for number, sample, completion in engine.generate(requests, sampling):
+        for number, sample, completion in engine.generate(requests, sampling, on_wait):
             text = cast(str, tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True))  # of one answer
             grade = grade_truncated or completion.finish_reason != "length"
             questions[number].add(sample, completion, text, verifier if grade else None)
@@ -77,11 +88,15 @@ def ask_and_grade(
                 on_answer(completion)
             if len(questions[number].answers) == requests[number].num_samples:
                 answered.append(number)
+            if on_wait is not None:
+                on_wait(True)
             while answered and questions[answered[0]].is_graded:
                 yield answered[0], questions[answered.popleft()].close()
     except EngineError as error:
         failure = error
     for number in answered:
+        while on_wait is not None and not questions[number].wait(WAIT_S):
+            on_wait(True)  # graders have limits of their own
         yield number, questions[number].close()
     if failure is not None:
         raise failure
@@ -111,6 +126,11 @@ class _OpenQuestion:
     def is_graded(self) -> bool:
         return all(verdict is None or verdict.done() for _, _, verdict in self.answers.values())
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the verdicts, at most `timeout_s` seconds; whether all are there."""
+        futures = [verdict for _, _, verdict in self.answers.values() if verdict is not None]
+        return not wait(futures, timeout_s).not_done
+
     def close(self) -> list[GradedAnswer]:
         """The answers by sample; waits for verdicts that are not there yet, and lets go of the token ids."""
         taken = [self.answers.pop(sample) for sample in sorted(self.answers)]
@@ -138,11 +158,13 @@ def generate_groups(
     tokenizer: PreTrainedTokenizerBase,
     stop_token_ids: Sequence[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
+    on_wait: OnWait | None = None,
 ) -> tuple[list[RolloutGroup], float]:
     """`rollout.answers_per_question` graded answers to each drawn question, groups in the order of `draws`.
 
     Answers cut off at the length limit are not graded: they are wrong (`algorithm.truncated=negative`) or left out of
-    the loss (`drop`). `on_progress(done, total)` is called after every answer. WeightVersionError where the engine or
+    the loss (`drop`). `on_progress(done, total)` is called after every answer,
+    `on_wait` as engine.OnWait says. WeightVersionError where the engine or
     an answer is of another version than `weight_version`.
 
     The second value is the seconds from the last answer to the last verdict: what grading adds to the step.
@@ -169,6 +191,7 @@ def generate_groups(
         verifier,
         grade_truncated=False,
         on_answer=on_answer,
+        on_wait=on_wait,
     ):
         draw, prompt = draws[number]
         rollouts = [_rollout(draw, i, answer, config.algorithm.truncated) for i, answer in enumerate(answers)]

@@ -1,7 +1,7 @@
-"""What clients of SGLang and vLLM share: many requests in flight, spread over servers, retried within a bound.
+"""What clients of SGLang and vLLM share: an engine that asks one or several servers.
 
-All requests run on one event loop in a thread of the engine's own, so that callers stay plain and blocking, and the
-connections outlive a single call.
+All requests run on one event loop in a thread of the engine's own (asking.py), so that callers stay plain and blocking,
+and the connections outlive a single call.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx
 import numpy as np
 
-from megatron_nft.engines.completions import Aborted, BadAnswer, check_completions, check_versions
-from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
+from megatron_nft.engines.asking import Answers, Asker
+from megatron_nft.engines.completions import BadAnswer
+from megatron_nft.engines.engine import WAIT_S, Completion, EngineError, OnWait, Request, SamplingParams
 from megatron_nft.engines.reasons import reason
-from megatron_nft.engines.targets import RequestRouter, Target, Targets
+from megatron_nft.engines.targets import RequestRouter, Targets
 from megatron_nft.engines.transports import locate, server_transport
+from megatron_nft.engines.watch import Watch
+from megatron_nft.processes import allow_open_files
 
 if TYPE_CHECKING:
     from megatron_nft.config import Config, ServerConfig
@@ -33,19 +36,17 @@ if TYPE_CHECKING:
     from megatron_nft.weights.transport import Ledger, Transport
 
 T = TypeVar("T")
-Answers = queue.SimpleQueue[tuple[int, list[Completion] | BaseException]]
-"""(number of the request, its answers or why there are none)"""
 
-BACKOFF_S = 0.5  # before the second try, doubled for each further one
-PROBE_TIMEOUT_S = 30.0  # for the question which weights a server has; a busy one is slow to answer
+PROBE_TIMEOUT_S = 30.0  # for the questions which weights a server has and whether it works; a busy one is slow
 KEEP_ALIVE_S = 2.0  # idle connections; servers close them after 5 s, which must not happen to a request on its way
-RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
+OTHER_FILES = 1024  # that a process has open beside its connections
 
 
-class HttpEngine(ABC):
+class HttpEngine(Asker):
     """An engine behind one or several servers that hold the same weights. See `engine.Engine`.
 
-    `all_urls` names the servers of every rank, for the weight sync; this rank asks those of `urls`.
+    `all_urls` names the servers of every rank, for the weight sync. This rank asks those of `urls`, and others
+    where these are gone.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class HttpEngine(ABC):
         local_urls: Sequence[str] | None = None,
         router: RequestRouter | None = None,
         first: int = 0,
+        far: Sequence[str] = (),
     ) -> None:
         """allow_version_change: an answer may begin under `weight_version` and end under a newer one.
 
         group: servers that this process started, ended with the engine. sleeping: the same servers, where they share
-        the trainer's GPU (rollout.server.memory_saver). router: requests go to it. first: see `targets.Targets`.
+        the trainer's GPU (rollout.server.memory_saver). router: requests go to it. first, far: see `targets.Targets`.
         local_urls: those of `all_urls` on this host, where that is known; else it is found out for the weight sync.
         """
         if not urls:
@@ -73,33 +75,28 @@ class HttpEngine(ABC):
         self.urls, self.all_urls = list(urls), list(all_urls or urls)
         self._local_urls = local_urls
         self.group = group
-        self.weight_version = weight_version
+        self._weight_version = weight_version
         self.memory_released = False
         self._sleeping = sleeping
         self._config, self._allow_version_change = config, allow_version_change
+        self._is_helped = False
         self._router = router
+        allow_open_files(config.max_in_flight + OTHER_FILES)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)
         self._thread.start()
         self._client = httpx.AsyncClient(
             # A proxy of the environment must not see what goes to loopback.
             trust_env=False,
-            timeout=httpx.Timeout(config.request_timeout_s, connect=10.0, pool=None),
+            timeout=httpx.Timeout(None, connect=10.0),  # watch.py says why there is no other limit
             limits=httpx.Limits(
                 max_connections=None, max_keepalive_connections=config.max_in_flight, keepalive_expiry=KEEP_ALIVE_S
             ),
         )
-        self._targets = Targets(urls, router, self._client, self._has_wanted_weights, first)
+        self._targets = Targets(urls, router, self._client, self._has_wanted_weights, first, far)
+        self._watch = Watch(self._targets, self._target_progress, config.stall_timeout_s, self._end_hanging)
 
-    # ---- what an engine kind fills in
-
-    @abstractmethod
-    def _generate_call(self, request: Request, sampling: SamplingParams) -> tuple[str, dict[str, Any]]:
-        """Path and JSON body that ask for all samples of a request."""
-
-    @abstractmethod
-    def _completions(self, answer: Any, request: Request, sampling: SamplingParams) -> list[Completion]:
-        """The samples of an answer. Aborted, or BadAnswer (KeyError, TypeError, ... count as that too)."""
+    # ---- what an engine kind fills in, beside the methods of `Asker`
 
     @abstractmethod
     def _prompt_call(self, token_ids: list[int]) -> tuple[str, dict[str, Any]]:
@@ -113,45 +110,64 @@ class HttpEngine(ABC):
     def _weight_client(self, url: str, timeout_s: float) -> WeightClient:
         """The client that brings weights to the server at `url`."""
 
-    @abstractmethod
-    async def _version(self, client: httpx.AsyncClient, url: str) -> int:
-        """The weight version of a healthy server. httpx.HTTPError, KeyError or ValueError where it gives none."""
-
     # ---- the engine
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
-        """See `engine.Engine.generate`. All samples of a request arrive together."""
+    @property
+    def weight_version(self) -> int:
+        """See `engine.Engine.weight_version`."""
+        return self._weight_version
+
+    @weight_version.setter
+    def weight_version(self, version: int) -> None:
+        self._weight_version = version
+        self._targets.behind.clear()  # weights have come: who lacks them now is for the next look to say
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, on_wait: OnWait | None = None
+    ) -> Iterator[tuple[int, int, Completion]]:
+        """See `engine.Engine.generate`. Each sample is asked and handed on by itself."""
+        self._is_helped = on_wait is not None
         answers: Answers = queue.SimpleQueue()
         asking = self._submit(self._ask_all(requests, sampling, answers))
 
         def tell_failure(finished: Future[None]) -> None:
             error = None if finished.cancelled() else finished.exception()
             if error is not None:
-                answers.put((-1, error))
+                answers.put((-1, -1, error))
 
         asking.add_done_callback(tell_failure)
         try:
-            for _ in requests:
-                number, completions = answers.get()
-                if isinstance(completions, BaseException):
-                    raise completions
-                for sample, completion in enumerate(completions):
-                    yield number, sample, completion
+            for _ in range(sum(request.num_samples for request in requests)):
+                number, sample, completion = self._next(answers, on_wait)
+                if isinstance(completion, BaseException):
+                    raise completion
+                yield number, sample, completion
         finally:
             asking.cancel()  # the servers see the connections close and drop those requests
 
+    def _next(self, answers: Answers, on_wait: OnWait | None) -> tuple[int, int, Completion | BaseException]:
+        while True:
+            try:
+                return answers.get(timeout=None if on_wait is None else WAIT_S)
+            except queue.Empty:
+                assert on_wait is not None
+                on_wait(self._watch.take_moved())
+
     def prompt_logprobs(self, token_ids: np.ndarray, url: str | None = None) -> np.ndarray:
         """int32 [L] -> float32 [L - 1], by the server at `url` or the first. See `engine.Engine.prompt_logprobs`."""
-        target = Target((url or self.urls[0]).rstrip("/"))
+        url = (url or self.urls[0]).rstrip("/")
         tokens = [int(t) for t in token_ids]
         path, body = self._prompt_call(tokens)
         try:
-            answer = self._submit(self._post(target, path, body)).result()
+            answer = self._submit(self._ask_once(url, path, body)).result()
             logprobs = np.array(self._prompt_logprobs(tokens, answer), dtype=np.float32)
+        except TimeoutError:
+            limit = self._config.stall_timeout_s
+            raise EngineError(f"{url}: no log-probs within {limit:g} s (rollout.server.stall_timeout_s)") from None
         except (httpx.TransportError, BadAnswer, KeyError, TypeError, ValueError) as e:
-            raise EngineError(self._describe([f"{target.url}: {reason(e)}"])) from None
+            raise EngineError(self._describe([f"{url}: {reason(e)}"])) from None
         if len(logprobs) != len(tokens) - 1:
-            raise EngineError(f"{target.url}: {len(logprobs)} prompt log-probs came for {len(tokens)} tokens")
+            raise EngineError(f"{url}: {len(logprobs)} prompt log-probs came for {len(tokens)} tokens")
         return logprobs
 
     def adopt_version(self) -> None:
@@ -170,6 +186,15 @@ class HttpEngine(ABC):
         if len(set(found)) > 1:
             raise EngineError(f"the servers {', '.join(self.urls)} have different weight versions: {found}")
         self.weight_version = found[0]
+
+    def left_behind(self) -> list[str]:
+        """See `engine.Engine.left_behind`."""
+        return sorted(self._targets.behind)
+
+    def note_good_step(self) -> None:
+        """See `engine.Engine.note_good_step`."""
+        if self.group is not None:
+            self.group.renew()
 
     def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
         """See `engine.Engine.open_transport`. Weights go to the servers of every rank."""
@@ -195,7 +220,7 @@ class HttpEngine(ABC):
         """Ends the client and the servers that were started with it. May be called twice."""
         if self._loop.is_closed():
             return
-        self._submit(self._client.aclose()).result()
+        self._submit(self._end_all()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -204,7 +229,7 @@ class HttpEngine(ABC):
         if self.group is not None:
             self.group.close()
 
-    # ---- on the event loop
+    # ---- between the threads
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop.is_closed():
@@ -212,88 +237,25 @@ class HttpEngine(ABC):
             raise EngineError("the engine client is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    async def _ask_all(self, requests: Sequence[Request], sampling: SamplingParams, answers: Answers) -> None:
-        """Put (number, completions or an exception) for every request, with at most max_in_flight under way."""
-        await self._targets.refresh()
-        numbers = iter(range(len(requests)))
+    async def _end_all(self) -> None:
+        """End what is under way, and close the connections."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()
 
-        async def work() -> None:
-            for number in numbers:
-                try:
-                    answers.put((number, await self._ask(requests[number], sampling)))
-                except Exception as e:
-                    answers.put((number, e))
+    async def _ask_once(self, url: str, path: str, body: dict[str, Any]) -> Any:
+        """See `_post`, for what is answered at once. TimeoutError after rollout.server.stall_timeout_s."""
+        async with asyncio.timeout(self._config.stall_timeout_s):
+            return await self._post(url, path, body)
 
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(self._config.max_in_flight, len(requests))):
-                tasks.create_task(work())
+    async def _target_progress(self, url: str) -> float:
+        """See `watch.ProgressQuery`. A router works if all servers of its host do."""
+        urls = self.urls if self._router is not None and url == self._router.url.rstrip("/") else [url]
+        return sum(await asyncio.gather(*(self._progress(self._client, each.rstrip("/")) for each in urls)))
 
-    async def _ask(self, request: Request, sampling: SamplingParams) -> list[Completion]:
-        """All samples of one request, from whichever server. EngineError once the tries are used up."""
-        path, body = self._generate_call(request, sampling)
-        asked_version = self.weight_version
-        problems: list[str] = []
-        for attempt in range(self._config.max_retries + 1):
-            if attempt:
-                await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
-                asked_version = self.weight_version
-            target = await self._targets.pick()
-            if target is None:
-                problems.append("no server is up with the weights that are wanted")
-                continue
-            target.in_flight += request.num_samples
-            try:
-                answer = await self._post(target, path, body)
-                completions = self._parse(answer, request, sampling)
-            except (httpx.TransportError, BadAnswer) as e:
-                target.down = True
-                problems.append(f"{target.url}: {reason(e)}")
-            except Aborted as e:
-                problems.append(f"{target.url}: aborted ({e})")
-            else:
-                try:
-                    check_versions(completions, asked_version, self._allow_version_change, target.url)
-                except WeightVersionError as e:
-                    # A server that died and came back has no current weights; another may have them.
-                    target.down = True
-                    if attempt == self._config.max_retries or self._targets.exhausted:
-                        raise
-                    problems.append(str(e))
-                    continue
-                return completions
-            finally:
-                target.in_flight -= request.num_samples
-        raise EngineError(self._describe(problems))
-
-    async def _has_wanted_weights(self, url: str) -> bool:
-        try:
-            return await self._version(self._client, url) == self.weight_version
-        except (httpx.HTTPError, KeyError, ValueError):
-            return False
-
-    async def _post(self, target: Target, path: str, body: dict[str, Any]) -> Any:
-        """The JSON answer. BadAnswer where another try may help, EngineError where the request itself is refused."""
-        response = await self._client.post(target.url + path, json=body)
-        if response.status_code >= 500 or response.status_code in RETRIED_STATUS:
-            raise BadAnswer(f"HTTP {response.status_code}: {response.text[:500]}")
-        if response.status_code != 200:
-            raise EngineError(
-                f"{target.url}{path} refused a request: HTTP {response.status_code}: {response.text[:500]}"
-            )
-        try:
-            return response.json()
-        except ValueError:
-            raise BadAnswer(f"an answer that is not JSON: {response.text[:200]!r}") from None
-
-    def _parse(self, answer: Any, request: Request, sampling: SamplingParams) -> list[Completion]:
-        try:
-            completions = self._completions(answer, request, sampling)
-        except (KeyError, TypeError, ValueError, IndexError) as e:
-            raise BadAnswer(f"an answer of another form than expected ({type(e).__name__}: {e})") from None
-        check_completions(completions, request.num_samples)
-        return completions
-
-    def _describe(self, problems: list[str]) -> str:
-        text = f"no answer after {len(problems)} tries (rollout.server.max_retries): {'; '.join(problems)}"
-        failures = self.group.failures() if self.group is not None else ""
-        return f"{text}\n{failures}" if failures else text
+    def _end_hanging(self, url: str) -> None:
+        """End a server that hangs, if this process started it; it is then started again like one that died."""
+        if self.group is not None:
+            self.group.end_hanging(url, f"made no progress for {self._config.stall_timeout_s:g} s")

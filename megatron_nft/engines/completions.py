@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from megatron_nft.engines.engine import Completion, WeightVersionError
@@ -25,24 +23,22 @@ def integer_version(text: str) -> int:
         return -1
 
 
-def check_completions(completions: Sequence[Completion], num_samples: int) -> None:
-    """BadAnswer unless there are `num_samples` answers, each with tokens and a finite log-prob for every one."""
-    if len(completions) != num_samples:
-        raise BadAnswer(f"{len(completions)} answers came in place of {num_samples}")
-    for c in completions:
-        if not len(c.token_ids) == len(c.logprobs) > 0:
-            raise BadAnswer(f"an answer of {len(c.token_ids)} tokens came with {len(c.logprobs)} log-probs")
-        if not np.isfinite(c.logprobs).all():
-            raise BadAnswer("an answer came with log-probs that are not finite")
+def check_completion(completion: Completion) -> None:
+    """BadAnswer unless the answer has tokens, and a finite log-prob for every one."""
+    if not len(completion.token_ids) == len(completion.logprobs) > 0:
+        raise BadAnswer(
+            f"an answer of {len(completion.token_ids)} tokens came with {len(completion.logprobs)} log-probs"
+        )
+    if not np.isfinite(completion.logprobs).all():
+        raise BadAnswer("an answer came with log-probs that are not finite")
 
 
-def check_versions(completions: Sequence[Completion], asked: int, allow_change: bool, url: str) -> None:
+def check_version(completion: Completion, asked: int, allow_change: bool, url: str) -> None:
     """WeightVersionError where an answer of the server at `url` is of another version than `asked`.
 
     allow_change: it may end under a newer version than it began under, if that is not older than `asked`.
     """
-    for c in completions:
-        first = c.weight_version_spans[0][0] if c.weight_version_spans else c.weight_version
-        same = first == c.weight_version == asked
-        if not same and not (allow_change and asked <= first <= c.weight_version):
-            raise WeightVersionError(f"{url} answered under weight version {c.weight_version}, asked was {asked}")
+    spans, last = completion.weight_version_spans, completion.weight_version
+    first = spans[0][0] if spans else last
+    if not first == last == asked and not (allow_change and asked <= first <= last):
+        raise WeightVersionError(f"{url} answered under weight version {last}, asked was {asked}")

@@ -7,12 +7,13 @@ a thread of its own, the embedded engine decodes between two answers.
     for request, sample, completion in engine.generate(requests, sampling):
         ...  # requests[request], answer number `sample` of it
 
-Leaving the loop early (an exception, Ctrl-C) abandons what is under way.
+Leaving the loop early (an exception, Ctrl-C) abandons what is under way. So that this need not wait for the next
+answer, and a caller with other duties can see to them meanwhile, `generate` calls its `on_wait` between two answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 NO_WEIGHTS = -1
 """Weight version of an engine that waits for its first sync."""
+OnWait = Callable[[bool], None]
+"""Called on the caller's thread while it waits for an answer, about every WAIT_S seconds, with whether the engine has
+made progress since the last call. An exception that it raises leaves the loop."""
+WAIT_S = 0.5
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """policy.precision -> dtype of an engine whose own is not set."""
 
@@ -121,11 +126,23 @@ class Engine(Protocol):
     weight_version: int
     """Version that answers must come from; set by the weight sync. NO_WEIGHTS before the first one."""
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, on_wait: OnWait | None = None
+    ) -> Iterator[tuple[int, int, Completion]]:
         """Yields (number of the request, number of the sample, answer), in the order in which answers finish.
 
-        Every sample of every request comes exactly once. EngineError where that cannot be had.
+        Every sample of every request comes exactly once. EngineError where that cannot be had. A caller with `on_wait`
+        also brings the weights to the servers that `left_behind` names.
         """
+        ...
+
+    def left_behind(self) -> list[str]:
+        """URLs of servers that work without the wanted weights, as far as this rank has asked them: they died and were
+        started again. Any thread may call it, while answers are generated too; an engine without servers has none."""
+        ...
+
+    def note_good_step(self) -> None:
+        """Take note that a training step was completed: the bound on restarts of servers counts anew."""
         ...
 
     def prompt_logprobs(self, token_ids: np.ndarray) -> np.ndarray:

@@ -52,6 +52,15 @@ class _Hosts:
         asking = [r for r, name in enumerate(self.names) if of_all_ranks or name == self.names[self.rank]]
         return asking.index(self.rank) * num_servers // len(asking)
 
+    def far_servers(self, started: list[list[str]]) -> list[str]:
+        """Servers of the other hosts, for when those of this one are gone; ranks turn to different ones first.
+
+        started: every rank's URLs of servers that it started.
+        """
+        far = [url for r, urls in enumerate(started) if r != self.first_rank for url in urls]
+        turn = self.rank * len(far) // len(self.names)
+        return far[turn:] + far[:turn]
+
     def share(self, urls: list[str], problem: str) -> list[list[str]]:
         """Every rank's URLs. If one has a problem, all raise EngineError, so that none waits for one that has ended."""
         found = gather_objects((urls, problem), self.group)
@@ -103,6 +112,7 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
         local_urls=None if given else asked,
         router=router,
         first=hosts.first_server(len(asked), of_all_ranks=bool(given)),
+        far=hosts.far_servers(started),
     )
     if given and options.load_weights:
         engine.adopt_version()

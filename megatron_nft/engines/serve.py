@@ -49,11 +49,6 @@ def start(config: Config, host: str, node: str) -> ServerGroup:
     )
 
 
-def given_up(group: ServerGroup, max_restarts: int) -> bool:
-    """Whether every server died more often than it may be started again."""
-    return all(s.exit_code() is not None and s.starts > max_restarts for s in group.servers)
-
-
 def serve(config: Config, registry: Path, node: str, stop: threading.Event) -> int:
     """Run the engines until `stop` is set or the registry holds a file `stop`; returns the exit status."""
     host = os.environ.get("NFT_ADDRESS") or config.rollout.server.host
@@ -62,7 +57,7 @@ def serve(config: Config, registry: Path, node: str, stop: threading.Event) -> i
     print(f"engines of {node}: {', '.join(group.urls)}", flush=True)
     try:
         while not stop.wait(POLL_S) and not (registry / "stop").exists():
-            if given_up(group, config.rollout.server.max_restarts):
+            if group.given_up:
                 raise EngineError(f"all servers of {node} died too often:\n{group.failures()}")
     finally:
         announcement.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
 A server runs below a supervisor (supervisor.py) in a session of its own. Invariants:
 - when the process that started a server is gone, however it ended, the server and all it started end within seconds;
 - only processes below our own supervisors are ended, by id;
-- a server that died is started again on the same port at most `max_restarts` times, and then has no current weights;
+- a server that died or hangs is started again on the same port, at most `max_restarts` times between two calls of
+  `renew`, and then has no current weights;
 - a server does not inherit what makes this process a rank of a job (processes.clean_environment).
 """
 
@@ -51,6 +52,7 @@ class Server:
         self.port = free_port(host)
         self.url = f"http://{address or host}:{self.port}"
         self.starts = 0
+        self.starts_allowed = 1
         self.deaths: list[str] = []  # for error messages: exit code and end of the log, each time it died
         self._command, self._environment = command, environment
         self._supervisor: subprocess.Popen[bytes] | None = None
@@ -116,7 +118,6 @@ class Server:
             except subprocess.TimeoutExpired:
                 self._supervisor.kill()  # its inner process then ends the rest
                 self._supervisor.wait()
-        self._supervisor = None
 
 
 class ServerGroup:
@@ -128,7 +129,9 @@ class ServerGroup:
         self._max_restarts = max_restarts
         self._closed, self._held = threading.Event(), threading.Event()
         self._watch: threading.Thread | None = None
+        self._hanging: dict[str, str] = {}  # URL -> what it does
         self._noting = threading.Lock()  # both the watch and a caller of `failures` note deaths
+        self.renew()
         atexit.register(self.close)
         try:
             for server in self.servers:
@@ -159,10 +162,34 @@ class ServerGroup:
 
     def _revive(self) -> None:
         while not self._closed.wait(1.0):
+            self._end_those_that_hang()
             self._note_deaths()
             for server in self.servers if not self._held.is_set() else ():
-                if server.exit_code() is not None and server.starts <= self._max_restarts:
+                if server.exit_code() is not None and server.starts < server.starts_allowed:
                     server.start()
+
+    def _end_those_that_hang(self) -> None:
+        for server in self.servers:
+            what = self._hanging.pop(server.url, None)
+            if what is not None and server.exit_code() is None:
+                with self._noting:
+                    server.deaths.append(f"{server.name} {what}, and was ended{server.log_tail()}")
+                server.stop()
+
+    def end_hanging(self, url: str, what: str) -> None:
+        """End the server at `url`, if it is one of these; it is then treated like one that died. what: it does."""
+        self._hanging[url] = what
+
+    def renew(self) -> None:
+        """From here on every server may be started again `max_restarts` times. Those that were given up stay so."""
+        for server in self.servers:
+            if server.exit_code() is None:
+                server.starts_allowed = max(server.starts, 1) + self._max_restarts
+
+    @property
+    def given_up(self) -> bool:
+        """Whether every server has died and none is started again."""
+        return all(s.exit_code() is not None and s.starts >= s.starts_allowed for s in self.servers)
 
     def hold(self) -> None:
         """Start no dead server again until `let_go`."""
@@ -175,9 +202,10 @@ class ServerGroup:
     def revive(self, server: Server, start_timeout_s: float) -> None:
         """Start a dead server and wait for it; call `hold` before. EngineError where its starts are used up."""
         self._note_deaths()
-        if server.starts > self._max_restarts:
+        if server.starts >= server.starts_allowed:
             raise EngineError(
-                f"{server.deaths[-1]}\nIt was started {server.starts} times (rollout.server.max_restarts)"
+                f"{server.deaths[-1]}\nIt was started again {self._max_restarts} times since the last good step "
+                "(rollout.server.max_restarts)"
             )
         server.start()
         server.wait_healthy(start_timeout_s)

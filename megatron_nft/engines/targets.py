@@ -1,10 +1,18 @@
-"""Which server gets the next request: the servers of a rank, or the router in front of them."""
+"""Which server makes the next answer: one of the rank's own, its router, or another host's when its own are gone.
+
+Every answer is a request of its own. Rules, in this order:
+- a server that failed gets nothing until it works again and has the wanted weights;
+- servers of the rank's own host share its answers alike; what those that are left there cannot take without more than
+  their share, because others are down, goes to the other hosts' servers, all alike;
+- answers to one question stay on one server, which then computes the prompt once, as long as it has no more than its
+  share or `KEEP` times what the emptiest one has: an uneven load costs more than a prompt.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -39,9 +47,13 @@ class RequestRouter(Protocol):
 
 
 class WeightsQuery(Protocol):
-    """Asks a server whether it has the weights that answers must come from; False where it does not answer."""
+    """Asks a server whether it has the weights that answers must come from; None where it does not work."""
 
-    async def __call__(self, url: str) -> bool: ...
+    async def __call__(self, url: str) -> bool | None: ...
+
+
+KEEP = 1.25
+LOOK_AGAIN_S = 1.0  # where no server is up
 
 
 @dataclass(slots=True, eq=False)
@@ -49,8 +61,17 @@ class Target:
     """A server, or the router in front of all of them."""
 
     url: str
+    near: bool = True  # of this rank's host, or given to all ranks
     in_flight: int = 0  # answers asked for and not there yet
+    answered: int = 0
     down: bool = False  # failed us; asked for its health and version before it gets another request
+    waits: set[asyncio.Timeout] = field(default_factory=set)  # one for each request under way
+
+    def give_up(self) -> None:
+        """End all requests under way with a TimeoutError, and send no more."""
+        self.down = True
+        for wait in self.waits:
+            wait.reschedule(0.0)
 
 
 class Targets:
@@ -63,60 +84,116 @@ class Targets:
         client: httpx.AsyncClient,
         has_weights: WeightsQuery,
         first: int = 0,
+        far: Sequence[str] = (),
     ) -> None:
-        """first: the number of the server that gets the first request, so that ranks begin with different ones."""
-        self._urls = [url.rstrip("/") for url in urls]
-        self._router, self._client, self._has_weights = router, client, has_weights
-        self._targets = [Target(router.url.rstrip("/"))] if router else [Target(url) for url in self._urls]
-        self._admitting = asyncio.Lock()
-        self._next = first % len(self._targets)
+        """first: the number of the server that gets the first request, so that ranks begin with different ones.
 
-    async def refresh(self) -> None:
-        """See which servers that were down have come back; called before a phase of generation."""
+        far: servers of other hosts, in the order in which they are turned to.
+        """
+        self._urls = [url.rstrip("/") for url in urls]
+        self._far = [url.rstrip("/") for url in far]
+        self._router, self._client, self._has_weights = router, client, has_weights
+        near = [Target(router.url.rstrip("/"))] if router else [Target(url) for url in self._urls]
+        self._targets = near + ([] if router else [Target(url, near=False) for url in self._far])
+        self._num_near = len(near)
+        self._looking = asyncio.Lock()
+        self._next = first % len(near)
+        self._share = 1  # answers under way on each near server, or one more, if all are up
+        self._of_question: dict[int, Target] = {}
+        self.behind: set[str] = set()
+        """URLs of servers that work and lack the wanted weights: they died and came back."""
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self._targets)
+
+    async def begin(self, num_in_flight: int) -> None:
+        """See which servers that were down have come back, before a phase of generation.
+
+        num_in_flight: answers that will be under way at once.
+        """
+        self._share = max(1, num_in_flight // self._num_near)
+        self._of_question = {}
         if self._router is not None:
             self._targets[0].down = True  # it may have servers that came back without the weights
-        await self._look_at_those_down()
+        await self.look_at_those_down()
 
-    async def pick(self) -> Target | None:
-        """Return the server with the fewest answers under way; where none is up, look again at those that are down.
+    async def pick(self, question: int | None = None) -> Target | None:
+        """Return the server for one answer to a question; None where none is up, after another look at them.
 
-        Of several, the next one in turn. Were it always the first, all ranks would give the same servers the answers
-        that are left over when each server has as many as the others.
+        Of several with the same load, the next one in turn. Were it always the first, all ranks would give the same
+        servers the answers that are left over when each server has as many as the others.
         """
         if all(t.down for t in self._targets):
-            await self._look_at_those_down()
-        in_turn = self._targets[self._next :] + self._targets[: self._next]
-        found = min((t for t in in_turn if not t.down), key=lambda t: t.in_flight, default=None)
-        if found is not None:
-            self._next = (self._targets.index(found) + 1) % len(self._targets)
+            await self._look_once()
+        up = [t for t in self._targets if not t.down]
+        if not up:
+            return None
+        kept = self._of_question.get(question) if question is not None else None
+        if kept in up and self._may_keep(kept, up):
+            return kept
+        in_turn = [t for t in self._targets[self._next :] + self._targets[: self._next] if not t.down]
+        found = min(in_turn, key=lambda t: (self._load(t), not t.near))
+        self._next = (self._targets.index(found) + 1) % len(self._targets)
+        if question is not None:
+            self._of_question[question] = found
         return found
+
+    def _load(self, target: Target) -> int:
+        """Answers under way. Servers of another host have a share of that host's ranks, of which we do not know."""
+        return target.in_flight + (0 if target.near else self._share)
+
+    def _may_keep(self, target: Target, up: Sequence[Target]) -> bool:
+        load = self._load(target)
+        return load < self._share or load <= KEEP * min(map(self._load, up))
 
     @property
     def exhausted(self) -> bool:
         """Whether no server is left that might have the weights. A router may yet find one that came back."""
         return self._router is None and all(t.down for t in self._targets)
 
-    async def _look_at_those_down(self) -> None:
-        """Give requests again to servers that answer again and have the wanted weights."""
-
-        async def look(target: Target) -> None:
-            target.down = not await self._has_weights(target.url)
-
-        if self._router is not None:
-            await self._refresh_router(self._router)
-        else:
-            await asyncio.gather(*(look(t) for t in self._targets if t.down))
-
-    async def _refresh_router(self, router: RequestRouter) -> None:
-        """Give the router the servers that have the wanted weights. Requests that failed together do it once."""
-        (target,) = self._targets
-        async with self._admitting:
-            if not target.down:
+    async def _look_once(self) -> None:
+        """Look at servers when all are down. Of the requests that wait for one, only one at a time looks."""
+        async with self._looking:
+            if not all(t.down for t in self._targets):
                 return
-            ready = await asyncio.gather(*(self._has_weights(url) for url in self._urls))
-            found = [url for url, has in zip(self._urls, ready, strict=True) if has]
-            try:
-                await router.admit(self._client, found)
-            except (httpx.HTTPError, EngineError, KeyError, ValueError):
-                return  # the next try looks again
-            target.down = not found
+            await self.look_at_those_down()
+            if all(t.down for t in self._targets):
+                await asyncio.sleep(LOOK_AGAIN_S)
+
+    async def look_at_those_down(self) -> None:
+        """Give requests again to servers that work again and have the wanted weights."""
+        if self._router is not None:
+            await self._refresh_router(self._router, self._targets[0])
+        else:
+            await asyncio.gather(*(self._look(t) for t in self._targets if t.down))
+
+    async def look(self, target: Target) -> None:
+        """Look at one of those down, while answers are under way."""
+        if self._router is not None:
+            await self._look_once()
+        else:
+            await self._look(target)
+
+    async def _look(self, target: Target) -> None:
+        target.down = not await self._is_ready(target.url)
+
+    async def _is_ready(self, url: str) -> bool:
+        ready = await self._has_weights(url)
+        (self.behind.add if ready is False else self.behind.discard)(url)
+        return bool(ready)
+
+    async def _refresh_router(self, router: RequestRouter, target: Target) -> None:
+        """Give the router the servers that have the wanted weights: of this host, else of the others."""
+        if not target.down:
+            return
+        found: list[str] = []
+        for urls in (self._urls, self._far):
+            ready = await asyncio.gather(*(self._is_ready(url) for url in urls))
+            found = [url for url, is_ready in zip(urls, ready, strict=True) if is_ready]
+            if found:
+                break
+        try:
+            await router.admit(self._client, found)
+        except (httpx.HTTPError, EngineError, KeyError, ValueError):
+            return  # the next try looks again
+        target.down = not found

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_nft.engines.answers import GradedAnswer, Verifier, ask_and_grade
-from megatron_nft.engines.engine import Completion, Engine, Request, SamplingParams
+from megatron_nft.engines.engine import Completion, Engine, OnWait, Request, SamplingParams
 from megatron_nft.evaluate.intervals import score_interval
 from megatron_nft.evaluate.statistics import pass_at_k
 from megatron_nft.types import Prompt, ReasonKind, Verdict
@@ -90,14 +90,15 @@ def evaluate_questions(
     seed: int,
     stop_token_ids: Sequence[int] = (),
     on_answer: Callable[[Completion], None] | None = None,
+    on_wait: OnWait | None = None,
     on_question: Callable[[QuestionResult], None] | None = None,
 ) -> EvalResult:
     """`samples` graded answers to each prompt. Temperature 0 is greedy. stop_token_ids: the tokens that end an answer.
 
     The seed of an answer depends on `seed`, the prompt's index and the sample number alone, so the split of the prompts
-    over ranks does not change it. `on_answer` is called as answers arrive, `on_question` as soon as a question is
-    complete and graded, in no particular order. Where the engine fails, the questions that it had finished are graded
-    and reported before its error is raised.
+    over ranks does not change it. `on_answer` is called as answers arrive, `on_wait` as engine.OnWait says,
+    `on_question` as soon as a question is complete and graded, in no particular order. Where the engine fails, the
+    questions that it had finished are graded and reported before its error is raised.
     """
     if samples < 1:
         raise ValueError(f"samples={samples}: at least one answer per question is needed")
@@ -105,7 +106,15 @@ def evaluate_questions(
     requests = [Request(p.token_ids, samples, (seed, p.index)) for p in prompts]
     results: dict[int, QuestionResult] = {}
     for number, answers in ask_and_grade(
-        engine, prompts, requests, sampling, tokenizer, verifier, grade_truncated=True, on_answer=on_answer
+        engine,
+        prompts,
+        requests,
+        sampling,
+        tokenizer,
+        verifier,
+        grade_truncated=True,
+        on_answer=on_answer,
+        on_wait=on_wait,
     ):
         prompt = prompts[number]
         results[number] = QuestionResult(prompt.index, prompt.data_source, [_to_answer(a) for a in answers])

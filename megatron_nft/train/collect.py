@@ -24,8 +24,9 @@ from megatron_nft.metrics import Metrics
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.train import record
 from megatron_nft.train.checkpoints import RunState
-from megatron_nft.train.lifecycle import Interrupted, Lifecycle, StopSignals
+from megatron_nft.train.lifecycle import Interrupted, Lifecycle
 from megatron_nft.train.reasons import Outcomes
+from megatron_nft.train.rounds import Rounds
 from megatron_nft.train.schedule import GroupFacts, SampleKey, StepPlan
 from megatron_nft.types import Prompt, ReasonKind, RolloutGroup, TrainingSample
 from megatron_nft.verify import VerifierPool
@@ -63,13 +64,13 @@ def collect(
     layout: ParallelLayout,
     stream: PromptStream,
     algorithm: Algorithm,
-    stop: StopSignals,
+    rounds: Rounds,
     end_tokens: Sequence[EndToken] = (),
 ) -> Collected:
     """Draw questions and `ask` them until enough groups are kept. Collective.
 
     EmptyBatchError when the bound on generation batches is reached first, GradingError when too many answers have no
-    verdict, Interrupted after a stop signal. end_tokens: of the model, for the message of the first.
+    verdict, Interrupted after a stop signal on any rank. end_tokens: of the model, for the message of the first.
     """
     needed = config.train.questions_per_step
     record.add_rollouts(metrics, [], 0.0)
@@ -88,8 +89,10 @@ def collect(
         draws = stream.draw(config.rollout.questions_per_batch)
         groups: list[RolloutGroup] = []
         facts = []
-        with suppress(Interrupted):  # told to the others below: all ranks leave together
+        with suppress(Interrupted):  # all ranks leave together, below
             groups = ask(draws[layout.rank :: layout.world_size])
+        if signum := rounds.wait_for_all():
+            raise Interrupted(signum)
         for group in groups:
             fate = classify(group)
             kept = algorithm.samples(group) if fate == "kept" else []
@@ -97,11 +100,9 @@ def collect(
             found.fates.append(fate)
             facts.append(GroupFacts(group.draw, layout.rank, fate, step, _sizes(kept)))
         found.groups += groups
-        answers = gather_objects((stop.signum, facts, Outcomes.of(groups)), layout.world_gloo)
-        if signum := max(s for s, _, _ in answers):
-            raise Interrupted(signum)
-        all_facts = [f for _, part, _ in answers for f in part]
-        for _, _, part in answers:
+        answers = gather_objects((facts, Outcomes.of(groups)), layout.world_gloo)
+        all_facts = [f for part, _ in answers for f in part]
+        for _, part in answers:
             outcomes.add(part)
         seen.update(f.fate for f in all_facts)
         record.add_groups(metrics, layout.rank, all_facts)
@@ -150,13 +151,14 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     life: Lifecycle,
+    rounds: Rounds,
     step: int,
     weight_version: int,
     stop_token_ids: Sequence[int] = (),
 ) -> list[RolloutGroup]:
-    """Answers of the engine to this rank's questions, graded. Interrupted at the first one after a stop signal."""
+    """Answers of the engine to this rank's questions, graded. Interrupted within seconds of a stop signal."""
     total = len(draws) * config.rollout.answers_per_question
-    with life.progress(f"step {step}: answers", total, interruptible=True) as on_progress:
+    with life.progress(f"step {step}: answers", total) as on_progress:
         groups, verify_wait_s = generate_groups(
             engine,
             draws,
@@ -167,6 +169,7 @@ def generate(
             tokenizer=tokenizer,
             stop_token_ids=stop_token_ids,
             on_progress=on_progress,
+            on_wait=rounds.on_wait,
         )
     record.add_rollouts(metrics, groups, verify_wait_s)
     if config.verify.shuffle_within_groups:

@@ -22,6 +22,7 @@ from megatron_nft.evaluate.benchmark_metrics import macro_average
 from megatron_nft.evaluate.intervals import score_interval
 from megatron_nft.evaluate.questions import evaluate_questions, merge_counts, summarize_counts
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle
+from megatron_nft.train.rounds import Rounds
 from megatron_nft.types import Prompt
 from megatron_nft.verify import VerifierPool
 
@@ -69,19 +70,22 @@ def evaluate_held_out(
     world: World,
     life: Lifecycle,
     stop_token_ids: Sequence[int] = (),
+    rounds: Rounds | None = None,
 ) -> dict[str, float]:
     """Held-out accuracy under names `eval/…`, each rank asking its share; the same on every rank. Collective.
 
-    Interrupted, on every rank, where a stop signal came before all had their answers.
+    Interrupted, on every rank, where a stop signal came before all had their answers. rounds: those of this
+    evaluation, where ranks also bring weights to servers.
     """
     if not held_out.prompts:
         return {}
     settings = config.eval
+    rounds = rounds or Rounds(life, world.world_gloo)
     mine = held_out.prompts[world.rank :: world.world_size]
     total = len(mine) * settings.samples
-    with life.phases("evaluate"), life.progress("held-out questions", total, interruptible=True) as on_answer:
+    with life.phases("evaluate"), life.progress("held-out questions", total) as on_answer:
         counts = None
-        with suppress(Interrupted):  # told to the others below: all ranks leave together
+        with suppress(Interrupted):  # all ranks leave together, below
             life.stop.check()
             result = evaluate_questions(
                 engine,
@@ -95,12 +99,14 @@ def evaluate_held_out(
                 seed=config.seed,
                 stop_token_ids=stop_token_ids,
                 on_answer=on_answer,
+                on_wait=rounds.on_wait,
             )
             counts = result.counts()
-        answers: list[tuple[int, np.ndarray | None]] = gather_objects((life.stop.signum, counts), world.world_gloo)
-        parts = [part for _, part in answers if part is not None]
+        signum = rounds.wait_for_all()
+        answers: list[np.ndarray | None] = gather_objects(counts, world.world_gloo)
+        parts = [part for part in answers if part is not None]
         if len(parts) < len(answers):
-            raise Interrupted(max(signum for signum, _ in answers))
+            raise Interrupted(signum)
     merged = merge_counts(parts)
     return {f"eval/{name}": value for name, value in summarize_held_out(merged, held_out).items()}
 

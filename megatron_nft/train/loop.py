@@ -29,8 +29,9 @@ from megatron_nft.train.replicas import (
     pack_for_policy,
     send_to_replicas,
 )
+from megatron_nft.train.rounds import Rounds
 from megatron_nft.train.schedule import optimizer_steps, plan_step
-from megatron_nft.train.sync import release_engine, sync_weights
+from megatron_nft.train.sync import readmit, release_engine, sync_weights
 from megatron_nft.weights.export_hf import save_hf
 
 
@@ -51,6 +52,7 @@ def train(parts: Parts, state: RunState) -> RunState:
         while state.step < num_steps:
             metrics = parts.recorder.start_step()
             state = train_step(parts, state, metrics)
+            parts.engine.note_good_step()
             parts.recorder.end_step(metrics)
             finish_step(parts, state)
             if parts.store.pending_step:
@@ -72,8 +74,9 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
     config, layout, policy, phases = parts.config, parts.layout, parts.policy, parts.life.phases
     step = phases.step = state.step + 1
     with phases("generate"):
+        rounds = open_rounds(parts, state)
         found = collect(
-            ask_engine(parts, state, metrics),
+            ask_engine(parts, state, metrics, rounds),
             state,
             step,
             metrics,
@@ -81,7 +84,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
             layout=layout,
             stream=parts.questions.stream,
             algorithm=parts.algorithm,
-            stop=parts.life.stop,
+            rounds=rounds,
             end_tokens=parts.questions.end_tokens,
         )
         release_engine(parts.engine, layout)
@@ -135,7 +138,18 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
     )
 
 
-def ask_engine(parts: Parts, state: RunState, metrics: Metrics) -> Ask:
+def open_rounds(parts: Parts, state: RunState) -> Rounds:
+    """What ranks tell each other while they generate with the weights of `state`."""
+    questions = parts.questions
+
+    def bring_weights(urls: list[str]) -> None:
+        version, say = state.weight_version, parts.life.console.say
+        readmit(urls, parts.sync, parts.policy, questions.stream, questions.tokenizer, version, say)
+
+    return Rounds(parts.life, parts.layout.world_gloo, parts.engine.left_behind, bring_weights)
+
+
+def ask_engine(parts: Parts, state: RunState, metrics: Metrics, rounds: Rounds) -> Ask:
     """How questions of the step after `state` are answered and graded; what it costs is added to `metrics`."""
     return partial(
         generate,
@@ -145,6 +159,7 @@ def ask_engine(parts: Parts, state: RunState, metrics: Metrics) -> Ask:
         tokenizer=parts.questions.tokenizer,
         config=parts.config,
         life=parts.life,
+        rounds=rounds,
         step=state.step + 1,
         weight_version=state.weight_version,
         stop_token_ids=token_ids(parts.questions.end_tokens),
@@ -186,6 +201,7 @@ def finish_step(parts: Parts, state: RunState) -> None:
             parts.layout,
             parts.life,
             token_ids(parts.questions.end_tokens),
+            open_rounds(parts, state),
         )
     written = parts.recorder.write(step, evaluation)
     parts.life.console.say(step_line(step, config.train.num_steps, written))

@@ -17,7 +17,7 @@ from megatron_nft.console import Console
 from megatron_nft.files import write_atomically
 from megatron_nft.train import launch
 from megatron_nft.train.launch import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_SAVED
-from megatron_nft.train.lifecycle import Interrupted, Lifecycle, Phases, StopSignals
+from megatron_nft.train.lifecycle import LOST, Interrupted, Lifecycle, Phases, StopSignals
 
 if TYPE_CHECKING:
     from megatron_nft.policy.parallel import ParallelLayout
@@ -34,7 +34,7 @@ def run_rank(config: Config) -> int:
     warnings.filterwarnings("ignore", module=LIBRARIES)
     stop = StopSignals()  # before the heavy imports: a signal is remembered from the start
     rank = int(os.environ.get("RANK", 0))
-    phases = Phases(rank, config.run_dir, config.train.stall_timeout_s)
+    phases = Phases(rank, config.run_dir, config.train.stall_timeout_s, config.train.stall_timeout_by_phase.given())
     life = Lifecycle(phases, stop, Console(rank))
     with ExitStack() as opened:
         opened.callback(life.close)
@@ -129,10 +129,12 @@ def _explain(error: BaseException, phases: Phases) -> None:
     """
     text = str(error) or type(error).__name__
     if _is_failed_collective(error):
-        text = f"lost the connection to another rank, which ended or failed (its own message says why): {text}"
+        who = phases.lost() or "which ended or failed (its own message says why)"
+        text = f"{LOST}, {who}: {text}"
     elif not isinstance(error, (ValueError, OSError, RuntimeError, KeyboardInterrupt)) or _is_unforeseen(error):
         traceback.print_exception(error)
     first, _, rest = text.partition("\n")
+    phases.ended(f"{type(error).__name__}: {first}" if not text.startswith(LOST) else first)
     if rest:
         print(text, file=sys.stderr)
     print(f"megatron-nft: {phases}: {type(error).__name__}: {first.rstrip(':')}", file=sys.stderr, flush=True)
@@ -141,6 +143,8 @@ def _explain(error: BaseException, phases: Phases) -> None:
 def _is_failed_collective(error: BaseException) -> bool:
     """A library's RuntimeError that was raised where ranks talk to each other. gloo's and NCCL's errors have no type
     of their own in common, so the place decides, not the text."""
+    if type(error).__name__ == "CollectiveError":  # of distributed.py, whose import is a heavy one
+        return True
     if not isinstance(error, RuntimeError) or type(error).__module__.startswith("megatron_nft"):
         return False
     frames = traceback.extract_tb(error.__traceback__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from torch.distributed import barrier
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +16,7 @@ from megatron_nft.policy.policy import Policy
 from megatron_nft.train.memory import release_unused
 from megatron_nft.types import TrainingSample
 from megatron_nft.weights.sync import WeightSync
+from megatron_nft.weights.transport import WeightSyncError
 
 
 def sync_weights(
@@ -28,6 +31,27 @@ def sync_weights(
     probe = make_probe(policy, stream, tokenizer)
     resume_engine(engine, policy.layout)
     return sync.sync(policy.chunks, version, probe=probe).metrics()
+
+
+def readmit(
+    urls: Sequence[str],
+    sync: WeightSync,
+    policy: Policy,
+    stream: PromptStream,
+    tokenizer: PreTrainedTokenizerBase,
+    version: int,
+    say: Callable[[str], None],
+) -> None:
+    """The policy's weights, of `version`, into servers that came back without them. Collective.
+
+    Servers that cannot take them are left out, as before: the run has others, or its generation says that it has none.
+    """
+    try:
+        sync.sync(policy.chunks, version, probe=make_probe(policy, stream, tokenizer), only=urls)
+    except WeightSyncError as e:
+        say(f"{', '.join(urls)} came back, but did not take the weights of version {version}: {e}")
+    else:
+        say(f"{', '.join(urls)} came back, and answers again under version {version} of the weights")
 
 
 def release_engine(engine: Engine, layout: ParallelLayout) -> None:

@@ -31,9 +31,15 @@ class Receipt:
             values["probe_difference"] = self.probe_difference
         return values
 
-    def write(self, run_dir: Path) -> Path:
-        """Write the receipt to run_dir/sync/, as version_000012.json for version 12; return the file's path."""
-        path = run_dir / "sync" / f"version_{self.version:06d}.json"
+    def write(self, run_dir: Path, *, again: bool = False) -> Path:
+        """Write the receipt to run_dir/sync/, as version_000012.json for version 12; return the file's path.
+
+        again: of a sync into engines that missed the first one of this version: version_000012_again_1.json, and so on.
+        """
+        folder, name = run_dir / "sync", f"version_{self.version:06d}"
+        if again:
+            name += f"_again_{1 + sum(1 for _ in folder.glob(f'{name}_again_*.json'))}"
+        path = folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
         return path

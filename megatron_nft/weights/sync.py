@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.export import Buffers, export_buckets
 from megatron_nft.weights.receipt import Receipt
-from megatron_nft.weights.transport import Ledger, Reference, Transport, WeightSyncError, none_left
+from megatron_nft.weights.transport import SPARED, Ledger, Reference, Transport, WeightSyncError, none_left
 
 Probe = tuple[np.ndarray, np.ndarray]
 """(token ids int32 [L], the trainer's log-probs of token_ids[1:] float32 [L - 1])"""
@@ -78,26 +78,35 @@ class WeightSync:
         self._buffers = Buffers(config.sync.bucket_bytes, layout.device, transport.allocate, self._used)
 
     @torch.no_grad()
-    def sync(self, chunks: Sequence[torch.nn.Module], version: int, probe: Probe | None = None) -> Receipt:
+    def sync(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        version: int,
+        probe: Probe | None = None,
+        only: Collection[str] | None = None,
+    ) -> Receipt:
         """Bring the engines to the weights of `chunks`, as `version`. Collective.
 
         `probe`: a text with the trainer's log-probs under these weights (on every rank), which the engines must agree
-        with to within `sync.probe_tolerance`. WeightSyncError on every rank where anything is not as it should be.
+        with to within `sync.probe_tolerance`. `only`: engines that missed this version, the others go on with
+        their work. WeightSyncError on every rank where anything is not as it should be.
         """
         self._aborted = True
         try:
-            receipt = self._sync(chunks, version, probe)
+            receipt = self._sync(chunks, version, probe, only)
         except WeightSyncError:
             self._aborted = False
             raise
         self._aborted = False
         return receipt
 
-    def _sync(self, chunks: Sequence[torch.nn.Module], version: int, probe: Probe | None) -> Receipt:
+    def _sync(
+        self, chunks: Sequence[torch.nn.Module], version: int, probe: Probe | None, only: Collection[str] | None
+    ) -> Receipt:
         transport = self._transport
         progress = _Progress(lost=dict(transport.lost))
         self._agree(progress)  # a paused engine would never answer a rank that still waits for it before this sync
-        progress.attempt("pause", transport.pause)
+        progress.attempt("pause", lambda: transport.pause(only))
         self._agree(progress)
         sent = self._send_all(chunks, version, progress)
         progress.attempt("finish", lambda: self._finish(sent, version))
@@ -113,7 +122,10 @@ class WeightSync:
             with progress.phase("probe"):
                 difference = self._probe(probe)
         self._agree(progress)
-        return self._receipt(progress, version, reference, checked, difference)
+        receipt = self._receipt(progress, version, reference, checked, difference)
+        if self._layout.rank == 0:
+            receipt.write(self._config.run_dir, again=only is not None)
+        return receipt
 
     def _send_all(self, chunks: Sequence[torch.nn.Module], version: int, progress: _Progress) -> set[str]:
         """Stream to the engines, again without those that were lost in the middle. Returns the names sent here."""
@@ -257,7 +269,7 @@ class WeightSync:
             version=version,
             transport=self._transport.name,
             engines=sorted({engine for *_, engines, _ in ranks for engine in engines}),
-            behind=dict(self._transport.lost),
+            behind={engine: why for engine, why in self._transport.lost.items() if why != SPARED},
             nbytes=sum(nbytes for _, nbytes, *_, is_leader in ranks if is_leader),
             seconds={p: max(seconds.get(p, 0.0) for seconds, *_ in ranks) for p in sorted(phases)},
             checksums=reference,
@@ -269,8 +281,6 @@ class WeightSync:
                 f"nobody can say whether the engines {', '.join(receipt.engines)} have the new weights: they give no "
                 "checksums, and no probe was made"
             )
-        if self._layout.rank == 0:
-            receipt.write(self._config.run_dir)
         return receipt
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +12,9 @@ from megatron_nft.weights.buckets import Bucket, TensorMeta
 from megatron_nft.weights.checksum.nft_checksum import checksums
 from megatron_nft.weights.hf_folder import name_list
 from megatron_nft.weights.receivers import Receivers
+
+SPARED = "has the weights already"
+"""Why an engine counts as lost in a sync that leaves it out."""
 
 
 class WeightSyncError(RuntimeError):
@@ -79,8 +82,11 @@ class Transport(Protocol):
     lost: dict[str, str]  # engine -> why it does not have the version of this sync
     must_resend: bool  # engines that are left got only part of the stream: it must be sent again
 
-    def pause(self) -> None:
-        """Treat requests under way as `sync.in_flight` says, and let no new ones start."""
+    def pause(self, only: Collection[str] | None = None) -> None:
+        """Treat requests under way as `sync.in_flight` says, and let no new ones start.
+
+        only: the engines that take part in this sync; the others count as lost, for the reason `SPARED`.
+        """
 
     def begin(self, version: int) -> None:
         """Get the engines ready for new weights. Collective."""

@@ -3,13 +3,15 @@
     python stand_in.py -m sglang.launch_server --host=… --port=… [--record=FOLDER]
 
 With --record it writes its environment to FOLDER/server.json or FOLDER/router.json before it answers. GET tells which
-host it is on.
+host it is on; so does the log-prob of an answer, which is -2 on the host h2. POST /set_version {"version": N} stands
+for a weight sync.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,9 +34,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/set_version":
+            Handler.version = str(body["version"])
+            self.answer({})
+            return
         ids = [body["input_ids"][0]]
         meta = {"finish_reason": {"type": "stop"}, "weight_version": self.version}
-        meta["output_token_logprobs"] = [[-1.0, ids[0], None]]
+        meta["output_token_logprobs"] = [[-float(re.search(r"\d*$", os.uname().nodename).group() or 1), ids[0], None]]
         self.answer({"output_ids": ids, "meta_info": meta})
 
     def answer(self, value: dict) -> None:

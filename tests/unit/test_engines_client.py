@@ -12,9 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from processes import wait_until
 
 from megatron_nft.config import ServerConfig
-from megatron_nft.engines import client as http
+from megatron_nft.engines import asking
 from megatron_nft.engines.engine import EngineError, Request, SamplingParams, WeightVersionError
 from megatron_nft.engines.sglang.client import SGLangEngine
 from megatron_nft.engines.targets import Targets
@@ -22,7 +23,7 @@ from megatron_nft.engines.targets import Targets
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr(http, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(asking, "BACKOFF_S", 0.01)
 
 
 def sample(tokens=(5, 6), version="3", reason="stop", **meta):
@@ -39,8 +40,12 @@ def sample(tokens=(5, 6), version="3", reason="stop", **meta):
 
 
 def good(body):
-    n = body["sampling_params"]["n"]
-    return 200, [sample() for _ in range(n)] if n > 1 else sample()
+    return 200, sample()
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024
 
 
 @contextmanager
@@ -51,7 +56,9 @@ def serving(answer, version="3"):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            self._send(200, {"weight_version": server.version})
+            server.looks.append(self.path)
+            moves = self.path != "/health_generate" or server.moves()
+            self._send(200 if moves else 503, {"weight_version": server.version})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -72,9 +79,9 @@ def serving(answer, version="3"):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
     server.answer, server.version, server.bodies = answer, version, []
+    server.looks, server.moves = [], lambda: True
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -116,7 +123,6 @@ def test_request_and_answer_forms():
     assert server.bodies[0] == {
         "input_ids": [1, 2, 0],
         "sampling_params": {
-            "n": 1,
             "max_new_tokens": 8,
             "temperature": 0.6,
             "top_p": 0.7,
@@ -140,8 +146,8 @@ def test_every_sample_of_every_request_comes_once_over_two_servers():
 
     with serving(together) as a, serving(together) as b, engine(a, b, max_in_flight=8) as client:
         assert set(run(client, requests(40))) == {(i, k) for i in range(40) for k in range(2)}
-    assert len(a.bodies) + len(b.bodies) == 40
-    assert min(len(a.bodies), len(b.bodies)) >= 10
+    assert len(a.bodies) + len(b.bodies) == 80
+    assert min(len(a.bodies), len(b.bodies)) >= 20
 
 
 def test_a_slow_server_gets_no_more_than_it_answers():
@@ -199,50 +205,51 @@ def failing_first(times, failure):
         None,
         (200, b"<html>"),
         (200, {"text": "no ids"}),
-        (200, [sample()]),  # one answer in place of two
-        (200, [sample(), sample((), reason="length")]),  # an empty one
-        (200, [sample(), sample(reason="abort")]),
-        (200, [sample(), {**sample(), "output_ids": [1]}]),
-        (200, b'[{"output_ids": [5], "meta_info": {"finish_reason": {"type": "stop"}, "weight_version": "3", '
-              b'"output_token_logprobs": [[NaN, 5, null]]}}]'),
+        (200, [sample(), sample()]),  # two answers in place of one
+        (200, sample((), reason="length")),  # an empty one
+        (200, sample(reason="abort")),
+        (200, {**sample(), "output_ids": [1]}),
+        (200, b'{"output_ids": [5], "meta_info": {"finish_reason": {"type": "stop"}, "weight_version": "3", '
+              b'"output_token_logprobs": [[NaN, 5, null]]}}'),
     ],
 )  # fmt: skip
 def test_a_failure_is_tried_again(failure):
     with serving(failing_first(2, failure)) as a, engine(a, max_retries=2) as client:
-        assert len(run(client, requests(1))) == 2
+        assert len(run(client, requests(1, samples=1))) == 1
     assert len(a.bodies) == 3
 
 
 def test_retries_are_bounded_and_the_error_says_what_happened():
     with serving(lambda body: (500, {"error": "out of memory"})) as a, engine(a, max_retries=2) as client:
         with pytest.raises(EngineError, match=r"no answer after 3 tries .*HTTP 500.*out of memory"):
-            run(client, requests(1))
+            run(client, requests(1, samples=1))
         assert len(a.bodies) == 3
 
 
 def test_another_server_takes_over_from_a_dead_one():
     with serving(good) as a, engine("http://127.0.0.1:9", a, max_retries=1) as client:
         assert len(run(client, requests(30))) == 60
-    assert len(a.bodies) == 30
+    assert len(a.bodies) == 60
 
 
 def test_no_server_at_all_is_a_clear_error():
     why = r"http://127\.0\.0\.1:9: .*Errno 111"  # refused: httpx says "All connection attempts failed"
-    with engine("http://127.0.0.1:9", max_retries=1) as client, pytest.raises(EngineError, match=why):
+    settings = {"max_retries": 1, "start_timeout_s": 1}
+    with engine("http://127.0.0.1:9", **settings) as client, pytest.raises(EngineError, match=why):
         run(client, requests(1))
 
 
 def test_a_refused_request_is_not_tried_again():
     with serving(lambda body: (400, {"error": "prompt too long"})) as a, engine(a) as client:
         with pytest.raises(EngineError, match=r"refused a request: HTTP 400.*prompt too long"):
-            run(client, requests(1))
+            run(client, requests(1, samples=1))
         assert len(a.bodies) == 1
 
 
 @pytest.mark.parametrize("version", ["2", "4", "default"])
 def test_an_answer_of_another_version_is_an_error(version):
     def answer(body):
-        return 200, [sample(version=version) for _ in range(2)]
+        return 200, sample(version=version)
 
     with serving(answer) as a, engine(a) as client, pytest.raises(WeightVersionError, match="asked was 3"):
         run(client, requests(1))
@@ -250,11 +257,11 @@ def test_an_answer_of_another_version_is_an_error(version):
 
 def test_a_server_that_came_back_with_old_weights_gets_no_more_requests():
     def old(body):
-        return 200, [sample(version="-1") for _ in range(2)]
+        return 200, sample(version="-1")
 
     with serving(old, version="-1") as a, serving(good) as b, engine(a, b, max_in_flight=1) as client:
         assert len(run(client, requests(6))) == 12
-        assert (len(a.bodies), len(b.bodies)) == (1, 6)
+        assert (len(a.bodies), len(b.bodies)) == (1, 12)
         a.answer, a.version = good, "3"
         run(client, requests(6))
         assert len(a.bodies) > 1
@@ -262,7 +269,7 @@ def test_a_server_that_came_back_with_old_weights_gets_no_more_requests():
 
 def test_an_answer_of_an_older_version_is_an_error_even_where_updates_may_fall_inside():
     with (
-        serving(lambda body: (200, [sample(version="2")] * 2)) as a,
+        serving(lambda body: (200, sample(version="2"))) as a,
         engine(a, allow_version_change=True) as client,
         pytest.raises(WeightVersionError, match="weight version 2, asked was 3"),
     ):
@@ -298,7 +305,7 @@ def test_leaving_early_stops_asking():
         answers.close()
         left.set()
         assert len(run(client, requests(20))) == 40  # the client is still of use
-        assert len(a.bodies) < 30  # with the first one and those in flight; the two that went on would ask 20 more
+        assert len(a.bodies) < 50  # with the first one and those in flight; the two that went on would ask 980 more
 
 
 def test_prompt_logprobs():
@@ -330,9 +337,9 @@ def test_servers_given_by_url_keep_their_version():
 
 
 def test_ranks_load_all_servers_alike():
-    """16 ranks, 16 servers: the 24 questions of a rank are one for each server, and eight that are left over."""
-    num, questions = 16, 24
-    all_are_there = threading.Barrier(num * questions, timeout=60)
+    """16 ranks, 16 servers: the 24 answers of a rank are one for each server, and eight that are left over."""
+    num, questions = 16, 12
+    all_are_there = threading.Barrier(2 * num * questions, timeout=60)
 
     def answer(body):
         all_are_there.wait()
@@ -345,8 +352,8 @@ def test_ranks_load_all_servers_alike():
             for answers in threads.map(run, ranks, [requests(questions)] * num):
                 assert len(answers) == 2 * questions
     loads = [len(server.bodies) for server in servers]
-    assert sum(loads) == num * questions
-    assert max(abs(load - questions) for load in loads) <= 0.1 * questions, loads
+    assert sum(loads) == 2 * num * questions
+    assert max(abs(load - 2 * questions) for load in loads) <= 0.1 * 2 * questions, loads
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 6, 12, 20])
@@ -378,3 +385,177 @@ def test_ranks_load_all_servers_alike_while_answers_come_in(max_in_flight):
     asyncio.run(simulate())
     assert sum(loads.values()) == num * questions and len(loads) == num
     assert max(abs(load - questions) for load in loads.values()) <= 0.1 * questions, loads
+
+
+@pytest.mark.parametrize(("ranks", "servers"), [(16, 8), (8, 8), (12, 8), (64, 8), (3, 2)])
+@pytest.mark.parametrize("answers", [1, 3, 16])
+def test_ranks_load_all_servers_alike_with_a_few_answers_each(ranks, servers, answers):
+    """Ranks that begin as `http._Hosts.first_server` says, each with the answers to one question."""
+    loads = Counter()
+
+    async def simulate():
+        for rank in range(ranks):
+            urls = [str(i) for i in range(servers)]
+            targets = Targets(urls, None, None, None, first=rank * servers // ranks)
+            await targets.begin(answers)
+            for _ in range(answers):
+                target = await targets.pick(0)
+                target.in_flight += 1
+                loads[target.url] += 1
+
+    asyncio.run(simulate())
+    assert sum(loads.values()) == ranks * answers
+    spread = [loads[str(i)] for i in range(servers)]
+    assert max(spread) - min(spread) <= max(1, -(-ranks // servers)), spread
+
+
+def test_answers_to_one_question_stay_together_while_the_load_is_even():
+    """Four servers, 64 answers under way: a question of 16 has one server, in the first wave exactly."""
+    placed = Counter()
+
+    async def simulate():
+        targets = Targets(list("abcd"), None, None, None)
+        await targets.begin(64)
+        for question in range(4):
+            for _ in range(16):
+                target = await targets.pick(question)
+                target.in_flight += 1
+                placed[question, target.url] += 1
+        # Server a answers all it has; its slots go to the next two questions, b and c answer one each.
+        first = next(t for t in targets if t.url == "a")
+        first.in_flight = 0
+        for _ in range(16):
+            target = await targets.pick(4)
+            target.in_flight += 1
+            placed[4, target.url] += 1
+
+    asyncio.run(simulate())
+    assert sorted(placed.values()) == [16] * 5
+    assert len({url for (question, url) in placed if question < 4}) == 4
+    assert placed[4, "a"] == 16
+
+
+def test_what_lost_servers_cannot_take_goes_to_other_hosts_alike():
+    """Two servers here and four elsewhere, all with 32 answers of their own; one of ours is lost."""
+
+    async def place(num_down):
+        targets = Targets(["a", "b"], None, None, None, far=["w", "x", "y", "z"])
+        targets._has_weights = lambda url: asyncio.sleep(0)  # those down stay so
+        await targets.begin(64)
+        for target in list(targets)[:num_down]:
+            target.down = True
+        await targets.begin(64)
+        loads = Counter()
+        for number in range(64):
+            target = await targets.pick(number // 2)
+            target.in_flight += 1
+            loads[target.url] += 1
+        return loads
+
+    healthy, one_lost, both_lost = (asyncio.run(place(n)) for n in range(3))
+    assert healthy == {"a": 32, "b": 32}
+    assert 32 <= one_lost["b"] <= 40
+    assert sorted(one_lost[url] for url in "wxyz") == pytest.approx([6] * 4, abs=2)
+    assert both_lost == dict.fromkeys("wxyz", 16)
+
+
+def test_a_long_answer_is_waited_for_while_its_server_moves():
+    """It takes many times the time-out; the server's sign of progress is what counts, and is asked for."""
+    enough = threading.Event()
+
+    def slow(body):
+        enough.wait(60)
+        return good(body)
+
+    with serving(slow) as a, engine(a, stall_timeout_s=0.8, max_retries=0) as client:
+        threading.Thread(
+            target=lambda: (wait_until(lambda: a.looks.count("/health_generate") >= 30), enough.set())
+        ).start()
+        assert len(run(client, requests(1))) == 2
+        assert len(a.bodies) == 2
+
+
+def test_a_server_that_hangs_is_found_and_its_answers_are_asked_elsewhere():
+    never = threading.Event()
+
+    def hang(body):
+        never.wait(60)
+        return good(body)
+
+    with serving(hang) as a, serving(good) as b, engine(a, b, stall_timeout_s=0.8) as client:
+        a.moves = lambda: False
+        moved = []
+        answers = {(i, k) for i, k, _ in client.generate(requests(8), SamplingParams(8), moved.append)}
+        assert answers == {(i, k) for i in range(8) for k in range(2)}
+        assert False in moved, "nothing moved while the server hung"
+        asked = len(a.bodies)
+        assert len(run(client, requests(8))) == 16  # it says its version, and gets nothing all the same
+        assert len(a.bodies) == asked
+        a.moves, a.answer = lambda: True, good
+        assert len(run(client, requests(8))) == 16
+        assert len(a.bodies) > asked
+        never.set()
+
+
+def test_a_server_that_comes_back_works_again_in_the_same_phase():
+    """First without the weights: it is named, and gets nothing until the caller has brought them."""
+    named = []
+    with (
+        serving(failing_first(1, None), version="-1") as a,
+        serving(good) as b,
+        engine(a, b, max_in_flight=4) as client,
+    ):
+
+        def bring_weights(moved):
+            if client.left_behind() and not named:
+                named.append((client.left_behind(), len(a.bodies)))
+                a.version = "3"
+
+        for _ in client.generate(requests(10_000), SamplingParams(8), bring_weights):
+            bring_weights(True)
+            if named and len(a.bodies) > named[0][1]:
+                break
+        assert named[0][0] == [a.url]
+        assert client.left_behind() == []
+
+
+def test_where_all_servers_are_gone_answers_wait_for_one_that_comes_back():
+    down = threading.Event()
+    down.set()
+
+    def answer(body):
+        return None if down.is_set() else good(body)
+
+    with serving(answer) as a, engine(a, max_retries=1) as client:
+        a.moves = lambda: not down.is_set()
+        waits = []
+
+        def on_wait(moved):
+            waits.append(moved)
+            if len(waits) == 3:
+                down.clear()
+
+        assert len(list(client.generate(requests(3), SamplingParams(8), on_wait))) == 6
+        assert any(waits), "waiting for a server has a bound of its own: no stall"
+
+
+def test_an_exception_of_the_caller_ends_the_wait_at_once():
+    """As a stop signal does: the connections close, though no answer comes."""
+    closed = threading.Event()
+
+    def hang(body):
+        closed.wait(60)
+        return good(body)
+
+    class Stop(Exception):
+        pass
+
+    def stop(moved):
+        raise Stop
+
+    with serving(hang) as a, engine(a) as client:
+        with pytest.raises(Stop):
+            list(client.generate(requests(4), SamplingParams(8), stop))
+        closed.set()
+        a.answer = good
+        assert len(run(client, requests(4))) == 8

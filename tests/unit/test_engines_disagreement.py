@@ -19,7 +19,7 @@ class ScriptedEngine:
 
     weight_version = 0
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, on_wait=None):
         tokenizer = make_tokenizer()
         for i in range(len(requests)):
             for sample, text in enumerate(TEXTS):

@@ -25,7 +25,7 @@ class Script:
     def __init__(self, lines):
         self.lines = lines
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, on_wait=None):
         self.requests, self.sampling = requests, sampling
         for line in self.lines:
             if line is None:

@@ -14,8 +14,11 @@ from types import SimpleNamespace
 import pytest
 from processes import alive, wait_until
 
+from megatron_nft.distributed import CollectiveError
 from megatron_nft.train import launch, lifecycle
 from megatron_nft.train.lifecycle import Interrupted, Phases, StopSignals
+from megatron_nft.train.rank import _explain
+from megatron_nft.train.whereabouts import Board, Whereabouts, who_is_missing
 
 STALL = """
 import sys, threading, time
@@ -53,6 +56,101 @@ def test_a_stalled_rank_writes_all_stacks_and_ends(tmp_path):
     for rank in (3, 4):
         text = (tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text()
         assert f"rank {rank}" in text and "waits_for_a_peer" in text
+
+
+def test_each_phase_has_its_own_limit(tmp_path):
+    """A limit of 1.5 s for one phase: the other one, with the general limit of 600 s, lasts longer in peace."""
+    program = """
+import sys, time
+from pathlib import Path
+from megatron_nft.train.lifecycle import Phases
+phases = Phases(0, Path(sys.argv[1]), 600.0, {"sync": 1.5})
+with phases("checkpoint"):
+    time.sleep(4)
+with phases("sync"):
+    time.sleep(600)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "phase sync: no progress for" in done.stderr and "limit 1.5 s" in done.stderr
+
+
+def test_a_failed_collective_is_told_with_the_rank_that_ended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    first, second, third = (Phases(rank, tmp_path, 600.0) for rank in range(3))
+    first.step = second.step = 5
+    for phases in (first, third):
+        phases.ended("")  # alive: their files are there
+    assert third.lost(patience_s=0.0) == ""
+    with pytest.raises(MemoryError), first("train"):
+        raise MemoryError
+    _explain(MemoryError("no room for 3 GiB"), first)
+    _explain(CollectiveError("Connection closed by peer"), second)
+    _explain(CollectiveError("Connection closed by peer"), third)
+    for phases in (first, second, third):
+        phases.close()
+    host = os.uname().nodename
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-nft: ")]
+    assert lines[0] == f"megatron-nft: rank 0 on {host}, step 5, phase train: MemoryError: no room for 3 GiB"
+    for rank, line in ((1, lines[1]), (2, lines[2])):
+        assert line.startswith(f"megatron-nft: rank {rank} on {host}")
+        assert (
+            f"lost the connection to another rank, rank 0 on {host} ended in phase train, step 5: MemoryError" in line
+        )
+
+
+def at(rank: int, phase: str, step: int = 7, **more) -> Whereabouts:
+    return Whereabouts(rank, f"h{1 + rank // 2}", step, phase, quiet_s=60.0 + rank, **more)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        (
+            [at(0, "sync"), at(1, "sync"), at(2, "sync"), at(3, "train")],
+            "rank 3 on h2 has not entered phase sync: it is in phase train of step 7, without progress for 63 s. "
+            "The 3 others have waited for 62 s in it",
+        ),
+        (
+            [at(0, "sync", between=True), at(1, "generate", 8)],
+            "rank 0 on h1 has not entered phase generate: it is after phase sync of step 7, without progress for 60 s. "
+            "The other one has waited for 61 s in it",
+        ),
+        (
+            [at(0, "generate", waits=True), at(1, "generate"), at(2, "generate", waits=True)],
+            "rank 1 on h1 has not finished phase generate: it is in phase generate of step 7, without progress for "
+            "61 s. The 2 others have waited for 62 s in it",
+        ),
+        (
+            [at(0, "train"), at(1, "train")],
+            "all 2 ranks are in phase train, the longest without progress rank 1 on h1 (61 s)",
+        ),
+        ([at(0, "start"), None, at(2, "start")], "rank 1 has not started"),
+        (
+            [at(0, "sync"), at(1, "train"), at(2, "train", silent_s=75.0)],
+            "rank 2 on h2 has not been heard from for 75 s; it was in phase train, step 7",
+        ),
+        (
+            [at(0, "sync"), at(1, "train", ended="OSError: disk full")],
+            "rank 1 on h1 ended in phase train: OSError: disk full",
+        ),
+    ],
+)
+def test_the_rank_that_the_others_wait_for_is_named(ranks, said):
+    assert who_is_missing(ranks) == said
+
+
+def test_files_of_an_earlier_start_are_not_taken_for_ranks_of_this_one(tmp_path):
+    earlier = Board(tmp_path, 1, 2)
+    earlier.write(at(1, "train"))
+    path = tmp_path / "ranks" / "rank_00001.json"
+    long_ago = path.stat().st_mtime - 1000
+    os.utime(path, (long_ago, long_ago))
+    board = Board(tmp_path, 0, 2)
+    board.write(at(0, "start"))
+    assert [r and r.rank for r in board.read()] == [0, None]
+    earlier.write(at(1, "start"))
+    assert [r and r.phase for r in board.read()] == ["start", "start"]
 
 
 def test_progress_keeps_the_watch_quiet(tmp_path, monkeypatch):

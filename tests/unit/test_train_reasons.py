@@ -158,7 +158,7 @@ class Script:
 
     weight_version = 0
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, on_wait=None):
         self.sampling = sampling
         tokenizer = make_tokenizer()
         for i in range(len(requests)):
@@ -304,7 +304,7 @@ class Endless:
 
     weight_version = 0
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, on_wait=None):
         for i in range(len(requests)):
             for sample in range(4):
                 yield i, sample, Completion(np.array([5], np.int32), np.zeros(1, np.float32), "length", 0)
@@ -325,7 +325,7 @@ def failing_step(tmp_path, monkeypatch, engine, config, error):
             layout=Ranks(),
             stream=stream,
             algorithm=SimpleNamespace(samples=lambda _: []),
-            stop=SimpleNamespace(signum=0),
+            rounds=SimpleNamespace(wait_for_all=lambda: 0),
             end_tokens=(EndToken(258, "<|im_end|>", ("tokenizer",)),),
         )
     return str(raised.value), read_rollout_file(rollout_path(tmp_path, 1, 0))

@@ -113,8 +113,8 @@ def decode(
     keys: np.ndarray,
     sampling: SamplingParams,
     stop_token_ids: frozenset[int],
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, str]]:
-    """Answers as they end: (row, token ids int32 [R], log-probs float32 [R], stop | length).
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, str] | None]:
+    """Answers as they end: (row, token ids int32 [R], log-probs float32 [R], stop | length). None after each position.
 
     prompts: Q arrays of token ids; prompt_of_row: int64 [B], which of them each answer belongs to;
     keys: uint64 [B], the rows' random states (`sampling.row_keys`).
@@ -145,6 +145,7 @@ def decode(
             row = int(rows[at])
             reason = "stop" if stopped[at] else "length"
             yield row, answer_ids[row, : position + 1].copy(), answer_logprobs[row, : position + 1].copy(), reason
+        yield None
         live = live & ~ended
         num_live = int(live.sum())
         if num_live == 0:

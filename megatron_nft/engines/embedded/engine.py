@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from megatron_nft.engines.embedded.decode import decode
 from megatron_nft.engines.embedded.sampling import row_keys
 from megatron_nft.engines.embedded.weights import InProcess
-from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightUpdateError
+from megatron_nft.engines.engine import Completion, EngineError, OnWait, Request, SamplingParams, WeightUpdateError
 
 if TYPE_CHECKING:
     from megatron_nft.config import Config
@@ -140,7 +140,9 @@ class EmbeddedEngine:
 
     # ---- answers
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, on_wait: OnWait | None = None
+    ) -> Iterator[tuple[int, int, Completion]]:
         """Batches of questions of similar length, each batch decoded to its end. See `engine.Engine.generate`."""
         self._check_ready()
         stops = self._end_tokens | frozenset(sampling.stop_token_ids)
@@ -155,8 +157,12 @@ class EmbeddedEngine:
                 sampling,
                 stops,
             )
-            for row, token_ids, logprobs, reason in answers:
-                yield *rows[row], Completion(token_ids, logprobs, reason, self.weight_version)
+            for answer in answers:
+                if answer is not None:
+                    row, token_ids, logprobs, reason = answer
+                    yield *rows[row], Completion(token_ids, logprobs, reason, self.weight_version)
+                elif on_wait is not None:
+                    on_wait(True)
 
     def _batches(self, requests: Sequence[Request], max_tokens: int) -> Iterator[list[tuple[int, int]]]:
         """(request, sample) of every answer, in batches of at most `batch_tokens` (one answer at the least).
@@ -237,6 +243,13 @@ class EmbeddedEngine:
             names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
             raise WeightUpdateError(f"{len(missing)} of {len(self._tensors)} tensors did not come: {names}")
         self._received, self._complete, self.weight_version = {}, True, version
+
+    def left_behind(self) -> list[str]:
+        """Names nobody. See `engine.Engine.left_behind`."""
+        return []
+
+    def note_good_step(self) -> None:
+        """Does nothing. See `engine.Engine.note_good_step`."""
 
     def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
         """See `engine.Engine.open_transport`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -43,7 +43,7 @@ class InProcess:
         self.lost: dict[str, str] = {}
         self.must_resend = False
 
-    def pause(self) -> None:
+    def pause(self, only: Collection[str] | None = None) -> None:
         pass
 
     def begin(self, version: int) -> None:

@@ -5,6 +5,7 @@ Tested with 0.5.23 on a CPU; the requests and answers used here are the same fro
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -24,7 +25,6 @@ class SGLangEngine(HttpEngine):
 
     def _generate_call(self, request: Request, sampling: SamplingParams) -> tuple[str, dict[str, Any]]:
         params = {
-            "n": request.num_samples,
             "max_new_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -34,11 +34,8 @@ class SGLangEngine(HttpEngine):
         body = {"input_ids": request.prompt_ids.tolist(), "sampling_params": params, "return_logprob": True}
         return "/generate", body
 
-    def _completions(self, answer: Any, request: Request, sampling: SamplingParams) -> list[Completion]:
-        return [self._completion(sample) for sample in (answer if isinstance(answer, list) else [answer])]
-
-    def _completion(self, sample: dict[str, Any]) -> Completion:
-        meta = sample["meta_info"]
+    def _completion(self, answer: Any) -> Completion:
+        meta = answer["meta_info"]
         reason = meta["finish_reason"]["type"]
         if reason == "abort":
             raise Aborted(meta["finish_reason"].get("message", ""))
@@ -46,7 +43,7 @@ class SGLangEngine(HttpEngine):
             raise ValueError(f"finish reason {reason!r}")
         logprobs = np.array([entry[0] for entry in meta["output_token_logprobs"]], dtype=np.float32)
         token_ids = np.array([entry[1] for entry in meta["output_token_logprobs"]], dtype=np.int32)
-        if token_ids.tolist() != sample["output_ids"]:
+        if token_ids.tolist() != answer["output_ids"]:
             raise ValueError("output_ids and output_token_logprobs are of different tokens")
         spans = tuple((integer_version(s["version"]), s["start"], s["end"]) for s in meta.get("weight_versions") or ())
         return Completion(
@@ -68,3 +65,10 @@ class SGLangEngine(HttpEngine):
         response = await client.get(f"{url}/model_info", timeout=PROBE_TIMEOUT_S)
         response.raise_for_status()
         return integer_version(response.json()["weight_version"])
+
+    async def _progress(self, client: httpx.AsyncClient, url: str) -> float:
+        # It answers 200 once the scheduler has given any output since the question, of a request under way or, where
+        # there is none, of one token of its own; 503 after 20 s without.
+        response = await client.get(f"{url}/health_generate", timeout=PROBE_TIMEOUT_S)
+        response.raise_for_status()
+        return time.monotonic()

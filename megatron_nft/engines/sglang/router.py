@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"  # every machine has a router of its own, for its ranks alone
 TIMEOUT_S, PATIENCE_S = 30.0, 5.0
+REQUEST_TIMEOUT_S = 7 * 86400  # no limit: whether its servers move is what engines/watch.py looks at
 POLL_S = 0.1
 
 
@@ -97,7 +98,7 @@ def router_command(python: Path, config: ServerConfig) -> list[str]:
         "host": HOST,
         # power_of_two needs workers at the start; cache_aware looks at text, and our prompts are token ids.
         "policy": "round_robin",
-        "request-timeout-secs": int(config.request_timeout_s),
+        "request-timeout-secs": REQUEST_TIMEOUT_S,
         "health-check-interval-secs": 5,
         "prometheus-host": HOST,
         "prometheus-port": free_port(HOST),

@@ -6,6 +6,7 @@ under which it was made; the OpenAI endpoints of the same server give neither.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from megatron_nft.weights.client import WeightClient
 
 PATH = "/inference/v1/generate"
+COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")  # of all requests since the start
 
 
 class VLLMEngine(HttpEngine):
@@ -28,7 +30,6 @@ class VLLMEngine(HttpEngine):
 
     def _generate_call(self, request: Request, sampling: SamplingParams) -> tuple[str, dict[str, Any]]:
         params = {
-            "n": request.num_samples if sampling.temperature > 0 else 1,  # it refuses several greedy samples
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -41,12 +42,8 @@ class VLLMEngine(HttpEngine):
         }
         return PATH, {"model": MODEL_NAME, "token_ids": request.prompt_ids.tolist(), "sampling_params": params}
 
-    def _completions(self, answer: Any, request: Request, sampling: SamplingParams) -> list[Completion]:
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        completions = [self._completion(choice) for choice in choices]
-        return completions if sampling.temperature > 0 else completions * request.num_samples
-
-    def _completion(self, choice: dict[str, Any]) -> Completion:
+    def _completion(self, answer: Any) -> Completion:
+        (choice,) = answer["choices"]
         reason = choice["finish_reason"]
         if reason == "abort":
             raise Aborted("by the server")
@@ -74,3 +71,10 @@ class VLLMEngine(HttpEngine):
         response = await client.get(f"{url}/weight_info", timeout=PROBE_TIMEOUT_S)
         response.raise_for_status()
         return integer_version(response.json()["weight_version"])
+
+    async def _progress(self, client: httpx.AsyncClient, url: str) -> float:
+        # /health only tells whether the engine core has died; the counters stand still where it hangs.
+        response = await client.get(f"{url}/metrics", timeout=PROBE_TIMEOUT_S)
+        response.raise_for_status()
+        samples = (line.rpartition(" ") for line in response.text.splitlines() if line.startswith(COUNTERS))
+        return math.fsum(float(value) for _, _, value in samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol, TypeVar
@@ -21,6 +21,7 @@ from megatron_nft.weights.names import hf_shapes
 from megatron_nft.weights.receivers import Receivers, nobody
 from megatron_nft.weights.routes import Places
 from megatron_nft.weights.transport import (
+    SPARED,
     EngineLost,
     Ledger,
     Reference,
@@ -109,8 +110,8 @@ class ServerTransport(Transport):
         dtype: torch.dtype = getattr(torch, self._facts.dtype)
         return dtype
 
-    def pause(self) -> None:
-        self.lost = {}
+    def pause(self, only: Collection[str] | None = None) -> None:
+        self.lost = {s.url: SPARED for s in self._servers if only is not None and s.url not in only}
         self._each(lambda server: server.pause(self._config.sync.in_flight))
 
     def begin(self, version: int) -> None:

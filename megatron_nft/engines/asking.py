@@ -1,0 +1,184 @@
+"""The part of a client that runs on its event loop: a request for each answer, spread over servers, retried in bounds.
+
+An answer is a request of its own, so that answers to one question can lie on several servers and are handed on as soon
+as each is there. What a server does to several answers at once (a shared prompt, batching) it does to requests as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from megatron_nft.engines.completions import Aborted, BadAnswer, check_completion, check_version
+from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
+from megatron_nft.engines.reasons import reason
+from megatron_nft.engines.targets import Target, Targets
+from megatron_nft.engines.watch import Watch
+
+if TYPE_CHECKING:
+    from megatron_nft.config import ServerConfig
+    from megatron_nft.engines.server import ServerGroup
+
+Answers = queue.SimpleQueue[tuple[int, int, Completion | BaseException]]
+"""(number of the request, number of the sample, the answer or why there is none)"""
+
+BACKOFF_S = 0.5  # before the second try, doubled for each further one
+RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
+
+
+class Asker(ABC):
+    """Asks servers for answers. `client.HttpEngine` makes an engine of it."""
+
+    group: ServerGroup | None
+    _config: ServerConfig
+    _client: httpx.AsyncClient
+    _targets: Targets
+    _watch: Watch
+    _is_helped: bool  # the caller brings weights to servers that came back without them
+    _allow_version_change: bool
+
+    @property
+    @abstractmethod
+    def weight_version(self) -> int:
+        """Version that answers must come from."""
+
+    # ---- what an engine kind fills in
+
+    @abstractmethod
+    def _generate_call(self, request: Request, sampling: SamplingParams) -> tuple[str, dict[str, Any]]:
+        """Path and JSON body that ask for one sample of a request."""
+
+    @abstractmethod
+    def _completion(self, answer: Any) -> Completion:
+        """The sample in a server's answer. Aborted, or BadAnswer (KeyError, TypeError, ... count as that too)."""
+
+    @abstractmethod
+    async def _version(self, client: httpx.AsyncClient, url: str) -> int:
+        """The weight version of a healthy server. httpx.HTTPError, KeyError or ValueError where it gives none."""
+
+    @abstractmethod
+    async def _progress(self, client: httpx.AsyncClient, url: str) -> float:
+        """A sign that a server with requests works on them: see `watch.ProgressQuery`."""
+
+    # ----
+
+    async def _ask_all(self, requests: Sequence[Request], sampling: SamplingParams, answers: Answers) -> None:
+        """Put (request, sample, answer or an exception) for every sample, with at most max_in_flight under way."""
+        num_in_flight = min(self._config.max_in_flight, sum(request.num_samples for request in requests))
+        samples = ((number, k) for number, request in enumerate(requests) for k in range(request.num_samples))
+        await self._targets.begin(num_in_flight)
+
+        async def work() -> None:
+            for number, sample in samples:
+                try:
+                    answers.put((number, sample, await self._ask(number, requests[number], sampling)))
+                except Exception as e:
+                    answers.put((number, sample, e))
+
+        watching = asyncio.create_task(self._watch.run())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(num_in_flight):
+                    tasks.create_task(work())
+        finally:
+            watching.cancel()
+
+    async def _ask(self, number: int, request: Request, sampling: SamplingParams) -> Completion:
+        """One sample of request `number`, from whichever server. EngineError once the tries are used up."""
+        path, body = self._generate_call(request, sampling)
+        problems: list[str] = []
+        for attempt in range(self._config.max_retries + 1):
+            if attempt:
+                await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
+            target = await self._server_for(number, problems)
+            asked_version = self.weight_version
+            target.in_flight += 1
+            try:
+                completion = self._parse(await self._post_for_long(target, path, body))
+            except TimeoutError:
+                limit = self._config.stall_timeout_s
+                problems.append(f"{target.url}: no progress for {limit:g} s (rollout.server.stall_timeout_s)")
+            except (httpx.TransportError, BadAnswer) as e:
+                target.down = True
+                problems.append(f"{target.url}: {reason(e)}")
+            except Aborted as e:
+                problems.append(f"{target.url}: aborted ({e})")
+            else:
+                target.answered += 1
+                try:
+                    check_version(completion, asked_version, self._allow_version_change, target.url)
+                except WeightVersionError as e:
+                    # A server that died and came back has no current weights; another may have them.
+                    target.down = True
+                    if attempt == self._config.max_retries or (self._targets.exhausted and not self._is_helped):
+                        raise
+                    problems.append(str(e))
+                    continue
+                return completion
+            finally:
+                target.in_flight -= 1
+        raise EngineError(self._describe(problems))
+
+    async def _server_for(self, number: int, problems: list[str]) -> Target:
+        """The server for a sample of request `number`; where none is up, the first that comes back.
+
+        EngineError where none does within rollout.server.start_timeout_s, or none is started again.
+        """
+        clock = asyncio.get_running_loop().time
+        start = clock()
+        while (target := await self._targets.pick(number)) is None:
+            waited_s = clock() - start
+            given_up = self.group is not None and self.group.given_up
+            if given_up or waited_s > self._config.start_timeout_s:
+                problems.append(f"no server was up with the weights that are wanted, after {waited_s:.0f} s")
+                raise EngineError(self._describe(problems))
+            self._watch.note()  # there is a bound
+        return target
+
+    async def _post_for_long(self, target: Target, path: str, body: dict[str, Any]) -> Any:
+        """See `_post`. TimeoutError once the server is given up; until then an answer may take as long as it takes."""
+        async with asyncio.timeout(None) as wait:
+            target.waits.add(wait)
+            try:
+                return await self._post(target.url, path, body)
+            finally:
+                target.waits.discard(wait)
+
+    async def _post(self, url: str, path: str, body: dict[str, Any]) -> Any:
+        """The JSON answer. BadAnswer where another try may help, EngineError where the request itself is refused."""
+        response = await self._client.post(url + path, json=body)
+        if response.status_code >= 500 or response.status_code in RETRIED_STATUS:
+            raise BadAnswer(f"HTTP {response.status_code}: {response.text[:500]}")
+        if response.status_code != 200:
+            raise EngineError(f"{url}{path} refused a request: HTTP {response.status_code}: {response.text[:500]}")
+        try:
+            return response.json()
+        except ValueError:
+            raise BadAnswer(f"an answer that is not JSON: {response.text[:200]!r}") from None
+
+    def _parse(self, answer: Any) -> Completion:
+        try:
+            completion = self._completion(answer)
+        except (KeyError, TypeError, ValueError, IndexError) as e:
+            raise BadAnswer(f"an answer of another form than expected ({type(e).__name__}: {e})") from None
+        check_completion(completion)
+        return completion
+
+    async def _has_wanted_weights(self, url: str) -> bool | None:
+        """See `targets.WeightsQuery`."""
+        try:
+            version = await self._version(self._client, url)
+            await self._progress(self._client, url)  # one that hangs may still say its version
+        except (httpx.HTTPError, KeyError, ValueError):
+            return None
+        return version == self.weight_version
+
+    def _describe(self, problems: Sequence[str]) -> str:
+        text = f"no answer after {len(problems)} tries (rollout.server.max_retries): {'; '.join(problems)}"
+        failures = self.group.failures() if self.group is not None else ""
+        return f"{text}\n{failures}" if failures else text

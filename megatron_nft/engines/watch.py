@@ -1,0 +1,85 @@
+"""Tells servers that work from servers that hang, while answers are under way.
+
+An answer may take as long as it takes: no limit stands on a request. What counts is that the server moves: an answer
+came from it, or its own sign of progress (`ProgressQuery`) changed. A server that does neither for
+`rollout.server.stall_timeout_s` is given up: its requests end with a TimeoutError and are made elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+import httpx
+
+from megatron_nft.engines.targets import Target, Targets
+
+LOOKS_PER_TIMEOUT = 8
+MAX_PERIOD_S, MIN_PERIOD_S = 10.0, 0.2
+LOOK_AT_DEAD_S = 1.0
+
+
+class ProgressQuery(Protocol):
+    """Asks a server for a number that differs from an earlier one if it has worked on requests in between.
+
+    httpx.HTTPError, KeyError or ValueError where it does not answer, or says itself that it does not work.
+    """
+
+    async def __call__(self, url: str) -> float: ...
+
+
+class Watch:
+    """Looks at all servers as long as `run` runs, on the client's event loop."""
+
+    def __init__(
+        self, targets: Targets, progress: ProgressQuery, stall_timeout_s: float, on_stall: Callable[[str], None]
+    ) -> None:
+        """on_stall: called with the URL of a server that was given up."""
+        self._targets, self._progress, self._on_stall = targets, progress, on_stall
+        self._timeout_s = stall_timeout_s
+        self._period_s = min(MAX_PERIOD_S, max(MIN_PERIOD_S, stall_timeout_s / LOOKS_PER_TIMEOUT))
+        self._moved = False
+
+    def note(self) -> None:
+        """Take note of progress that others saw."""
+        self._moved = True
+
+    def take_moved(self) -> bool:
+        """Whether any server has moved since the last call. Any thread may call it."""
+        moved, self._moved = self._moved, False
+        return moved
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for target in self._targets:
+                tasks.create_task(self._watch(target))
+
+    async def _watch(self, target: Target) -> None:
+        clock = asyncio.get_running_loop().time
+        seen: tuple[int, float | None] = (0, None)  # answers so far, the last sign of progress
+        moved_at = clock()
+        while True:
+            await asyncio.sleep(min(self._period_s, LOOK_AT_DEAD_S) if target.down else self._period_s)
+            if target.down:
+                await self._targets.look(target)
+            if target.down or not target.in_flight:
+                moved_at = clock()
+                continue
+            answered, sign = seen
+            # One that has answered has moved: it need not be asked.
+            now_seen = (target.answered, sign if target.answered != answered else await self._sign(target.url, sign))
+            if now_seen != seen:
+                seen, moved_at = now_seen, clock()
+                self.note()
+            elif clock() - moved_at >= self._timeout_s:
+                target.give_up()
+                self._on_stall(target.url)
+
+    async def _sign(self, url: str, last: float | None) -> float | None:
+        """The server's sign of progress; `last` where it gives none."""
+        try:
+            return await asyncio.wait_for(self._progress(url), max(self._timeout_s, self._period_s))
+        except (httpx.HTTPError, KeyError, ValueError, TimeoutError):
+            return last
