@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx
 import numpy as np
 
+from megatron_nft.engines import keys
 from megatron_nft.engines.completions import Aborted, BadAnswer, check_completions, check_versions
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
 from megatron_nft.engines.reasons import reason
@@ -60,11 +61,13 @@ class HttpEngine(ABC):
         all_urls: Sequence[str] = (),
         router: RequestRouter | None = None,
         first: int = 0,
+        key: str | None = None,
     ) -> None:
         """allow_version_change: an answer may begin under `weight_version` and end under a newer one.
 
         group: servers that this process started, ended with the engine. sleeping: the same servers, where they share
         the trainer's GPU (rollout.server.memory_saver). router: requests go to it. first: see `targets.Targets`.
+        key: what the servers and the router ask for, see `keys`.
         """
         if not urls:
             raise ValueError("an engine client needs at least one server URL")
@@ -74,13 +77,14 @@ class HttpEngine(ABC):
         self.memory_released = False
         self._sleeping = sleeping
         self._config, self._allow_version_change = config, allow_version_change
-        self._router = router
+        self._router, self._key = router, key
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)
         self._thread.start()
         self._client = httpx.AsyncClient(
             # A proxy of the environment must not see what goes to loopback.
             trust_env=False,
+            headers=keys.headers(key),
             timeout=httpx.Timeout(config.request_timeout_s, connect=10.0, pool=None),
             limits=httpx.Limits(
                 max_connections=None, max_keepalive_connections=config.max_in_flight, keepalive_expiry=KEEP_ALIVE_S

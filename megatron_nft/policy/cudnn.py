@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import platform
 from pathlib import Path
 
-from megatron_nft.processes import set_own_variable
+from megatron_nft.processes import BEFORE, set_own_variable
 
 VARIABLE = "CUDNN_HOME"
 
@@ -53,3 +55,15 @@ def cudnn_versions() -> tuple[tuple[int, ...], tuple[int, ...]]:
 def fits_torch(built: tuple[int, ...], loaded: tuple[int, ...]) -> bool:
     """Whether torch works with the loaded version: that of its build, or a later one with the same first number."""
     return not built or (loaded[:1] == built[:1] and loaded[:2] >= built[:2])
+
+
+def other_cudnns() -> list[str]:
+    """Libraries beside torch's own that Transformer Engine would find by its rules, each where it really lies."""
+    own = bundled_cudnn()
+    homes = [os.environ.get(BEFORE + VARIABLE) or os.environ.get(VARIABLE)]
+    homes += [os.environ.get(name) for name in ("CUDNN_PATH", "CUDA_HOME", "CUDA_PATH")]
+    folders = [Path(home) / lib for home in (*filter(None, homes), "/usr/local/cuda") for lib in ("lib", "lib64")]
+    folders += [Path(folder) for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
+    folders += [Path("/usr/lib", f"{platform.machine()}-linux-gnu"), Path("/usr/lib64")]
+    found = {library.resolve() for folder in folders for library in folder.glob("libcudnn.so*")}
+    return sorted(str(library) for library in found if own is None or not library.is_relative_to(own.resolve()))
