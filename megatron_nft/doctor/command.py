@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_nft.arguments import describe, positive_int
 from megatron_nft.config import Config, ConfigError, load_config
 
-PATIENCE_S = 120.0  # for the facts of other nodes, whose Python may come from a slow disk
+PATIENCE_S = 180.0  # for the facts of other nodes, whose Python may come from a slow disk
 
 
 def _not_negative(text: str) -> int:

@@ -23,7 +23,7 @@ from megatron_nft.engines.host import find_python
 from megatron_nft.policy.cudnn import other_cudnns
 from megatron_nft.processes import clean_environment, free_port
 
-PROBE_LIMIT_S = 60.0
+PROBE_LIMIT_S = 120.0  # a cold shared disk is slow
 TRAINER_PACKAGES = ("megatron-core", "transformer-engine", "transformers")
 
 
