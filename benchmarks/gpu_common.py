@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_nft.policy.cudnn import cudnn_versions
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "transformer-engine", "megatron-core", "transformers", "sglang")
 
@@ -33,8 +35,8 @@ def machine() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     name = card[0] if card else torch.cuda.get_device_name()
-    cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
-    return f"{datetime.date.today()}, {name}, CUDA {cuda}, cuDNN {cudnn}, {', '.join(versions)}"
+    cudnn = " for ".join(".".join(map(str, v)) for v in reversed(cudnn_versions()))  # that is loaded, of torch's build
+    return f"{datetime.date.today()}, {name}, CUDA {torch.version.cuda}, cuDNN {cudnn}, {', '.join(versions)}"
 
 
 class Results:

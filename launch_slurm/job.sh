@@ -71,6 +71,16 @@ nft_check() {
     exit 1
 }
 
+# Would the run start on these nodes? The job ends if it would not.
+nft_doctor() { # $1 trainer or engines, $2 node list
+    [ "$NFT_DOCTOR" = 1 ] || return 0
+    nft_doctor_command "$1" "$2"
+    "${doctor_step[@]}" && return
+    say "failed: the doctor found what would stop the run on the nodes of ${1/%trainer/the trainer}: see above" \
+        "(NFT_DOCTOR=0 starts it all the same)"
+    exit 1
+}
+
 nft_train() {
     nft_settings "$@"
     nft_nodes
@@ -94,6 +104,8 @@ nft_train() {
 
     engines_pid=""
     nft_engine_settings "$NFT_STATUS_DIR/engines"
+    nft_doctor trainer "$(nft_join "${trainer_nodes[@]}")"
+    ((NFT_ENGINE_NODES == 0)) || nft_doctor engines "$(nft_join "${engine_nodes[@]}")"
     if ((NFT_ENGINE_NODES)); then
         nft_engine_command "$(nft_join "${engine_nodes[@]}")" "${log%.log}.engines.log" "$NFT_STATUS_DIR/engines"
         mkdir -p "$NFT_STATUS_DIR/engines"

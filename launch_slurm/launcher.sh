@@ -23,7 +23,7 @@ nft_defaults() {
         [ -n "${NFT_CONTAINER_IMAGE:-}" ] || [ ! -x "$NFT_PYTHON" ] && NFT_PYTHON=python3
     fi
     : "${NFT_ENGINE_NODES:=0}" "${NFT_HET:=0}" "${NFT_REQUEUE:=1}" "${NFT_MAX_FAILURES:=3}"
-    : "${NFT_CONTAINER_RUNTIME:=pyxis}" "${NFT_CONTAINER_MOUNTS:=}" "${NFT_PLAN:=1}"
+    : "${NFT_CONTAINER_RUNTIME:=pyxis}" "${NFT_CONTAINER_MOUNTS:=}" "${NFT_PLAN:=1}" "${NFT_DOCTOR:=1}"
     [[ $NFT_PYTHON != */* || $NFT_PYTHON == /* ]] || NFT_PYTHON=$PWD/$NFT_PYTHON
     export NFT_PYTHON
     export PYTHONPATH=$NFT_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -34,7 +34,7 @@ nft_defaults() {
     for name in NFT_NODES NFT_GPUS_PER_NODE NFT_ENGINE_NODES NFT_MAX_FAILURES; do
         [[ ${!name:-0} =~ ^[0-9]+$ ]] || refuse "$name=${!name}: must be a whole number"
     done
-    for name in NFT_HET NFT_REQUEUE NFT_PLAN; do
+    for name in NFT_HET NFT_REQUEUE NFT_PLAN NFT_DOCTOR; do
         [[ ${!name} =~ ^[01]$ ]] || refuse "$name=${!name}: must be 0 or 1"
     done
     [[ $NFT_CONTAINER_RUNTIME =~ ^(pyxis|apptainer)$ ]] ||
@@ -85,21 +85,54 @@ nft_engine_settings() {
 
 nft_join() { local IFS=,; echo "$*"; }
 
+# Cores for a step's one task on each node: all of the node's that has fewest. Without it, or bound by srun, the task and
+# all of its ranks would share one core on many sites.
+nft_cores() { # $1 SLURM_JOB_CPUS_PER_NODE, such as 96(x3),64
+    tr , '\n' <<<"${1:-}" | sed 's/(.*//' | grep -E '^[1-9][0-9]*$' | sort -n | head -n 1
+}
+
+nft_binding() { # $1 the job's, or the component's, CPUs on each node
+    local cores
+    cores=$(nft_cores "$1")
+    binding=(--cpu-bind=none ${cores:+--cpus-per-task="$cores"})
+}
+
 # srun for one step on all trainer nodes; nft_dry_run prints the same array.
 nft_train_command() { # $1 node list, $2 log file
+    nft_binding "${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_0:-${SLURM_JOB_CPUS_PER_NODE:-}}"
     train_step=(srun ${trainer_group[@]+"${trainer_group[@]}"} --nodes="$NFT_TRAINER_NODES"
         --ntasks="$NFT_TRAINER_NODES" --ntasks-per-node=1 --nodelist="$1" --overlap --kill-on-bad-exit=1 --mpi=none
+        "${binding[@]}"
         --job-name=train --output="$2" --open-mode=append ${container[@]+"${container[@]}"}
         ${prefix[@]+"${prefix[@]}"} bash "$launch_dir/node.sh" "${settings[@]}"
         ${engine_settings[@]+"${engine_settings[@]}"})
 }
 
 nft_engine_command() { # $1 node list, $2 log file, $3 registry
+    nft_binding "${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1:-${SLURM_JOB_CPUS_PER_NODE:-}}"
     engine_step=(srun ${engine_group[@]+"${engine_group[@]}"} --nodes="$NFT_ENGINE_NODES"
         --ntasks="$NFT_ENGINE_NODES" --ntasks-per-node=1 --nodelist="$1" --overlap --mpi=none --job-name=engines
+        "${binding[@]}"
         --output="$2" --open-mode=append ${container[@]+"${container[@]}"} ${prefix[@]+"${prefix[@]}"}
         bash "$launch_dir/step.sh" -m megatron_nft.engines.serve --registry "$3" "${settings[@]}" \
         rollout.server.memory_saver=false)
+}
+
+# The doctor on nodes of one kind, before anything starts on them.
+nft_doctor_command() { # $1 trainer or engines, $2 node list
+    local group=(${trainer_group[@]+"${trainer_group[@]}"}) nodes=$NFT_TRAINER_NODES ranks=$NFT_PROCS_PER_NODE
+    local told=(${engine_settings[@]+"${engine_settings[@]}"})
+    local cores=${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_0:-${SLURM_JOB_CPUS_PER_NODE:-}}
+    if [ "$1" = engines ]; then
+        group=(${engine_group[@]+"${engine_group[@]}"}) nodes=$NFT_ENGINE_NODES ranks=0
+        told=(rollout.server.memory_saver=false)
+        cores=${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1:-${SLURM_JOB_CPUS_PER_NODE:-}}
+    fi
+    nft_binding "$cores"
+    doctor_step=(srun ${group[@]+"${group[@]}"} --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1
+        --nodelist="$2" --overlap --mpi=none "${binding[@]}" --job-name=doctor ${container[@]+"${container[@]}"}
+        ${prefix[@]+"${prefix[@]}"} bash "$launch_dir/step.sh" -m megatron_nft doctor --ranks-per-node="$ranks"
+        "${settings[@]}" ${told[@]+"${told[@]}"})
 }
 
 . "$launch_dir/submit.sh"

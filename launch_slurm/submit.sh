@@ -96,6 +96,16 @@ nft_dry_run() {
     [ "$NFT_HET" = 0 ] || trainer_group=(--het-group=0) engine_group=(--het-group=1)
     nft_engine_settings RUN_DIR/slurm/JOB_RESTART/engines
     NFT_MASTER_ADDR=FIRST_NODE NFT_MASTER_PORT=PORT
+    if [ "$NFT_DOCTOR" = 1 ]; then
+        echo "# doctor"
+        local kind shown
+        for kind in trainer $( ((NFT_ENGINE_NODES == 0)) || echo engines); do
+            shown=${kind%s}
+            nft_doctor_command "$kind" "${shown^^}_NODES"
+            printf '%q ' "${doctor_step[@]}"
+            echo
+        done
+    fi
     nft_train_command TRAINER_NODES RUN_DIR/logs/NAME-JOB_RESTART.log
     echo "# trainer: $NFT_TRAINER_NODES nodes x $NFT_PROCS_PER_NODE ranks"
     printf '%q ' "${train_step[@]}"

@@ -19,6 +19,8 @@ RANK_VARIABLES = frozenset(
 )
 """What torchrun, and our own launcher in its place, tell a rank about its job."""
 RANK_PREFIXES = ("TORCHELASTIC_",)
+BEFORE = "NFT_BEFORE_"
+"""NFT_BEFORE_X has what X was before `set_own_variable`; empty where it was not set."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _given: set[int] = set()
@@ -30,6 +32,16 @@ def allow_open_files(number: int) -> None:
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def set_own_variable(name: str, value: str) -> None:
+    """Set a variable for this process and the ranks that it starts, but not for what has an environment of its own.
+
+    `clean_environment` gives the value back that it had before, also in a rank that inherited it from its launcher.
+    """
+    if os.environ.get(name) != value:
+        os.environ.setdefault(BEFORE + name, os.environ.get(name, ""))
+        os.environ[name] = value
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -51,16 +63,15 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """`environment` without what makes a process a rank of a job; everything else as it was.
+    """`environment` without what makes a process a rank of a job; everything else as it was given to us.
 
     A server that inherited TORCHELASTIC_USE_AGENT_STORE, RANK or MASTER_ADDR from torchrun would wait in its own
     `init_process_group` for a store that nobody opens.
     """
-    return {
-        name: value
-        for name, value in environment.items()
-        if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
-    }
+    before = {n.removeprefix(BEFORE): value for n, value in environment.items() if n.startswith(BEFORE)}
+    left_out = RANK_VARIABLES | before.keys()
+    kept = {n: v for n, v in environment.items() if n not in left_out and not n.startswith((*RANK_PREFIXES, BEFORE))}
+    return kept | {n: v for n, v in before.items() if v}
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -34,6 +34,9 @@ class ServerConfig(Section):
     """Folder in which engine nodes announce their servers (engines/discovery.py); read where `urls` is empty."""
     registry_nodes: PositiveInt = 1
     """Number of engine nodes to wait for in `registry`."""
+    key_file: Path | None = None
+    """File with the key that the servers of `urls` or `registry` ask for, as `Authorization: Bearer KEY`. null:
+    the file `key` of `registry`, or no key. Servers that the run starts get a key of their own (docs/cluster.md)."""
     num_servers: PositiveInt = 1
     """Servers to start on each machine."""
     tensor_parallel_size: PositiveInt = 1
@@ -90,6 +93,23 @@ class ServerConfig(Section):
     max_restarts: NonNegativeInt = 2
     """How often a server that the run started and that died or hangs is started again between two complete training
     steps. On nodes of their own (engines.serve), over the whole job."""
+
+
+def _check_router_lets_sleep(server: ServerConfig) -> None:
+    """ValueError where the router's health checks would ask a sleeping engine for a token, which ends it."""
+    if not (server.router and server.memory_saver):
+        return
+    health = server.env.get("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "false")
+    if health.lower() not in ("false", "0"):
+        raise ValueError(
+            f"server.router with server.memory_saver: SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION={health} in server.env "
+            "lets the router's health checks wake a sleeping engine; leave it out"
+        )
+    if wrong := [a for a in server.router_args if a.startswith("--health-check-endpoint")]:
+        raise ValueError(
+            f"server.router with server.memory_saver: {wrong[0]} in server.router_args may wake a sleeping engine; "
+            "/health, the default, does not"
+        )
 
 
 class RolloutConfig(Section):
@@ -154,6 +174,7 @@ class RolloutConfig(Section):
             )
         if server.router and self.engine != "sglang":
             raise ValueError(f"server.router is sglang-router: it needs engine=sglang, not {self.engine}")
+        _check_router_lets_sleep(server)
         return self
 
 

@@ -40,6 +40,25 @@ def host_address(names: Sequence[str], rank: int, group: dist.ProcessGroup | Non
     return mine
 
 
+def node_address() -> str:
+    """The address of a node that runs engines alone, as the trainer's nodes reach it; empty where nothing says so.
+
+    NFT_ADDRESS where that is an IP address, else the one from which this node reaches NFT_MASTER_ADDR, the trainer's
+    first node; loopback only where that is this node. NFT_ADDRESS may be this node's name, which is not looked up: here
+    it may stand for loopback. EngineError where neither gives an address.
+    """
+    given, master = os.environ.get("NFT_ADDRESS", ""), os.environ.get("NFT_MASTER_ADDR", "")
+    if not given and not master:
+        return ""
+    address = given if _is_ip(given) else _towards(master)
+    if not address:
+        raise EngineError(
+            f"no address was found at which the trainer reaches the engines of this node (NFT_ADDRESS={given!r}, "
+            f"NFT_MASTER_ADDR={master!r}): set NFT_IFNAME to the network interface, or NFT_ADDRESS to an IP address"
+        )
+    return address
+
+
 def is_local(address: str) -> bool:
     """Whether nobody but this host can call the address; so for an empty one."""
     try:
@@ -64,10 +83,16 @@ def check_reachable(host: str, names: Sequence[str]) -> None:
 def _towards_master() -> str:
     """This host's address as the master sees it; empty where it cannot be told."""
     given = os.environ.get("NFT_ADDRESS", "")
+    # Where it is no IP address, it is the name of a node, which may stand for loopback here.
+    return given if _is_ip(given) else _towards(os.environ.get("MASTER_ADDR", ""))
+
+
+def _is_ip(text: str) -> bool:
     try:
-        return str(ipaddress.ip_address(given))
-    except ValueError:  # none, or the name of a node, which may stand for loopback here
-        return _towards(os.environ.get("MASTER_ADDR", ""))
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _towards(host: str) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx
 import numpy as np
 
+from megatron_nft.engines import keys
 from megatron_nft.engines.asking import Answers, Asker
 from megatron_nft.engines.completions import BadAnswer
 from megatron_nft.engines.engine import WAIT_S, Completion, EngineError, OnWait, Request, SamplingParams
@@ -63,12 +64,14 @@ class HttpEngine(Asker):
         router: RequestRouter | None = None,
         first: int = 0,
         far: Sequence[str] = (),
+        key: str | None = None,
     ) -> None:
         """allow_version_change: an answer may begin under `weight_version` and end under a newer one.
 
         group: servers that this process started, ended with the engine. sleeping: the same servers, where they share
         the trainer's GPU (rollout.server.memory_saver). router: requests go to it. first, far: see `targets.Targets`.
         local_urls: those of `all_urls` on this host, where that is known; else it is found out for the weight sync.
+        key: what the servers and the router ask for, see `keys`.
         """
         if not urls:
             raise ValueError("an engine client needs at least one server URL")
@@ -80,7 +83,7 @@ class HttpEngine(Asker):
         self._sleeping = sleeping
         self._config, self._allow_version_change = config, allow_version_change
         self._is_helped = False
-        self._router = router
+        self._router, self._key = router, key
         allow_open_files(config.max_in_flight + OTHER_FILES)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)
@@ -88,6 +91,7 @@ class HttpEngine(Asker):
         self._client = httpx.AsyncClient(
             # A proxy of the environment must not see what goes to loopback.
             trust_env=False,
+            headers=keys.headers(key),
             timeout=httpx.Timeout(None, connect=10.0),  # watch.py says why there is no other limit
             limits=httpx.Limits(
                 max_connections=None, max_keepalive_connections=config.max_in_flight, keepalive_expiry=KEEP_ALIVE_S

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_nft.distributed import gather_objects
-from megatron_nft.engines.addresses import LOOPBACK, check_reachable, host_address
+from megatron_nft.engines import keys
+from megatron_nft.engines.addresses import LOOPBACK, check_reachable, host_address, is_local
 from megatron_nft.engines.client import HttpEngine
 from megatron_nft.engines.discovery import wait_for_engines
 from megatron_nft.engines.engine import NO_WEIGHTS, Engine, EngineError, OpenOptions
+from megatron_nft.engines.host import find_python
 from megatron_nft.engines.kind import ServerKind
 from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.server import ServerGroup
 from megatron_nft.engines.sleep import SleepingServers
-from megatron_nft.engines.start import find_python, start_servers
+from megatron_nft.engines.start import start_servers
 from megatron_nft.engines.targets import RequestRouter
 from megatron_nft.engines.versions import installed_version
 
@@ -43,6 +45,19 @@ class _Hosts:
         """Where other ranks reach servers of this host. Collective. EngineError, on every rank, where they cannot."""
         check_reachable(config.host, self.names)
         return host_address(self.names, self.rank, self.group)
+
+    def key(self, folder: Path) -> str:
+        """A new key, the same on every rank; the first one keeps it in `folder` for the run's owner. Collective."""
+        made, problem = "", ""
+        if self.rank == 0:
+            made = keys.new_key()
+            try:
+                keys.write_key(folder / keys.FILE, made)
+            except OSError as e:
+                problem = f"the key of the servers cannot be written: {e}"
+        self.share([], problem)
+        first: str = gather_objects(made, self.group)[0]
+        return first
 
     def first_server(self, num_servers: int, *, of_all_ranks: bool) -> int:
         """Which of `num_servers` gets this rank's first request: those who ask the same ones begin far apart.
@@ -78,6 +93,9 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
     given = _given_urls(config, patience_s)
     urls, group, problem = given, None, ""
     address = LOOPBACK if given else hosts.address(config)
+    key = _given_key(config) if given else None
+    if not given and not is_local(address if config.host == "auto" else config.host):
+        key = hosts.key(options.log_dir)
     if not given and hosts.is_first:
         try:
             group = start_servers(
@@ -89,13 +107,14 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
                 log_dir=options.log_dir,
                 weight_version=version,
                 address=address,
+                key=key,
             )
             urls = group.urls
         except (EngineError, OSError) as e:  # OSError: rollout.server.host is no address of this host
             problem = str(e)
     try:
         started = hosts.share(urls, problem)
-        router = _open_router(kind, config, hosts, options.log_dir) if config.router else None
+        router = _open_router(kind, config, hosts, options.log_dir, key) if config.router else None
     except EngineError:
         if group is not None:
             group.close()
@@ -113,6 +132,7 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
         router=router,
         first=hosts.first_server(len(asked), of_all_ranks=bool(given)),
         far=hosts.far_servers(started),
+        key=key,
     )
     if given and options.load_weights:
         engine.adopt_version()
@@ -126,6 +146,15 @@ def _given_urls(server: ServerConfig, timeout_s: float) -> list[str]:
     return wait_for_engines(server.registry, server.registry_nodes, timeout_s)
 
 
+def _given_key(server: ServerConfig) -> str | None:
+    """The key of servers that others run; None where they have none."""
+    if server.key_file is not None:
+        return keys.read_key(server.key_file)
+    if server.urls or server.registry is None or not (server.registry / keys.FILE).exists():
+        return None
+    return keys.read_key(server.registry / keys.FILE)
+
+
 def _sleeping(
     kind: ServerKind, config: ServerConfig, group: ServerGroup | None, timeout_s: float
 ) -> SleepingServers | None:
@@ -135,14 +164,16 @@ def _sleeping(
     return SleepingServers(group, kind.memory_calls[config.sleep_level], timeout_s)
 
 
-def _open_router(kind: ServerKind, config: ServerConfig, hosts: _Hosts, log_dir: Path) -> RequestRouter:
+def _open_router(
+    kind: ServerKind, config: ServerConfig, hosts: _Hosts, log_dir: Path, key: str | None
+) -> RequestRouter:
     """The router of this host, started by the host's first rank. Collective."""
     if kind.router is None:
         raise EngineError(f"rollout.server.router: {kind.name} has no router")
     router, problem = None, ""
     if hosts.is_first:
         try:
-            router = kind.router.start(find_python(kind.name, config.python), config, log_dir)
+            router = kind.router.start(find_python(kind.name, config.python), config, log_dir, key)
         except EngineError as e:
             problem = str(e)
     try:
@@ -151,7 +182,7 @@ def _open_router(kind: ServerKind, config: ServerConfig, hosts: _Hosts, log_dir:
         if router is not None:
             router.close()
         raise
-    return router or kind.router(urls[hosts.first_rank][0])
+    return router or kind.router(urls[hosts.first_rank][0], key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,5 +196,5 @@ class HttpEngineKind(ServerKind):
     def version(self, model_path: Path, server: ServerConfig, /) -> str:
         """See `EngineKind.version`."""
         if server.urls:
-            return self.served_version(server.urls[0], model_path)
+            return self.served_version(server.urls[0], model_path, _given_key(server))
         return f"{self.name} {installed_version(self.packages, find_python(self.name, server.python))}"

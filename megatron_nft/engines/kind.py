@@ -75,12 +75,14 @@ class ServerKind:
     """Asks for answers and log-probs, and makes the clients that bring weights (`HttpEngine._weight_client`)."""
     command_line: CommandLine
     environment: Environment
-    set_version: Callable[[str, int], None]
-    """(URL, version): tell a server that has just started which version its weights are."""
+    guarded: Callable[[list[str]], list[str]]
+    """The command of a server that answers only those who send the key in `keys.VARIABLE`."""
+    set_version: Callable[[str, int, str | None], None]
+    """(URL, version, key): tell a server that has just started which version its weights are."""
     memory_calls: Mapping[str, MemoryCalls]
     """rollout.server.sleep_level -> how memory is released and resumed."""
-    served_version: Callable[[str, Path], str]
-    """(URL, model folder): name and version that a running server gives. ValueError where it serves another model."""
+    served_version: Callable[[str, Path, str | None], str]
+    """(URL, model folder, key): name and version that a running server gives. ValueError where it has another model."""
     router: type[RequestRouter] | None = None
     """What spreads requests with rollout.server.router, where the engine has something for it."""
     check_updates: Callable[[RolloutConfig, ModelSpec], None] = _any_model

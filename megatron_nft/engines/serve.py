@@ -3,8 +3,9 @@
     python -m megatron_nft.engines.serve --registry FOLDER --config FILE … [key=value …]
 
 Starts `rollout.server.num_servers` servers, announces them in FOLDER (discovery.py), starts dead ones again, and ends
-them all when FOLDER/stop appears or on SIGTERM. They listen on NFT_ADDRESS where that is set, else on
-`rollout.server.host`. Exit status: 0 told to stop, 1 servers that do not come up or died too often.
+them all when FOLDER/stop appears or on SIGTERM. With `rollout.server.host=auto` they listen on the node's address
+(addresses.node_address), or on loopback where nothing gives one. Beyond loopback they ask for the key in FOLDER/key,
+which the first node makes. Exit status: 0 told to stop, 1 servers that do not come up or died too often.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 import threading
 from pathlib import Path
 
 from megatron_nft.config import Config, ConfigError, load_config
-from megatron_nft.engines.addresses import LOOPBACK
+from megatron_nft.engines import keys
+from megatron_nft.engines.addresses import LOOPBACK, is_local, node_address
 from megatron_nft.engines.discovery import register
 from megatron_nft.engines.engine import NO_WEIGHTS, EngineError
 from megatron_nft.engines.http import HttpEngineKind
@@ -29,13 +30,16 @@ from megatron_nft.engines.start import start_servers
 POLL_S = 1.0
 
 
-def start(config: Config, host: str, node: str) -> ServerGroup:
+def start(config: Config, node: str, registry: Path) -> ServerGroup:
     """Start the servers of this node and wait until all are healthy; the trainer's first sync brings the weights."""
     import torch
 
     kind = engine_kind(config.rollout.engine)
     if not isinstance(kind, HttpEngineKind):
         raise EngineError(f"rollout.engine={config.rollout.engine} has no servers; engine nodes need sglang or vllm")
+    address, host = node_address(), config.rollout.server.host
+    if host == "auto":
+        host = address or LOOPBACK
     server = config.rollout.server.model_copy(update={"host": host})
     return start_servers(
         kind,
@@ -45,14 +49,14 @@ def start(config: Config, host: str, node: str) -> ServerGroup:
         device="cuda" if torch.cuda.is_available() else "cpu",
         log_dir=config.run_dir / "engines" / node,
         weight_version=NO_WEIGHTS,
-        address=LOOPBACK if host == "auto" else socket.gethostname(),
+        address=address or os.uname().nodename,
+        key=None if is_local(host) else keys.common_key(registry / keys.FILE),
     )
 
 
 def serve(config: Config, registry: Path, node: str, stop: threading.Event) -> int:
     """Run the engines until `stop` is set or the registry holds a file `stop`; returns the exit status."""
-    host = os.environ.get("NFT_ADDRESS") or config.rollout.server.host
-    group = start(config, host, node)
+    group = start(config, node, registry)
     announcement = register(registry, node, group.urls)
     print(f"engines of {node}: {', '.join(group.urls)}", flush=True)
     try:
@@ -78,7 +82,7 @@ def main() -> int:
     node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
     try:
         return serve(load_config(args.config, args.overrides), args.registry, node, stop)
-    except (ConfigError, EngineError) as e:
+    except (ConfigError, EngineError, OSError) as e:
         print(f"megatron-nft: engines on {node}: {e}", file=sys.stderr)
         return 1
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import httpx
 
-from megatron_nft.engines import supervisor
+from megatron_nft.engines import keys, supervisor
 from megatron_nft.engines.engine import EngineError
 from megatron_nft.processes import clean_environment, free_port
 
@@ -43,10 +43,11 @@ class Server:
         address: str | None = None,
         environment: Mapping[str, str],
         log_path: Path,
+        key: str | None = None,
     ) -> None:
         """`command` gets `--port=N` added; `environment` is added to our own, cleaned. Nothing is started yet.
 
-        host: where it listens. address: where it is called, if not there.
+        host: where it listens. address: where it is called, if not there. key: what it asks of its clients.
         """
         self.name, self.log_path = name, log_path
         self.port = free_port(host)
@@ -54,7 +55,8 @@ class Server:
         self.starts = 0
         self.starts_allowed = 1
         self.deaths: list[str] = []  # for error messages: exit code and end of the log, each time it died
-        self._command, self._environment = command, environment
+        self.headers = keys.headers(key)
+        self._command, self._environment = command, {**environment, **keys.environment(key)}
         self._supervisor: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -69,7 +71,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=clean_environment() | dict(self._environment),
+                env=clean_environment() | self._environment,
                 start_new_session=True,
             )
         self.starts += 1

@@ -90,7 +90,9 @@ class SleepingServers:
 
     def _ask(self, server: Server, path: str, body: dict[str, Any] | None) -> httpx.Response:
         try:
-            return httpx.post(server.url + path, json=body, timeout=self._timeout_s, trust_env=False)
+            return httpx.post(
+                server.url + path, json=body, headers=server.headers, timeout=self._timeout_s, trust_env=False
+            )
         except httpx.TransportError as error:
             code = server.exit_code()
             state = "is still running" if code is None else f"ended with exit code {code}"

@@ -1,15 +1,15 @@
-"""Servers of this host: the interpreter that has the engine, their commands, their start."""
+"""Servers of this host: their commands and their start."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_nft.engines import keys
 from megatron_nft.engines.addresses import ALL_INTERFACES, LOOPBACK
 from megatron_nft.engines.engine import DTYPES, EngineError
+from megatron_nft.engines.host import find_python, one_host_problem
 from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.server import Server, ServerGroup
 
@@ -30,15 +30,19 @@ def start_servers(
     log_dir: Path,
     weight_version: int,
     address: str = LOOPBACK,
+    key: str | None = None,
 ) -> ServerGroup:
     """`rollout.server.num_servers` healthy servers on this host, each with a log in `log_dir`. EngineError if not.
 
     address: this host's, at which they are called; they listen there too, unless rollout.server.host says otherwise.
+    key: what they ask of whoever calls them; None for servers that answer anyone.
     """
     config, host = rollout.server, os.uname().nodename
     if config.host == "auto":
         config = config.model_copy(update={"host": address})
     device_type = config.device if config.device != "auto" else device if isinstance(device, str) else device.type
+    if problem := one_host_problem(config, _gpus_of(device_type)):
+        raise EngineError(problem)
     dtype = config.dtype if config.dtype != "auto" else DTYPES[precision]
     python = find_python(kind.name, config.python)
 
@@ -47,6 +51,8 @@ def start_servers(
         command = kind.command_line(
             python, model_path, config, device=device_type, dtype=dtype, gpu=gpu, weight_version=weight_version
         )
+        if key is not None:
+            command = kind.guarded(command)
         return Server(
             f"{kind.name} server {number} on {host}",
             command,
@@ -54,6 +60,7 @@ def start_servers(
             address=address if config.host == ALL_INTERFACES else None,
             environment=_merged(kind.environment(config, device=device_type, gpu=gpu), config.env),
             log_path=log_dir / f"{kind.name}-{host}-{number}.log",
+            key=key,
         )
 
     group = ServerGroup(
@@ -63,11 +70,21 @@ def start_servers(
     )
     try:
         for url in group.urls:
-            kind.set_version(url, weight_version)
+            if key is not None:
+                keys.check_closed(url)
+            kind.set_version(url, weight_version, key)
     except BaseException:
         group.close()
         raise
     return group
+
+
+def _gpus_of(device_type: str) -> int:
+    if device_type != "cuda":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _merged(ours: dict[str, str], given: dict[str, str]) -> dict[str, str]:
@@ -76,23 +93,3 @@ def _merged(ours: dict[str, str], given: dict[str, str]) -> dict[str, str]:
     if "PYTHONPATH" in ours and "PYTHONPATH" in given:
         merged["PYTHONPATH"] = os.pathsep.join((given["PYTHONPATH"], ours["PYTHONPATH"]))
     return merged
-
-
-def find_python(engine: str, python: Path | None) -> Path:
-    """The interpreter that has the engine: the one that is set, the checkout's .venv-ENGINE, or our own.
-
-    EngineError where there is none.
-    """
-    if python is not None:
-        if not os.access(python, os.X_OK):
-            raise EngineError(f"rollout.server.python={python}: is not an executable file")
-        return python
-    venv = Path(__file__).parents[2] / f".venv-{engine}" / "bin" / "python"
-    if venv.is_file():
-        return venv
-    if importlib.util.find_spec(engine) is not None:
-        return Path(sys.executable)
-    raise EngineError(
-        f"no environment with {engine} was found: run `bash tools/install_engine.sh {engine}` in the checkout, "
-        "set rollout.server.python to an interpreter that has it, or give the servers by rollout.server.urls"
-    )

@@ -29,11 +29,11 @@ class RequestRouter(Protocol):
 
     url: str
 
-    def __init__(self, url: str) -> None:
-        """A router that another rank started."""
+    def __init__(self, url: str, key: str | None) -> None:
+        """A router that another rank started. key: what the servers ask for, see `keys`."""
 
     @classmethod
-    def start(cls, python: Path, config: ServerConfig, log_dir: Path) -> Self:
+    def start(cls, python: Path, config: ServerConfig, log_dir: Path, key: str | None) -> Self:
         """Start a router without servers on this machine. EngineError if it does not come up."""
         ...
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import httpx
 
+from megatron_nft.engines import keys
+from megatron_nft.processes import clean_environment
+
 TIMEOUT_S = 30.0
 
 
@@ -20,9 +23,10 @@ def installed_version(packages: Sequence[str], python: Path) -> str:
     )
     command = [str(python), "-c", code]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=clean_environment())
     except (OSError, subprocess.SubprocessError) as e:
         raise ValueError(f"{packages[0]}: its environment's interpreter {python} cannot be run ({e})") from None
+    return done.stdout.strip()
 
 
 def check_served_model(url: str, served: object, model: Path) -> None:
@@ -32,11 +36,11 @@ def check_served_model(url: str, served: object, model: Path) -> None:
         raise ValueError(f"the server at {url} serves {served}, not {model}; give the --model that it serves")
 
 
-def first_answer(url: str, paths: Sequence[str]) -> dict[str, Any]:
+def first_answer(url: str, paths: Sequence[str], key: str | None = None) -> dict[str, Any]:
     """The JSON object of the first of the paths that answers with one; empty where none does."""
     for path in paths:
         try:
-            response = httpx.get(url.rstrip("/") + path, timeout=TIMEOUT_S, trust_env=False)
+            response = httpx.get(url.rstrip("/") + path, headers=keys.headers(key), timeout=TIMEOUT_S, trust_env=False)
             answer = response.json() if response.is_success else None
         except (httpx.HTTPError, ValueError):
             continue

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from megatron_nft.engines import keys
 from megatron_nft.engines.engine import EngineError
 from megatron_nft.engines.reasons import reason
 from megatron_nft.weights.client import ServerFacts
@@ -22,12 +23,17 @@ class HttpWeightClient:
 
     _known: ServerFacts
 
-    def __init__(self, url: str, timeout_s: float, prompt_logprobs: PromptLogprobs) -> None:
-        """timeout_s: limit for each call (sync.timeout_s). prompt_logprobs: asks the server for the probe."""
+    def __init__(self, url: str, timeout_s: float, prompt_logprobs: PromptLogprobs, key: str | None = None) -> None:
+        """timeout_s: limit for each call (sync.timeout_s). prompt_logprobs: asks the server for the probe.
+
+        key: what the server asks for, see `engines.keys`.
+        """
         self.url = url.rstrip("/")
         self._timeout_s, self._prompt_logprobs = timeout_s, prompt_logprobs
         # A proxy of the environment must not see what goes to loopback.
-        self._client = httpx.Client(trust_env=False, timeout=httpx.Timeout(timeout_s, connect=10.0))
+        self._client = httpx.Client(
+            headers=keys.headers(key), trust_env=False, timeout=httpx.Timeout(timeout_s, connect=10.0)
+        )
 
     def configure(self, facts: ServerFacts) -> None:
         """See `weights.client.WeightClient.configure`."""

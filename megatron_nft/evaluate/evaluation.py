@@ -7,7 +7,6 @@ out/results.json, results.md, results.html
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +24,7 @@ from megatron_nft.evaluate.records import AnswerFile
 from megatron_nft.evaluate.summary import to_markdown
 from megatron_nft.evaluate.tasks import Task, by_max_tokens
 from megatron_nft.files import write_atomically
+from megatron_nft.locks import FolderInUseError, hold_folder
 from megatron_nft.types import Prompt
 
 
@@ -52,14 +52,12 @@ def claim_folder(out: Path, protocol: Mapping[str, Any]) -> Iterator[None]:
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("a")
+        held = hold_folder(out)
+    except FolderInUseError:
+        raise EvaluationError(f"another evaluation is writing to {out}; choose another --out") from None
     except OSError as e:
         raise EvaluationError(f"--out {out} cannot be written: {e.strerror or e}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EvaluationError(f"another evaluation is writing to {out}; choose another --out") from None
+    with held:
         path = out / "protocol.json"
         if path.exists():
             _check_same(out, read_json(path), protocol)

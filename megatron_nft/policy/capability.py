@@ -17,6 +17,7 @@ import torch
 from packaging.version import Version
 
 from megatron_nft.config import FP8_ALIGNMENT, PolicyConfig
+from megatron_nft.policy.cudnn import cudnn_versions, fits_torch
 
 Capability = tuple[int, int]
 
@@ -32,9 +33,10 @@ class GpuStack:
     chip: str  # as the driver names it
     capability: Capability
     cuda: tuple[int, ...]  # the version that torch was built for
-    cudnn: tuple[int, ...]
+    cudnn: tuple[int, ...]  # that is loaded
     transformer_engine: str
     flash_attention: bool  # the package flash-attn (2 or 3) is installed
+    built_for_cudnn: tuple[int, ...] = ()  # the version of torch's build; () where that says nothing
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,13 @@ NEEDS = {
 
 def read_gpu_stack(device: torch.device | int | None = None) -> GpuStack:
     """Read the stack of `device`, by default of the current one. Needs CUDA and Transformer Engine."""
-    cudnn: int = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]  # torch has no type; 91900: 9.19.0
+    built, loaded = cudnn_versions()
     return GpuStack(
         chip=torch.cuda.get_device_name(device),
         capability=torch.cuda.get_device_capability(device),
         cuda=_numbers(torch.version.cuda or "0"),
-        cudnn=(cudnn // 10000, cudnn // 100 % 100, cudnn % 100),
+        cudnn=loaded,
+        built_for_cudnn=built,
         transformer_engine=importlib.metadata.version("transformer-engine"),
         flash_attention=any(importlib.util.find_spec(n) is not None for n in ("flash_attn", "flash_attn_3")),
     )
@@ -92,6 +95,12 @@ def check_gpu_stack(policy: PolicyConfig, stack: GpuStack) -> None:
         raise ValueError(
             f"Transformer Engine {stack.transformer_engine} is installed; megatron-core 0.16.1 needs "
             f"{MIN_TRANSFORMER_ENGINE} or newer: install the extra `te`, or set policy.layer_spec=local"
+        )
+    if not fits_torch(stack.built_for_cudnn, stack.cudnn):
+        raise ValueError(
+            f"cuDNN {_dotted(stack.cudnn)} is loaded, torch was built for {_dotted(stack.built_for_cudnn)}: take the "
+            "other one out of LD_LIBRARY_PATH and LD_PRELOAD, or install torch's own (pip install the nvidia-cudnn "
+            "package that torch requires)"
         )
     problem = recipe_problem(policy.fp8.recipe, stack)
     if problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_nft.config import Config, dump_config
 from megatron_nft.console import Console
 from megatron_nft.files import write_atomically
+from megatron_nft.locks import FolderInUseError, HeldFolder, hold_folder
 from megatron_nft.train import launch
 from megatron_nft.train.launch import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_SAVED
 from megatron_nft.train.lifecycle import LOST, Interrupted, Lifecycle, Phases, StopSignals
@@ -47,7 +47,7 @@ def run_rank(config: Config) -> int:
                 layout = parallel.initialize(config.policy, config.seed, config.train.collective_timeout_s)
                 _refuse_bad_inputs(config, layout)
                 if rank == 0:
-                    _lock_run_folder(config)
+                    opened.callback(_lock_run_folder(config).close)
                     write_resolved_config(config)
                 parts, state = opened.enter_context(open_parts(config, layout, life))
             train(parts, state)
@@ -104,12 +104,12 @@ def _refuse_bad_inputs(config: Config, layout: ParallelLayout) -> None:
         raise InputsRefused(problem)
 
 
-def _lock_run_folder(config: Config) -> None:
-    """Lock the run folder for as long as this process lives. ValueError where another run has it."""
-    fd = os.open(config.run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # closed with the process
+def _lock_run_folder(config: Config) -> HeldFolder:
+    """Hold the run folder. ValueError where another run has it."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)  # under torchrun no preflight has made it
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return hold_folder(config.run_dir)
+    except FolderInUseError:
         raise ValueError(f"run_dir {config.run_dir} is in use by another run; choose another or wait") from None
 
 

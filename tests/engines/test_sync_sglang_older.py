@@ -10,8 +10,9 @@ from sync_checks import report, run
 from tiny import make_model
 
 from megatron_nft.config import RolloutConfig
+from megatron_nft.engines.host import find_python
 from megatron_nft.engines.sglang.kind import KIND
-from megatron_nft.engines.start import find_python, start_servers
+from megatron_nft.engines.start import start_servers
 
 OLDER = "sglang==0.5.20"
 CHECKS = [

@@ -33,7 +33,10 @@ def facts(folder: Path, settings: dict, layout: SimpleNamespace) -> dict:
     given = {"python": folder / "stand-in", "num_servers": 2, "start_timeout_s": 100, **settings}
     rollout = RolloutConfig(engine="sglang", server=given)
     engine = open_engine(folder, rollout, precision="fp32", log_dir=folder / "logs", layout=layout)
-    who = {url: httpx.get(url, trust_env=False, timeout=60).json()["host"] for url in engine.all_urls}
+    key = engine._key
+    asked = {"trust_env": False, "timeout": 60, "headers": {"Authorization": f"Bearer {key}"}}
+    who = {url: httpx.get(url, **asked).json()["host"] for url in engine.all_urls}
+    strangers = {httpx.post(url, trust_env=False, timeout=60).status_code for url in engine.all_urls if key}
     requests = [Request(np.array([i], dtype=np.int32), 1, (0,)) for i in range(6)]
     answers = sorted((i, c.token_ids.tolist()) for i, _, c in engine.generate(requests, SamplingParams(4)))
     port = urlsplit(engine.urls[0]).port
@@ -41,7 +44,14 @@ def facts(folder: Path, settings: dict, layout: SimpleNamespace) -> dict:
         over_loopback = probe.connect_ex(("127.0.0.1", port)) == 0
     dist.barrier()
     engine.close()
-    return {"asks": engine.urls, "who": who, "answers": answers, "over_loopback": over_loopback}
+    return {
+        "asks": engine.urls,
+        "who": who,
+        "answers": answers,
+        "over_loopback": over_loopback,
+        "key": key,
+        "strangers": list(strangers),
+    }
 
 
 def main(folder: Path) -> None:

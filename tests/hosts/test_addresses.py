@@ -23,13 +23,18 @@ def test_servers_of_two_hosts(hosts, tmp_path):
             assert rank[case]["asks"] == urls[rank["host"]]
             assert rank[case]["answers"] == [[i, [i]] for i in range(6)]
             assert rank[case]["over_loopback"] == (case == "all interfaces")
+            assert rank[case]["strangers"] == [401]
+    keys = [[rank[case]["key"] for case in ("auto", "all interfaces")] for rank in seen]
+    assert keys[0] == keys[1] and len(set(keys[0])) == 2  # one for each run, known to both hosts
+    kept = tmp_path / "logs" / "key"
+    assert kept.read_text().strip() == keys[0][1] and kept.stat().st_mode & 0o777 == 0o600
     for rank in seen:
         assert "rollout.server.host=127.0.0.1: the run has 2 hosts (h1, h2)" in rank["loopback"]
     assert all(host.processes() == {} for host in hosts)
 
 
 def test_servers_of_one_host_with_two_ranks(hosts, tmp_path):
-    """They stay on loopback."""
+    """They stay on loopback, and need no key there."""
     run = TorchRun(hosts[:1], 2, tmp_path, SCRIPT, tmp_path)
     assert run.wait(400) == [0], run.text
     for rank in range(2):
@@ -37,3 +42,4 @@ def test_servers_of_one_host_with_two_ranks(hosts, tmp_path):
         for case, ports in ("auto", (15100, 15101)), ("all interfaces", (15102, 15103)), ("loopback", (15104, 15105)):
             assert seen[case]["who"] == {f"http://127.0.0.1:{port}": "h1" for port in ports}, case
             assert seen[case]["answers"] == [[i, [i]] for i in range(6)]
+            assert (seen[case]["key"] is None) == (case != "all interfaces")

@@ -33,6 +33,7 @@ class Launcher:
             "NFT_PROCS_PER_NODE": "1",
             "NFT_NODES": "2",
             "NFT_GPU": "",
+            "NFT_DOCTOR": "0",
             "NFT_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",

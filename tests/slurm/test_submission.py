@@ -79,19 +79,26 @@ def test_a_job_with_other_nodes_or_gpus_than_asked_for_ends_with_a_clear_line(cl
 def test_dry_run_prints_everything_and_submits_nothing(cluster, launch):
     settings = {
         "NFT_ENGINE_NODES": "1", "NFT_HET": "1", "NFT_NODES": "3", "NFT_CONTAINER_IMAGE": "registry/image:1",
-        "NFT_CONTAINER_MOUNTS": "/data:/data", "NCCL_DEBUG": "INFO",
+        "NFT_CONTAINER_MOUNTS": "/data:/data", "NCCL_DEBUG": "INFO", "NFT_DOCTOR": "1",
     }  # fmt: skip
     before = cluster.run("squeue", "-h", "-o", "%i").stdout
     done = launch(TRAIN, "--dry-run", "--account=me", "rollout.engine=sglang", "run_dir=dry", **settings)
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("#")]
     (submit,) = [line for line in lines if line[:1] == ["sbatch"]]
-    train, engines = (line for line in lines if line[:1] == ["srun"])
+    steps = [line for line in lines if line[:1] == ["srun"]]
+    doctors = [line for line in steps if "doctor" in line]
+    train, engines = (line for line in steps if line not in doctors)
     assert submit.count("--account=me") == 2 and ":" in submit and "--nodes=2" in submit and "--nodes=1" in submit
     assert "--container-image=registry/image:1" in train
     assert f"--container-mounts={launch.folder}:{launch.folder},{LAUNCH.parent}:{LAUNCH.parent},/data:/data" in train
     assert "rollout.server.registry_nodes=1" in train and "--kill-on-bad-exit=1" in train
     assert "megatron_nft.engines.serve" in engines
+    assert [line[line.index("doctor") + 1] for line in doctors] == ["--ranks-per-node=1", "--ranks-per-node=0"]
+    assert [next(o for o in line if o.startswith("--het-group")) for line in doctors] == [
+        f"--het-group={i}" for i in (0, 1)
+    ]
+    assert all("--cpu-bind=none" in line for line in (*doctors, train, engines))
     assert ["NCCL_DEBUG=INFO"] in lines
     assert cluster.run("squeue", "-h", "-o", "%i").stdout == before
     assert not (launch.folder / "dry").exists()

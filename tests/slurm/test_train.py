@@ -26,12 +26,14 @@ def weights(run: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster, task) -> Path:
-    """A run on two nodes, tensor parallel across them."""
+    """A run on two nodes, tensor parallel across them, after the doctor has looked at both."""
     launch = Launcher(cluster, task)
-    job = launch.submit(SCRIPT, "run_dir=whole")
+    job = launch.submit(SCRIPT, "run_dir=whole", NFT_DOCTOR="1")
     state = cluster.wait(job)["JobState"]
     assert state == "COMPLETED", launch.output(job)
-    assert launch.output(job).splitlines()[-1] == "nft: finished (step_000006)"
+    lines = launch.output(job).splitlines()
+    assert lines[-1] == "nft: finished (step_000006)"
+    assert any(re.match("doctor: 2 nodes; nothing that would stop the run was found", line) for line in lines)
     return task / "whole"
 
 
@@ -111,6 +113,20 @@ def assert_same_run(whole: Path, other: Path) -> None:
     expected, found = weights(whole), weights(other)
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
+
+
+def test_the_doctor_stops_a_job_that_would_fail(cluster, task, launch):
+    """Before any rank starts; the engine's interpreter is none."""
+    settings = ("run_dir=sick", "rollout.engine=sglang", "rollout.server.python=/bin/false")
+    job = launch.submit(SCRIPT, *settings, NFT_DOCTOR="1")
+    assert cluster.wait(job)["ExitCode"] == "1:0"
+    lines = launch.output(job).splitlines()
+    assert (
+        len([line for line in lines if re.match(r"PROBLEM  \S+: engine: /bin/false ended with status 1;", line)]) == 2
+    )
+    assert "doctor: 2 nodes; the run would fail: 2 problems" in lines
+    assert lines[-1].startswith("nft: failed: the doctor found what would stop the run on the nodes of the trainer")
+    assert not (task / "sick" / "logs").exists() or not list((task / "sick" / "slurm").rglob("rank-*"))
 
 
 def test_a_failure_that_is_not_tried_again_is_the_last_line(cluster, launch, uninterrupted):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_nft.config import ServerConfig
-from megatron_nft.engines import start
+from megatron_nft.engines import host
 from megatron_nft.engines.engine import NO_WEIGHTS, EngineError
 from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.sglang import command as sglang
@@ -124,17 +124,17 @@ def test_patience_follows_from_the_size_of_the_model(tmp_path):
 
 
 def test_interpreter_that_is_set(tmp_path):
-    assert start.find_python("sglang", Path(sys.executable)) == Path(sys.executable)
+    assert host.find_python("sglang", Path(sys.executable)) == Path(sys.executable)
     with pytest.raises(EngineError, match=r"rollout.server.python=.*nothing: is not an executable file"):
-        start.find_python("sglang", tmp_path / "nothing")
+        host.find_python("sglang", tmp_path / "nothing")
 
 
 def test_interpreter_that_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "__file__", str(tmp_path / "megatron_nft" / "engines" / "start.py"))
+    monkeypatch.setattr(host, "__file__", str(tmp_path / "megatron_nft" / "engines" / "host.py"))
     with pytest.raises(EngineError, match=r"no environment with sglang was found: run `bash tools/install_engine.sh"):
-        start.find_python("sglang", None)
-    assert start.find_python("numpy", None) == Path(sys.executable)  # a package of our own environment
+        host.find_python("sglang", None)
+    assert host.find_python("numpy", None) == Path(sys.executable)  # a package of our own environment
     python = tmp_path / ".venv-sglang" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.touch()
-    assert start.find_python("sglang", None) == python
+    assert host.find_python("sglang", None) == python

@@ -44,13 +44,14 @@ def test_version_of_a_given_server(name, tmp_path, monkeypatch):
     other.mkdir()
     serves = model
 
-    def answer(url: str, paths: tuple[str, ...]):
-        assert url == "http://127.0.0.1:9"
+    def answer(url: str, paths: tuple[str, ...], key: str | None):
+        assert (url, key) == ("http://127.0.0.1:9", "K")
         found = next(SERVED[name][path] for path in paths if path in SERVED[name])
         return _filled(found, serves)
 
     monkeypatch.setattr(f"megatron_nft.engines.{name}.kind.first_answer", answer)
-    server = ServerConfig(urls=["http://127.0.0.1:9"])
+    (tmp_path / "key").write_text("K\n")
+    server = ServerConfig(urls=["http://127.0.0.1:9"], key_file=tmp_path / "key")
     number = {"sglang": "0.5.23", "vllm": "0.32.0"}[name]
     assert engine_kind(name).version(model, server) == f"{name} {number}"
     serves = other

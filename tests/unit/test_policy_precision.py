@@ -220,10 +220,25 @@ def test_the_machine_is_read_from_torch_and_the_installed_packages(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr(capability, "cudnn_versions", lambda: ((9, 19, 0), (9, 14, 0)))  # torch itself would raise
     monkeypatch.setattr(capability.importlib.metadata, "version", {"transformer-engine": "2.11.0"}.__getitem__)
     monkeypatch.setattr(capability.importlib.util, "find_spec", lambda name: None)
-    assert read_gpu_stack() == H200
+    assert read_gpu_stack() == replace(H200, cudnn=(9, 14, 0), built_for_cudnn=(9, 19, 0))
+
+
+@pytest.mark.parametrize(
+    ("loaded", "fits"),
+    [((9, 14, 0), False), ((8, 20, 0), False), ((9, 19, 0), True), ((9, 20, 1), True), ((10, 19, 0), False)],
+)
+def test_a_cudnn_that_torch_was_not_built_for_is_refused(loaded, fits):
+    stack = replace(H200, cudnn=loaded, built_for_cudnn=(9, 19, 0))
+    if fits:
+        check_gpu_stack(policy("none"), stack)
+    else:
+        with pytest.raises(
+            ValueError, match=rf"cuDNN {'.'.join(map(str, loaded))} is loaded, torch was built for 9\.19\.0"
+        ):
+            check_gpu_stack(policy("none"), stack)
 
 
 def test_a_model_is_not_built_on_a_chip_without_the_recipe(monkeypatch):

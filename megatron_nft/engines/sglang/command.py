@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_nft.engines import keys
 from megatron_nft.engines.patience import reads_weights
 
 if TYPE_CHECKING:
     from megatron_nft.config import ServerConfig
 
+MODULE = ["-m", "sglang.launch_server"]
 CPU_MAX_TOTAL_TOKENS = 32768
 MODEL_NAME = "policy"  # a name of our own: it stays when weights are updated
+QUIET_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
+"""/health then asks the model for no token: whoever asks it, such as the router, would wake a sleeping engine."""
 QUANTIZED_LOADER = "flash_rl"
 """Quantizes what a live update brings. SGLang's usual loader quantizes once, when the server starts, and its parameters
 cannot take bf16 weights afterwards."""
@@ -52,12 +56,22 @@ def command_line(
     flags += ["enable-fp32-lm-head"] * config.fp32_lm_head
     flags += ["enable-deterministic-inference"] * config.deterministic
     given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
-    return [str(python), "-m", "sglang.launch_server", *given, *(f"--{f}" for f in flags), *config.extra_args]
+    return [str(python), *MODULE, *given, *(f"--{f}" for f in flags), *config.extra_args]
+
+
+def guarded(command: list[str]) -> list[str]:
+    """See `kind.ServerKind.guarded`."""
+    python, *module = command[:3]
+    assert module == MODULE
+    return [python, str(keys.FOLDER / "nft_sglang_server.py"), *command[3:]]
 
 
 def environment(config: ServerConfig, *, device: str, gpu: int) -> dict[str, str]:
     """See `kind.Environment`."""
+    common = {"HF_HUB_OFFLINE": "1"}
+    if config.memory_saver:
+        common |= QUIET_HEALTH
     if device == "cpu":
         # Two threads on two busy cores are ten times slower than one.
-        return {"HF_HUB_OFFLINE": "1", "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-    return {"HF_HUB_OFFLINE": "1"}
+        return common | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+    return common

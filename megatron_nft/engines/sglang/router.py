@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
+from megatron_nft.engines import keys
 from megatron_nft.engines.engine import EngineError
 from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.server import Server, ServerGroup
-from megatron_nft.processes import free_port
+from megatron_nft.processes import clean_environment, free_port
 
 if TYPE_CHECKING:
     from megatron_nft.config import ServerConfig
@@ -35,22 +36,26 @@ POLL_S = 0.1
 class Router:
     """A running router, as one rank sees it."""
 
-    def __init__(self, url: str, group: ServerGroup | None = None) -> None:
-        """group: the router's process, where this rank started it; it is ended by `close`."""
-        self.url, self._group = url, group
+    def __init__(self, url: str, key: str | None, group: ServerGroup | None = None) -> None:
+        """key: what the servers and the router itself ask for.
+
+        group: the router's process, where this rank started it; it is ended by `close`.
+        """
+        self.url, self._key, self._group = url, key, group
 
     @classmethod
-    def start(cls, python: Path, config: ServerConfig, log_dir: Path) -> Self:
+    def start(cls, python: Path, config: ServerConfig, log_dir: Path, key: str | None) -> Self:
         """See `targets.RequestRouter.start`. The process is watched like the servers."""
         server = Server(
             f"sglang-router on {os.uname().nodename}",
-            router_command(python, config),
+            router_command(python, config, guarded=key is not None),
             host=HOST,
             environment={},
             log_path=log_dir / f"sglang-router-{os.uname().nodename}.log",
+            key=key,
         )
         group = ServerGroup([server], start_timeout_s=start_timeout_s(config), max_restarts=config.max_restarts)
-        return cls(server.url, group)
+        return cls(server.url, key, group)
 
     async def admit(self, client: httpx.AsyncClient, urls: Collection[str]) -> None:
         """Make `urls` the router's workers. httpx.HTTPError or EngineError where it does not follow in time.
@@ -71,7 +76,8 @@ class Router:
             for url in stale - asked:
                 await client.delete(f"{self.url}/workers/{known[url]['id']}", timeout=TIMEOUT_S)
             for url in missing - known.keys() - asked:
-                await client.post(f"{self.url}/workers", json={"url": url}, timeout=TIMEOUT_S)
+                body = {"url": url} if self._key is None else {"url": url, "api_key": self._key}
+                await client.post(f"{self.url}/workers", json=body, timeout=TIMEOUT_S)
             asked |= stale | missing
             await asyncio.sleep(POLL_S)
 
@@ -87,9 +93,10 @@ class Router:
             self._group.close()
 
 
-def router_command(python: Path, config: ServerConfig) -> list[str]:
+def router_command(python: Path, config: ServerConfig, *, guarded: bool) -> list[str]:
     """The command of a router without workers, without --port. EngineError where the package is not installed."""
-    if subprocess.run([python, "-c", "import sglang_router"], capture_output=True, check=False).returncode:
+    asked = [str(python), "-c", "import sglang_router"]
+    if subprocess.run(asked, capture_output=True, check=False, env=clean_environment()).returncode:
         raise EngineError(
             f"rollout.server.router: {python} has no sglang-router: install sglang-router there "
             "(bash tools/install_engine.sh sglang does), or set rollout.server.router=false"
@@ -105,4 +112,5 @@ def router_command(python: Path, config: ServerConfig) -> list[str]:
         "log-level": "warn",
     }
     given = (f"--{name}={value}" for name, value in arguments.items())
-    return [str(python), "-m", "sglang_router.launch_router", *given, *config.router_args]
+    module = [str(keys.FOLDER / "nft_sglang_router.py")] if guarded else ["-m", "sglang_router.launch_router"]
+    return [str(python), *module, *given, *config.router_args]

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_nft.engines import keys
 from megatron_nft.engines.engine import EngineError
 from megatron_nft.engines.patience import reads_weights
 from megatron_nft.engines.vllm import worker
@@ -54,13 +55,20 @@ def command_line(
     return [str(python), "-m", module, *given, *(f"--{f}" for f in flags), *config.extra_args]
 
 
+def guarded(command: list[str]) -> list[str]:
+    """See `kind.ServerKind.guarded`. vLLM's own key guards /v1 and /inference alone, not the calls that control it."""
+    return [*command, "--middleware=nft_guard.KeyCheck"]
+
+
 def environment(config: ServerConfig, *, device: str, gpu: int) -> dict[str, str]:
     """See `kind.Environment`."""
     common = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # the weight update endpoints
-        "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, WORKER_FOLDERS), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [*map(str, (*WORKER_FOLDERS, keys.FOLDER)), os.environ.get("PYTHONPATH")])
+        ),
     }
     if device == "cpu":
         # vLLM compiles helpers of its sampler even when eager; torch's compiler fails in folders with a space.
