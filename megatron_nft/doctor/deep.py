@@ -73,7 +73,7 @@ def engine_answers(config: Config, folder: Path, device: str, limit_s: float = E
         return f"no model of the kind of {config.model.path} can be made: {e}"
     changes: dict[str, Any] = {"num_servers": 1, "max_restarts": 0, "max_retries": 0, "router": False, "host": "auto"}
     changes |= {"urls": [], "registry": None, "memory_saver": False, "quantization": "none", "device": device}
-    changes |= {"start_timeout_s": limit_s, "request_timeout_s": limit_s}
+    changes |= {"start_timeout_s": limit_s, "stall_timeout_s": limit_s}
     server = config.rollout.server.model_copy(update=changes)
     rollout = config.rollout.model_copy(update={"server": server})
     try:

@@ -16,6 +16,7 @@ import httpx
 
 from megatron_nft.engines.completions import Aborted, BadAnswer, check_completion, check_version
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
+from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.reasons import reason
 from megatron_nft.engines.targets import Target, Targets
 from megatron_nft.engines.watch import Watch
@@ -134,7 +135,7 @@ class Asker(ABC):
         while (target := await self._targets.pick(number)) is None:
             waited_s = clock() - start
             given_up = self.group is not None and self.group.given_up
-            if given_up or waited_s > self._config.start_timeout_s:
+            if given_up or waited_s > start_timeout_s(self._config):
                 problems.append(f"no server was up with the weights that are wanted, after {waited_s:.0f} s")
                 raise EngineError(self._describe(problems))
             self._watch.note()  # there is a bound
