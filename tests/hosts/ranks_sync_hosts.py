@@ -1,7 +1,7 @@
-"""The trainer's side of a sync into stand-ins for engines on every host: args TP PP ENGINE_TP [CHECK ...].
+"""The trainer's side of a sync into an engine on every host: args TP PP ENGINE_TP [CHECK ...].
 
-The ranks of a host pretend to have one GPU each, and rank r of its engine to be on GPU r: in shared memory they do as
-they would over CUDA IPC.
+The engines are stand-ins. The ranks of a host pretend to have one GPU each, and rank r of its engine to be on GPU r: in
+shared memory they do as they would over CUDA IPC. ENGINE_TP 0 means real SGLang servers, without pretence.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ import httpx
 import pytest
 import torch.distributed as dist
 from launch import Ranks, run_checks
-from processes import wait_until
+from processes import below, wait_until
 from tiny import make_model
 
-from megatron_nft.config import Config
+from megatron_nft.config import Config, RolloutConfig
 from megatron_nft.engines import transports
 from megatron_nft.engines.sglang.client import SGLangEngine
+from megatron_nft.engines.sglang.kind import KIND
 from megatron_nft.engines.sglang.weights import SGLangWeightClient
+from megatron_nft.engines.start import start_servers
 from megatron_nft.engines.sync import open_weight_sync
 from megatron_nft.policy import parallel
 from megatron_nft.policy.family import read_family
@@ -55,18 +57,17 @@ def everyone(value) -> list:
 
 
 def check_start(ranks: Ranks) -> None:
-    tp, pp, World.engine_tp = map(int, ranks.args[:3])
+    tp, pp, engine_tp = map(int, ranks.args[:3])
+    World.real, World.engine_tp = engine_tp == 0, max(1, engine_tp)
     World.model = ranks.scratch / "model"
     if ranks.rank == 0:
         make_model(World.model, "qwen2", tied=False, layers=4, heads=8, kv_heads=4, vocab=263)
     dist.barrier()
-    announcement = ranks.scratch / f"peer-{HOST}"
+    announcement = ranks.scratch / f"engine-{HOST}"
     if LOCAL_RANK == 0:
-        peer = Path(sys.modules["launch"].__file__).with_name("engine_peer.py")
-        address = socket.gethostbyname(HOST)
-        command = [sys.executable, peer, announcement, World.model, World.engine_tp, address]
-        subprocess.Popen(list(map(str, command)), preexec_fn=die_with_parent)
-    wait_until(announcement.exists, 280, "the peer's start")
+        start = start_server if World.real else start_peer
+        start(ranks, announcement, socket.gethostbyname(HOST))
+    wait_until(announcement.exists, 1000 if World.real else 280, "the engine's start")
     World.pid, own = announcement.read_text().split()
     World.hosts, World.pids, World.own = everyone(HOST), everyone(os.getpid()), own
     World.urls = list(dict.fromkeys(everyone(own)))
@@ -76,10 +77,35 @@ def check_start(ranks: Ranks) -> None:
     World.chunks = build_chunks(World.spec, settings(ranks).policy, World.layout)
     load_hf(World.chunks, World.model, World.spec, World.layout)
     World.nbytes = sum(4 * math.prod(shape) for shape in hf_shapes(World.spec).values())
-    facts = SGLangWeightClient.facts
-    gpus = tuple(map(str, range(World.engine_tp)))
-    SGLangWeightClient.facts = lambda client: replace(facts(client), gpus=gpus)
-    transports._gpu_names = lambda device: (str(LOCAL_RANK),)
+    if not World.real:
+        facts = SGLangWeightClient.facts
+        gpus = tuple(map(str, range(World.engine_tp)))
+        SGLangWeightClient.facts = lambda client: replace(facts(client), gpus=gpus)
+        transports._gpu_names = lambda device: (str(LOCAL_RANK),)
+
+
+def start_peer(ranks: Ranks, announcement: Path, address: str) -> None:
+    peer = Path(sys.modules["launch"].__file__).with_name("engine_peer.py")
+    command = [sys.executable, peer, announcement, World.model, World.engine_tp, address]
+    subprocess.Popen(list(map(str, command)), preexec_fn=die_with_parent)
+
+
+def start_server(ranks: Ranks, announcement: Path, address: str) -> None:
+    server = {"start_timeout_s": 900, "max_total_tokens": 8192, "max_restarts": 0}
+    World.group = start_servers(
+        KIND,
+        World.model,
+        RolloutConfig(engine="sglang", server=server),
+        precision="fp32",
+        device="cpu",
+        log_dir=ranks.scratch / "logs",
+        weight_version=0,
+        address=address,
+    )
+    (server,) = World.group.servers
+    partial = announcement.with_suffix(".partial")
+    partial.write_text(f"{server._supervisor.pid} {server.url}")
+    partial.rename(announcement)
 
 
 def settings(ranks: Ranks, **sync) -> Config:
@@ -112,12 +138,17 @@ class Session:
         World.version += 1
         return self.sync.sync(World.chunks, World.version)
 
-    def spoil(self, rank: int, change) -> None:
-        """On this rank, `change(bucket)` is sent in place of each bucket that holds the victim."""
+    @property
+    def guilty(self) -> int:
+        """The last rank whose memory an engine reads."""
+        return max(self.sync._transport.receivers.ranks)
+
+    def spoil(self, change) -> None:
+        """The guilty rank sends `change(bucket)` in place of each bucket that holds the victim."""
         send = self.sync._transport.send
 
         def changed(bucket) -> None:
-            if dist.get_rank() == rank and any(meta.name == VICTIM for meta in bucket.metas):
+            if dist.get_rank() == self.guilty and any(meta.name == VICTIM for meta in bucket.metas):
                 self.sync._hashing.submit(int).result()  # the trainer's checksums are of what it exported
                 bucket = change(bucket)
             send(bucket)
@@ -145,6 +176,8 @@ def check_every_engine_of_every_host_has_the_weights(ranks: Ranks) -> None:
             assert receipt.nbytes == World.nbytes
             assert len(receipt.checksums) == World.engine_tp * TENSORS
             assert receipt.engine_checked == len(receipt.checksums) * len(World.urls)
+    if World.real:
+        return
     assert {address for address, _ in calls(World.own)} == {urlsplit(World.own).hostname}
     mine = [pid for pid, host in zip(World.pids, World.hosts, strict=True) if host == HOST]
     readers = [[mine[min(reader, len(mine) - 1)]] for reader in range(World.engine_tp)]
@@ -198,8 +231,7 @@ class counting:
 
 
 def check_faults_stop_the_run_on_every_rank(ranks: Ranks) -> None:
-    """One tensor dropped, sent twice, swapped with another, or with one bit flipped, by the last rank alone."""
-    last = ranks.world_size - 1
+    """One tensor dropped, sent twice, swapped with another, or with one bit flipped, on the last host alone."""
 
     def drop(bucket):
         return replace(bucket, metas=[m for m in bucket.metas if m.name != VICTIM])
@@ -217,20 +249,20 @@ def check_faults_stop_the_run_on_every_rank(ranks: Ranks) -> None:
         bucket.flat[start] ^= 1  # of what the last engine rank keeps, in the memory that it reads
         return bucket
 
-    victim_host = World.hosts[last]
     messages = {drop: "did not come", twice: "came twice", swap: "differ from", flip: "differ from"}
     for change, message in messages.items():
         with Session(ranks) as session:
-            session.spoil(last, change)
+            guilty = session.guilty
+            session.spoil(change)
             with pytest.raises(WeightSyncError, match=message) as caught:
                 session.push()
             said = str(caught.value)
             assert VICTIM in said
             if change in (swap, flip):
-                assert f"http://{socket.gethostbyname(victim_host)}:" in said, "the engine of the host at fault"
+                assert f"http://{socket.gethostbyname(World.hosts[guilty])}:" in said, "the engine of the host at fault"
                 assert len(set(World.hosts)) == 1 or said.count("http://") == 1, "and no other"
             else:
-                assert f"(rank {last})" in said
+                assert f"(rank {guilty})" in said
     with Session(ranks) as session:
         assert session.push().engine_checked == World.engine_tp * TENSORS * len(World.urls)
 
@@ -280,7 +312,7 @@ def check_an_engine_that_dies_in_the_middle_is_left_out(ranks: Ranks) -> None:
     for _ in World.urls[1:2]:  # the last one, which is of the last rank's host
         lost, left = World.urls[-1], World.urls[:-1]
         with Session(ranks) as session:
-            session.spoil(ranks.world_size - 1, kill_own(lost))
+            session.spoil(kill_own(lost))
             receipt = session.push()
             assert receipt.engines == sorted(left) and list(receipt.behind) == [lost]
             assert receipt.engine_checked == len(receipt.checksums) * len(left)
@@ -291,17 +323,18 @@ def check_an_engine_that_dies_in_the_middle_is_left_out(ranks: Ranks) -> None:
 
 def check_when_the_last_one_dies_the_run_ends(ranks: Ranks) -> None:
     with Session(ranks) as session:
-        session.spoil(0, kill_own(World.urls[0]))
+        session.spoil(kill_own(World.urls[0]))
         with pytest.raises(WeightSyncError, match=f"no engine is left: {World.urls[0]}"):
             session.push()
 
 
 def kill_own(url: str):
-    """End the peer at `url`, which must be of the host of the rank that calls."""
+    """End the engine at `url`, which must be of the host of the rank that calls."""
 
     def kill(bucket):
         assert World.own == url
-        os.kill(int(World.pid), signal.SIGKILL)
+        for pid in below(int(World.pid)) if World.real else [int(World.pid)]:
+            os.kill(pid, signal.SIGKILL)
         return bucket
 
     return kill

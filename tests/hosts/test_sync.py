@@ -1,4 +1,4 @@
-"""Weights into engines on every host, with stand-ins for the engines: who tells whom, and what happens at a fault."""
+"""Weights into engines on every host, most with stand-ins for the engines: who tells whom, and what faults lead to."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 
 import launch
 import pytest
+from environments import install
 from rig import Rig, missing_reason
 from torchruns import MASTER_PORT, TESTS, environment
 
 SCRIPT = Path(__file__).with_name("ranks_sync_hosts.py")
 CHECKS = launch.names_of(SCRIPT)
-TIMEOUT_S = 600.0
+TIMEOUT_S = 1800.0
 
 
 def checks_on(num_hosts: int, ranks: int, scratch: Path, *arguments: object) -> dict[str, str]:
@@ -58,6 +59,29 @@ TENSOR = pytest.param((2, 2, 4, 1, 2), id="tp-across-hosts", marks=pytest.mark.l
 @pytest.mark.parametrize("finished", [PIPELINE, TENSOR], indirect=True)
 def test_two_hosts(finished, check):
     error = finished.get(check, finished.get("", "no rank reported this check"))
+    if error:
+        pytest.fail(error, pytrace=False)
+
+
+REAL = (
+    "check_start",
+    "check_every_engine_of_every_host_has_the_weights",
+    "check_faults_stop_the_run_on_every_rank",
+    "check_an_engine_that_dies_in_the_middle_is_left_out",
+    "check_when_the_last_one_dies_the_run_ends",
+)
+
+
+@pytest.fixture(scope="module")
+def with_sglang(tmp_path_factory) -> dict[str, str]:
+    install("sglang")
+    return checks_on(2, 2, tmp_path_factory.mktemp("sglang"), 2, 2, 0, *REAL)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("check", REAL)
+def test_two_hosts_with_sglang(with_sglang, check):
+    error = with_sglang.get(check, with_sglang.get("", "no rank reported this check"))
     if error:
         pytest.fail(error, pytrace=False)
 
