@@ -6,11 +6,6 @@ import pytest
 from sync_checks import names_of, report, run
 from tiny import make_model
 
-from megatron_nft.config import RolloutConfig
-from megatron_nft.engines.engine import NO_WEIGHTS
-from megatron_nft.engines.start import start_servers
-from megatron_nft.engines.vllm.kind import KIND as VLLM
-
 
 @pytest.fixture(scope="module")
 def models(vllm_model):
@@ -39,25 +34,3 @@ def last_lost(two_ranks, vllm_server, models):
 @pytest.mark.parametrize("check", ["check_start", *names_of("ranks_sync_last_lost.py")])
 def test_the_only_server_dies_in_the_middle(last_lost, check):
     report(last_lost, check)
-
-
-@pytest.fixture(scope="module")
-def first_sync(models, tmp_path_factory):
-    """A server of its own, started as those of a run: without weights."""
-    group = start_servers(
-        VLLM,
-        models[0],
-        RolloutConfig(engine="vllm", server={"max_restarts": 0}),
-        precision="fp32",
-        device="cpu",
-        log_dir=tmp_path_factory.mktemp("vllm-empty-logs"),
-        weight_version=NO_WEIGHTS,
-    )
-    yield run("ranks_sync_start.py", 2, "vllm", group.urls[0], *models, 1, 2)
-    group.close()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("check", ["check_start", "check_versions_change_places"])
-def test_the_first_sync_brings_all_that_a_server_has(first_sync, check):
-    report(first_sync, check)
