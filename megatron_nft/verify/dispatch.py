@@ -262,7 +262,7 @@ class Dispatcher:
         row = worker.rows[0]
         if row.id != row_id or index != len(row.outcomes):
             raise RuntimeError(f"a worker answered row {row_id}, not {row.id}")
-        outcome = Outcome(Verdict(verdict), extracted, reason, None if kind is None else ReasonKind(kind))
+        outcome = Outcome(Verdict(verdict), extracted, reason, kind=None if kind is None else ReasonKind(kind))
         self._add_outcome(row, outcome, seconds)
         if len(row.outcomes) == len(self.names):
             worker.rows.popleft()

@@ -156,5 +156,5 @@ def grade_one(
     graders = [load(name) for name in names]
     start = time.perf_counter()
     outcomes = [call(grader, response, answer, data_source, extra) for grader in graders]
-    outcomes = [Outcome(o.verdict, shorten(o.extracted), o.reason, o.kind) for o in outcomes]
+    outcomes = [dataclasses.replace(o, extracted=shorten(o.extracted)) for o in outcomes]
     return combine(names, outcomes, time.perf_counter() - start, on_disagreement)

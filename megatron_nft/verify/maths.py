@@ -103,7 +103,10 @@ def _compare(gold: str, found: str, extracted: str) -> Outcome:
         return _symbolically(gold, found, extracted, problem, "the answer")
     if gold_readings[0][0] == "prose":
         return Outcome(
-            Verdict.UNPARSEABLE, extracted, "the reference answer mixes words and mathematics", ReasonKind.REFERENCE
+            Verdict.UNPARSEABLE,
+            extracted,
+            "the reference answer mixes words and mathematics",
+            kind=ReasonKind.REFERENCE,
         )
     return Outcome(Verdict.WRONG, extracted)
 
@@ -137,7 +140,7 @@ def _symbolically(gold: str, found: str, extracted: str, problem: Exception, who
         same_words = word_tree(gold) == word_tree(found) != ("text", "")
         return Outcome(Verdict.CORRECT if same_words else Verdict.WRONG, extracted)
     kind = ReasonKind.REFERENCE if whose == "the reference answer" else None
-    unreadable = Outcome(Verdict.UNPARSEABLE, extracted, f"{whose} cannot be read: {problem}", kind)
+    unreadable = Outcome(Verdict.UNPARSEABLE, extracted, f"{whose} cannot be read: {problem}", kind=kind)
     if isinstance(problem, TooMuch) or max(len(gold), len(found)) > MAX_SYMBOLIC_CHARS:
         return unreadable
     if not (isinstance(problem, Undecided) or _symbolic.search(gold) or _symbolic.search(found)):
