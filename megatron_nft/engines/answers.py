@@ -194,5 +194,5 @@ def _rollout(draw: int, sample: int, answer: GradedAnswer, truncated: str) -> Ro
         return rollout
     rollout.verdict, rollout.extracted, rollout.verify_s = graded.verdict, graded.extracted, graded.seconds
     rollout.grader_verdicts, rollout.ignored = graded.by_grader, graded.ignored
-    rollout.reason = graded.reason
+    rollout.reason, rollout.reward = graded.reason, graded.reward
     return rollout

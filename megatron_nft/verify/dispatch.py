@@ -256,11 +256,11 @@ class Dispatcher:
         if worker.pid is None:
             worker.pid = line[0]
             return
-        row_id, index, verdict, extracted, reason, seconds, worker.retiring = line
+        row_id, index, verdict, extracted, reason, reward, seconds, worker.retiring = line
         row = worker.rows[0]
         if row.id != row_id or index != len(row.outcomes):
             raise RuntimeError(f"a worker answered row {row_id}, not {row.id}")
-        self._add_outcome(row, Outcome(Verdict(verdict), extracted, reason), seconds)
+        self._add_outcome(row, Outcome(Verdict(verdict), extracted, reason, reward), seconds)
         if len(row.outcomes) == len(self.names):
             worker.rows.popleft()
             worker.num_bytes -= len(row.payload)

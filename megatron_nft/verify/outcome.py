@@ -16,13 +16,14 @@ class Outcome:
     verdict: Verdict
     extracted: str | None = None  # what the grader read as the answer
     reason: str = ""  # why the verdict is neither correct nor wrong
+    reward: float | None = None  # in [0, 1], of a grader that gives numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Graded:
     """The verdict that training and evaluation use.
 
-    With several graders `verdict`, `extracted`, `grader` and `reason` are the first one's.
+    With several graders `verdict`, `extracted`, `grader`, `reason` and `reward` are the first one's.
     """
 
     verdict: Verdict
@@ -32,6 +33,7 @@ class Graded:
     by_grader: dict[str, Verdict]
     ignored: bool  # left out of the loss: the graders disagree and `on_disagreement` says so
     reason: str = ""
+    reward: float | None = None  # Outcome.reward
 
 
 def combine(
@@ -55,6 +57,7 @@ def combine(
         by_grader={name: outcome.verdict for name, outcome in zip(names, outcomes, strict=True)},
         ignored=ignored,
         reason=first.reason,
+        reward=first.reward,
     )
 
 
