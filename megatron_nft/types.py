@@ -69,6 +69,7 @@ class Rollout:
     text: str  # response_ids decoded, special tokens left out
     weight_version_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) where a sync fell inside
     verdict: Verdict | None = None
+    reward: float | None = None  # in [0, 1], of a grader that gives numbers; None: 1 for `correct`, else 0
     extracted: str | None = None  # what the grader read as the answer
     reason: str = ""  # why the verdict is neither right nor wrong by comparison, as the grader says it
     reason_kind: ReasonKind | None = None  # None where there is no reason
@@ -80,6 +81,11 @@ class Rollout:
     @property
     def correct(self) -> bool:
         return self.verdict is Verdict.CORRECT
+
+    @property
+    def score(self) -> float:
+        """The reward, in [0, 1]: the grader's number, or 1 for `correct` and 0 for any other verdict."""
+        return float(self.correct) if self.reward is None else self.reward
 
 
 @dataclass(slots=True)
@@ -93,8 +99,8 @@ class RolloutGroup:
 
     @property
     def correct_rate(self) -> float:
-        """Mean of the verdicts of the answers that count, in [0, 1]."""
-        counted = [r.correct for r in self.rollouts if not r.ignored]
+        """Mean reward of the answers that count, in [0, 1]."""
+        counted = [r.score for r in self.rollouts if not r.ignored]
         return sum(counted) / len(counted) if counted else 0.0
 
 
@@ -112,6 +118,7 @@ class TrainingSample:
     correct_rate: float  # r of the group, in (0, 1), as the loss sees it
     advantage: float = 0.0  # GRPO family
     step: int = 0  # training step in which it was generated
+    reward: float | None = None  # Rollout.reward
     weights: np.ndarray | None = None  # float32 [R], of each token's loss; None: 1
 
     @property
@@ -134,7 +141,7 @@ class PackedBatch:
     max_seqlen: int
     behaviour_logprobs: torch.Tensor  # float32 [T], 0 outside the mask
     rollout_logprobs: torch.Tensor  # float32 [T], 0 outside the mask
-    correct: torch.Tensor  # float32 [T]
+    correct: torch.Tensor  # float32 [T], Rollout.score: 0 or 1, or a reward in between
     correct_rate: torch.Tensor  # float32 [T], 0.5 outside the mask
     advantage: torch.Tensor  # float32 [T]
     weights: torch.Tensor  # float32 [T], of each token's loss; 1 outside the mask

@@ -136,6 +136,7 @@ def training_sample(
         rollout_logprobs=rollout.rollout_logprobs,
         behaviour_logprobs=rollout.trainer_logprobs,
         correct=rollout.correct,
+        reward=rollout.reward,
         correct_rate=group.correct_rate if correct_rate is None else correct_rate,
         advantage=advantage,
         step=group.step,

@@ -45,7 +45,7 @@ class DAPO(GroupRelative):
 
         The penalty rises linearly from 0 to `overlong_penalty` over the last `overlong_buffer_tokens` tokens.
         """
-        reward = 1.0 if rollout.correct else -1.0
+        reward = 2.0 * rollout.score - 1.0
         buffer = self.settings.overlong_buffer_tokens
         if buffer:
             excess = len(rollout.response_ids) - (self.max_response_tokens - buffer)

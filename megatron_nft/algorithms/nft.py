@@ -1,6 +1,7 @@
 """NFT, Negative-aware Fine-Tuning (arXiv 2505.18116), and what its special case RFT shares with it.
 
-R_t is the ratio of the trained policy to the behaviour policy, r the group's correct rate, c the verdict (0 or 1):
+R_t is the ratio of the trained policy to the behaviour policy, c the answer's reward, 1 for a right and 0 for a wrong
+one or a grader's number in between, and r the group's mean of it:
 
     loss_t = omega(r) * [ c * (-log R_t) + w * (1 - c) * (-log max_v((1 - r R_t) / (1 - r), eps)) ]
 
@@ -39,7 +40,7 @@ PROMPT_WEIGHTS = ("uniform", "dr_grpo", "grpo")
 def nft_loss(
     logprobs: Tensor,  # [T] log pi_theta of each token, with gradient
     behaviour_logprobs: Tensor,  # [T] log pi of the policy that generated the data
-    correct: Tensor,  # [T] 0 or 1
+    correct: Tensor,  # [T] c: 0 or 1, or a soft reward in between
     correct_rate: Tensor,  # [T] r of the question, in (0, 1), used as given
     *,
     negative_weight: float = 1.0,
@@ -127,8 +128,10 @@ def _nft_terms(
     # Clamped value, unclamped gradient. `x + (clamp(x) - x).detach()` would lose the value to rounding in fp32
     # where x is near -1e6; here the added term is exactly 0.
     straight_through = argument.detach().clamp(min=clamp) + (argument - argument.detach())
-    positive, negative = -log_ratio, -straight_through.log()
-    return weight * positive.where(correct > 0, negative_weight * negative)
+    positive, negative = -log_ratio, -negative_weight * straight_through.log()
+    both = correct * positive + (1.0 - correct) * negative
+    # where, not the sum, for rewards of 0 and 1: the other term may be infinite
+    return weight * positive.where(correct >= 1, negative.where(correct <= 0, both))
 
 
 def _prompt_weight(rate: Tensor, kind: str) -> Tensor:
@@ -212,14 +215,14 @@ class Likelihood(Algorithm):
     def samples(self, group: RolloutGroup) -> list[TrainingSample]:
         """The answers that count, with the group's correct rate clamped to the range of the settings.
 
-        Without a negative term the wrong answers are left out: they would cost a forward pass each, and with
+        Without a negative term the answers of reward 0 are left out: they would cost a forward pass each, and with
         loss_divisor=tokens they would count in the denominator of a loss they are not in.
         """
         rate = min(max(group.correct_rate, self.settings.correct_rate_min), self.settings.correct_rate_max)
         return [
             training_sample(group, rollout, correct_rate=rate)
             for rollout in counted(group)
-            if rollout.correct or self.negative_weight
+            if rollout.score or self.negative_weight
         ]
 
     def loss(self, logprobs: Tensor, batch: PackedBatch) -> Tensor:
@@ -269,7 +272,7 @@ class NFT(Likelihood):
     def metrics(self, logprobs: Tensor, loss: Tensor, batch: PackedBatch) -> dict[str, Mean | Max]:
         """Those of every algorithm, and clamp/share: the share of the wrong answers' tokens at the clamp. With
         ratio=sequence it is that of the tokens whose answer is at the clamp."""
-        negative = (batch.loss_mask > 0) & (batch.correct <= 0)
+        negative = (batch.loss_mask > 0) & (batch.correct < 0.5)
         log_ratio = bounded_log_ratio(logprobs, batch)
         if self.settings.ratio == "sequence":
             log_ratio = sum_per_answer(log_ratio, batch.loss_mask, batch.segment_ids)

@@ -130,8 +130,8 @@ class PolicyGradient(Algorithm):
     settings: PolicyGradientSettings
 
     def reward(self, rollout: Rollout) -> float:
-        """1 for a correct answer, 0 for any other."""
-        return float(rollout.correct)
+        """1 for a correct answer and 0 for any other, or the grader's number."""
+        return rollout.score
 
     @abstractmethod
     def advantages(self, rewards: list[float]) -> npt.NDArray[np.float64]:

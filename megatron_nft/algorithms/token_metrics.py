@@ -25,8 +25,8 @@ def token_metrics(logprobs: Tensor, loss: Tensor, batch: PackedBatch) -> dict[st
     ratio/max, ratio/max_inverse    largest R and largest 1 / R (0 in a filler)
     """
     mask = batch.loss_mask > 0
-    positive = mask & (batch.correct > 0)
-    negative = mask & (batch.correct <= 0)
+    positive = mask & (batch.correct >= 0.5)  # as the verdict is made of a grader's number
+    negative = mask & (batch.correct < 0.5)
     log_ratio = bounded_log_ratio(logprobs, batch)
     ratio = log_ratio.exp()
     tokens, positive_tokens = mask.sum(), positive.sum()

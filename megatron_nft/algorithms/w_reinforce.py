@@ -34,7 +34,7 @@ class WReinforce(PolicyGradient):
     settings: WReinforceSettings
 
     def advantages(self, rewards: list[float]) -> npt.NDArray[np.float64]:
-        """positive_weight for a reward of 1, -1 for a reward of 0, [K]."""
+        """positive_weight for a reward of 1, -1 for a reward of 0, in proportion between them, [K]."""
         import numpy as np  # settings must be readable without it
 
         right = np.asarray(rewards, dtype=np.float64)

@@ -137,7 +137,7 @@ def pack(
         mask[response] = 1.0
         behaviour[response] = np.nan if s.behaviour_logprobs is None else s.behaviour_logprobs
         rollout[response] = s.rollout_logprobs
-        correct[response] = float(s.correct)
+        correct[response] = float(s.correct) if s.reward is None else s.reward
         rate[response] = s.correct_rate
         advantage[response] = s.advantage
         if s.weights is not None:

@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         pa.field("trainer_logprobs", pa.list_(pa.float32())),  # [R]; null where the trainer did not compute them
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("verdict", pa.string()),
+        pa.field("reward", pa.float32()),  # in [0, 1]; null where the grader gave no number
         pa.field("extracted", pa.string()),
         pa.field("reason", pa.string()),  # of a verdict that no comparison gave; empty where there is none
         pa.field("reason_kind", pa.string()),  # types.ReasonKind; null where there is no reason
@@ -54,7 +55,7 @@ SCHEMA = pa.schema(
     metadata={"megatron_nft.rollouts": "1"},
 )
 
-_ADDED = ("reason", "reason_kind", "prompt_opens_thinking")
+_ADDED = ("reason", "reason_kind", "prompt_opens_thinking", "reward")
 """Columns that files of earlier versions lack; they read as null there."""
 
 _STEP_FOLDER = re.compile(r"step_(\d+)$")
@@ -147,6 +148,7 @@ def _row(group: RolloutGroup, rollout: Rollout, fate: str, step: int) -> dict[st
         else np.asarray(rollout.trainer_logprobs, dtype=np.float32),
         "finish_reason": rollout.finish_reason,
         "verdict": None if rollout.verdict is None else str(rollout.verdict),
+        "reward": rollout.reward,
         "extracted": None if rollout.extracted is None else _unicode(rollout.extracted),
         "reason": _unicode(rollout.reason),
         "reason_kind": None if rollout.reason_kind is None else str(rollout.reason_kind),

@@ -22,6 +22,7 @@ SCHEMA = pa.schema(
         ("rollout_logprobs", pa.list_(pa.float32())),
         ("behaviour_logprobs", pa.list_(pa.float32())),
         ("correct", pa.bool_()),
+        ("reward", pa.float64()),  # null where the grader gave none
         ("correct_rate", pa.float64()),
         ("advantage", pa.float64()),
     ]

@@ -218,5 +218,5 @@ def _rollout(draw: int, sample: int, answer: GradedAnswer, truncated: str) -> Ro
         return rollout
     rollout.verdict, rollout.extracted, rollout.verify_s = graded.verdict, graded.extracted, graded.seconds
     rollout.grader_verdicts, rollout.ignored = graded.by_grader, graded.ignored
-    rollout.reason, rollout.reason_kind = graded.reason, graded.reason_kind
+    rollout.reason, rollout.reason_kind, rollout.reward = graded.reason, graded.reason_kind, graded.reward
     return rollout

@@ -181,9 +181,9 @@ def shuffle_verdicts(groups: list[RolloutGroup], seed: int) -> None:
     """Negative control: permute each group's verdicts over its answers."""
     for group in groups:
         order = np.random.default_rng([seed, group.draw]).permutation(len(group.rollouts))
-        drawn = [(group.rollouts[i].verdict, group.rollouts[i].ignored) for i in order]
-        for rollout, (verdict, ignored) in zip(group.rollouts, drawn, strict=True):
-            rollout.verdict, rollout.ignored = verdict, ignored
+        drawn = [(r.verdict, r.reward, r.ignored) for r in (group.rollouts[i] for i in order)]
+        for rollout, what in zip(group.rollouts, drawn, strict=True):
+            rollout.verdict, rollout.reward, rollout.ignored = what
 
 
 def write_step(

@@ -79,8 +79,8 @@ def corrected(samples: Sequence[TrainingSample], settings: AlgorithmSettings) ->
 def log_ratio_of(sample: TrainingSample) -> npt.NDArray[np.float64]:
     """log w of each token, [R]."""
     assert sample.behaviour_logprobs is not None, "computed before it is compared with the engine's"
-    trainer: npt.NDArray[np.float64] = sample.behaviour_logprobs.astype(np.float64)
-    return trainer - sample.rollout_logprobs
+    log_ratio: npt.NDArray[np.float64] = sample.behaviour_logprobs.astype(np.float64) - sample.rollout_logprobs
+    return log_ratio
 
 
 @dataclass

@@ -258,12 +258,12 @@ class Dispatcher:
         if worker.pid is None:
             worker.pid = line[0]
             return
-        row_id, index, verdict, extracted, reason, kind, seconds, worker.retiring = line
+        row_id, index, verdict, extracted, reason, kind, reward, seconds, worker.retiring = line
         row = worker.rows[0]
         if row.id != row_id or index != len(row.outcomes):
             raise RuntimeError(f"a worker answered row {row_id}, not {row.id}")
-        outcome = Outcome(Verdict(verdict), extracted, reason, kind=None if kind is None else ReasonKind(kind))
-        self._add_outcome(row, outcome, seconds)
+        kind = None if kind is None else ReasonKind(kind)
+        self._add_outcome(row, Outcome(Verdict(verdict), extracted, reason, kind=kind, reward=reward), seconds)
         if len(row.outcomes) == len(self.names):
             worker.rows.popleft()
             worker.num_bytes -= len(row.payload)

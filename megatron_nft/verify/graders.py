@@ -99,7 +99,7 @@ def load(name: str) -> Grader:
 
 
 def _adapt(name: str, function: Callable[..., Any]) -> Grader:
-    """Wrap the user's function, so that the bool or Verdict that it returns becomes an Outcome."""
+    """Wrap the user's function, so that the bool, number or Verdict that it returns becomes an Outcome."""
 
     def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> Outcome:
         try:
@@ -113,7 +113,11 @@ def _adapt(name: str, function: Callable[..., Any]) -> Grader:
             return Outcome(result, reason="" if result in (Verdict.CORRECT, Verdict.WRONG) else f"said by {name}")
         if isinstance(result, bool):
             return Outcome(Verdict.CORRECT if result else Verdict.WRONG)
-        raise TypeError(f"{name} returned {result!r:.100}: a grader returns True, False or a Verdict")
+        if isinstance(result, float) and 0 <= result <= 1:
+            return Outcome(Verdict.CORRECT if result >= 0.5 else Verdict.WRONG, reward=result)
+        raise TypeError(
+            f"{name} returned {result!r:.100}: a grader returns True, False, a float in [0, 1] or a Verdict"
+        )
 
     return grade
 

@@ -18,13 +18,14 @@ class Outcome:
     extracted: str | None = None  # what the grader read as the answer
     reason: str = ""  # why the verdict is neither correct nor wrong
     kind: ReasonKind | None = None  # of the reason; None counts as `other` where there is one
+    reward: float | None = None  # in [0, 1], of a grader that gives numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Graded:
     """The verdict that training and evaluation use.
 
-    With several graders `verdict`, `extracted`, `grader`, `reason` and its kind are the first one's.
+    With several graders `verdict`, `extracted`, `grader`, `reason`, its kind and `reward` are the first one's.
     """
 
     verdict: Verdict
@@ -35,6 +36,7 @@ class Graded:
     ignored: bool  # left out of the loss: there is no verdict, or the graders disagree, and the settings say so
     reason: str = ""
     reason_kind: ReasonKind | None = None
+    reward: float | None = None  # Outcome.reward
 
 
 def combine(
@@ -61,6 +63,7 @@ def combine(
         ignored=ignored,
         reason=first.reason,
         reason_kind=first.kind or (ReasonKind.OTHER if first.reason else None),
+        reward=first.reward,
     )
 
 

@@ -154,7 +154,7 @@ class _Worker:
     """Grades the rows that arrive on its socket, one after another.
 
     It sends [pid] when it has started, and for each grader of a row
-    [row id, grader index, verdict, extracted, reason, its kind, seconds, retiring].
+    [row id, grader index, verdict, extracted, reason, its kind, reward, seconds, retiring].
     """
 
     def __init__(self, rows: socket.socket, graders: list[Grader], memory_bytes: int) -> None:
@@ -198,7 +198,7 @@ class _Worker:
         if not retiring and (check_size or seconds > 0.05):
             # A new worker takes over before the next row could lack memory through no fault of its own.
             retiring = _address_space() - self.base_bytes > self.memory_bytes // 4
-        said = [outcome.verdict, shorten(outcome.extracted), shorten(outcome.reason), outcome.kind]
+        said = [outcome.verdict, shorten(outcome.extracted), shorten(outcome.reason), outcome.kind, outcome.reward]
         reply = [row_id, index, *said, seconds, retiring]
         self.rows.sendall(json.dumps(reply).encode() + b"\n")
         return retiring

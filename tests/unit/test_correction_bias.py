@@ -1,7 +1,7 @@
 """Old answers and NFT's gradient, exactly: which weights give the on-policy gradient, and which cannot.
 
-The sums over all groups are those of benchmarks/correction_bias.py; the last test draws groups and takes them through the
-functions of a training step.
+The sums over all groups are those of benchmarks/correction_bias.py; the last test draws groups and takes them through
+the functions of a training step.
 """
 
 from __future__ import annotations
