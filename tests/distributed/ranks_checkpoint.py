@@ -1,4 +1,5 @@
-"""Checkpoints: exact on the same layout, equal in any other; nothing unpickled; a failed write raises on every rank."""
+"""Checkpoints: exact on the same layout, equal in any other; Megatron's own writer and reader agree with ours; every
+file read once; nothing unpickled; a failed write raises on every rank."""
 
 import pickle
 import shutil
@@ -8,9 +9,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from launch import Ranks, run_checks
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from policies import first_logprobs, make_policy, make_reference, step
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from megatron_nft.policy.checkpoint import load_sharded, save_sharded
+from megatron_nft.files import sha256_of_file
+from megatron_nft.policy import cpu
+from megatron_nft.policy.checkpoint import Saver, load_sharded, save_sharded
+from megatron_nft.policy.checkpoint_optimizer import fill_adam_state, separate_steps
+from megatron_nft.policy.checkpoint_state import sharded_models, without_classes
 from megatron_nft.policy.policy import Policy
 
 LAYOUTS = {
@@ -80,6 +95,127 @@ def check_mixture_of_experts(ranks: Ranks) -> None:
         raise AssertionError("loaded with another number of optimizers")
     folder, expected = saved(ranks, "PP2 DP2", "qwen3_moe")
     np.testing.assert_allclose(resume(ranks, folder, "TP2 DP2", "qwen3_moe"), expected, atol=2e-4)
+
+
+def megatrons_state(policy: Policy, *, loading: bool) -> dict:
+    """Weights and optimizer as Megatron's own code lays them out, gathered over replicas: what the first versions of
+    this program wrote. Only right where a gradient buffer has one bucket (Megatron-LM #5077)."""
+    fill_adam_state(policy)
+    content = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+    models = sharded_models(policy)
+    optimizer = policy.optimizer.sharded_state_dict(models, is_loading=loading, metadata=dict(content))
+    return {**models, "optimizer": optimizer}
+
+
+def save_as_megatron_does(policy: Policy, folder: Path) -> None:
+    at = policy.layout
+    sizes = {"world": at.world_size, "tp": at.tp.size, "pp": at.pp.size, "dp": at.dp.size, "ep": at.ep_size}
+    with cpu.on_cpu():
+        state = megatrons_state(policy, loading=False) | {
+            "settings": policy.config.policy.model_dump(include={"precision", "use_distributed_optimizer"}),
+            "layout": sizes | {"vpp": at.vpp_size or 1, "without": "random states"},
+            "schedule": policy.schedule.state_dict(),
+        }
+        sharded, common = save_preprocess(state)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
+        if dist.get_rank() == 0:
+            folder.mkdir()
+            torch.save(without_classes(common), folder / "common.pt")
+            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        dist.barrier()
+        save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=FileSystemWriter(folder, single_file_per_rank=True, thread_count=1),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=policy.layout.world_gloo,
+        )
+
+
+def check_checkpoints_of_megatrons_writer_load(ranks: Ranks) -> None:
+    """In the layout that saved them, bit for bit, and in others."""
+    for before, after in (("DP4", "DP4"), ("TP2 DP2", "TP2 DP2"), ("TP2 DP2", "PP2 DP2"), ("DP4", "TP2 PP2")):
+        made = make(ranks, before, "llama")
+        step(made), step(made)
+        folder = ranks.scratch / f"megatron-{before}-{after}"
+        save_as_megatron_does(made, folder)
+        step(made)
+        expected, resumed = first_logprobs(made), resume(ranks, folder, after, "llama")
+        np.testing.assert_allclose(resumed, expected, atol=0 if before == after else 2e-4, err_msg=f"{before} {after}")
+
+
+def check_megatrons_reader_loads_ours(ranks: Ranks) -> None:
+    """It finds every element of weights and optimizer state, in the layout that saved and in another."""
+    for before, after in (("TP2 DP2", "TP2 DP2"), ("PP2 DP2", "DP4")):
+        folder, expected = saved(ranks, before, "llama")
+        made = make(ranks, after, "llama", load=False)
+        with cpu.on_cpu():
+            loaded = dist_checkpointing.load(megatrons_state(made, loading=True), str(folder))
+            for i, chunk in enumerate(made.chunks):
+                chunk.load_state_dict(loaded[f"model{i}"])
+            made.optimizer.load_state_dict(loaded["optimizer"])
+            separate_steps(made)
+            made.schedule.num_steps = 0
+            made.schedule.load_state_dict(loaded["schedule"])
+        step(made)
+        np.testing.assert_allclose(
+            first_logprobs(made), expected, atol=0 if before == after else 2e-4, err_msg=f"{before} {after}"
+        )
+
+
+def check_a_rank_of_the_same_layout_reads_its_own_file_whole(ranks: Ranks) -> None:
+    """So that all files are read once, and hashed on the way: also with a tied embedding on two stages, and where
+    tensor ranks share what only one of them has written."""
+    for layout, family in (("DP4", "qwen2"), ("TP2 DP2", "qwen2"), ("TP2 PP2", "qwen2"), ("PP2 DP2", "qwen3_moe")):
+        folder, _ = saved(ranks, layout, family)
+        found = load_sharded(make(ranks, layout, family, load=False), folder)
+        mine = f"__{ranks.rank}_0.distcp"
+        assert found.get(mine) == sha256_of_file(folder / mine), (layout, family, found)
+    other = load_sharded(make(ranks, "TP2 DP2", load=False), saved(ranks, "DP4")[0])
+    assert other == {}, "files that were read in parts have no digest"
+
+
+def check_every_rank_writes_its_share(ranks: Ranks) -> None:
+    folder, _ = saved(ranks, "DP4")
+    sizes = [path.stat().st_size for path in folder.glob("*.distcp")]
+    assert len(sizes) == 4 and max(sizes) < 1.2 * sum(sizes) / 4, sizes
+
+
+def check_a_snapshot_is_of_its_moment(ranks: Ranks) -> None:
+    """Training goes on between copying and writing, and a later snapshot takes the memory of the one before."""
+    for policy in ({}, {"use_distributed_optimizer": False}):
+        made = make(ranks, "PP2 DP2", **policy)
+        saver = Saver(made, copies=True)
+        saver.snapshot()
+        step(made), step(made)
+        snapshot = saver.snapshot()
+        step(made)
+        expected = first_logprobs(made)
+        step(made)
+        folder = ranks.scratch / f"snapshot-{len(policy)}"
+        folder.mkdir(exist_ok=True)
+        parts: list = [None] * ranks.world_size
+        dist.all_gather_object(parts, snapshot.write(folder))
+        if ranks.rank == 0:
+            snapshot.finish(folder, parts)
+        dist.barrier()
+        assert np.array_equal(resume(ranks, folder, "PP2 DP2", **policy), expected), policy
+
+
+def check_an_index_of_half_a_tensor_is_not_written(ranks: Ranks) -> None:
+    made = make(ranks, "DP4")
+    folder = ranks.scratch / "half"
+    folder.mkdir(exist_ok=True)
+    snapshot = Saver(made, copies=False).snapshot()
+    parts: list = [None] * ranks.world_size
+    dist.all_gather_object(parts, snapshot.write(folder))
+    if ranks.rank == 0:
+        try:
+            snapshot.finish(folder, parts[:-1])
+        except ValueError as error:
+            assert "elements of" in str(error) and "were written" in str(error), error
+        else:
+            raise AssertionError("the last rank's part was not missed")
+        assert not (folder / ".metadata").exists()
 
 
 def check_before_the_first_step(ranks: Ranks) -> None:

@@ -320,6 +320,6 @@ def test_an_error_beside_the_training_is_raised_by_the_next_check(beside, tmp_pa
 def test_a_run_that_ends_early_lets_the_save_become_whole(beside, tmp_path):
     held = Held()
     beside.save(RunState(1), lambda: held, [])
-    threading.Timer(0.2, held.go.set).start()
+    threading.Thread(target=lambda: (held.begun.wait(60), held.go.set())).start()
     beside.close()
     assert complete_steps(tmp_path) == [1]
