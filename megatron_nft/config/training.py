@@ -64,7 +64,8 @@ class TrainConfig(Section):
     """The same for single phases."""
     collective_timeout_s: PositiveFloat = 7200.0
     """Seconds that a rank waits in a collective for the others. Then it ends and names the phase: another rank is gone,
-    or its host cannot be reached. Must be longer than ranks with little to generate wait for those with much."""
+    or its host cannot be reached. Ranks that generate meet about once a second, so that it need not be longer than some
+    generate more than others."""
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:

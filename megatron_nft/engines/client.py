@@ -124,7 +124,7 @@ class HttpEngine(Asker):
     @weight_version.setter
     def weight_version(self, version: int) -> None:
         self._weight_version = version
-        self._targets.behind.clear()  # weights have come: who lacks them now is for the next look to say
+        self._targets.note_new_weights()
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, on_wait: OnWait | None = None

@@ -102,9 +102,15 @@ class Targets:
         self._of_question: dict[int, Target] = {}
         self.behind: set[str] = set()
         """URLs of servers that work and lack the wanted weights: they died and came back."""
+        self._num_weights = 0
 
     def __iter__(self) -> Iterator[Target]:
         return iter(self._targets)
+
+    def note_new_weights(self) -> None:
+        """Take note that weights were brought: who lacks them now, the next look says. Any thread may call it."""
+        self._num_weights += 1
+        self.behind.clear()
 
     async def begin(self, num_in_flight: int) -> None:
         """See which servers that were down have come back, before a phase of generation.
@@ -178,8 +184,12 @@ class Targets:
         target.down = not await self._is_ready(target.url)
 
     async def _is_ready(self, url: str) -> bool:
+        num_weights = self._num_weights
         ready = await self._has_weights(url)
-        (self.behind.add if ready is False else self.behind.discard)(url)
+        if ready is False and num_weights == self._num_weights:  # else weights have come since it was asked
+            self.behind.add(url)
+        else:
+            self.behind.discard(url)
         return bool(ready)
 
     async def _refresh_router(self, router: RequestRouter, target: Target) -> None:

@@ -79,6 +79,7 @@ class Run:
         self.log = self.run_dir.parent / f"{self.run_dir.name}.log"
         self._timeout_s = timeout_s
         marks = self.run_dir.parent / f"{self.run_dir.name}-{halt.replace(' ', '-')}"
+        self._go = Path(f"{marks}-go")
         self._marks = [Path(f"{marks}-{rank}") for rank in range(settings["num_processes"])]
         path = os.pathsep.join(filter(None, (str(HALTING), str(TESTS), os.environ.get("PYTHONPATH"))))
         env = {**os.environ, **KEYS, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -118,6 +119,10 @@ class Run:
     def wait_until_halted(self) -> None:
         """Until every rank has stopped where `halt` says."""
         self.wait_until(lambda: all(mark.exists() for mark in self._marks))
+
+    def go_on(self) -> None:
+        """Let ranks that have stopped there go on without a signal."""
+        self._go.touch()
 
     def _look(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):

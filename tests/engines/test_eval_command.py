@@ -97,8 +97,8 @@ def test_an_engine_that_dies_costs_only_what_was_under_way(whole, model, questio
         engine = opened(*args, **kwargs)
         generate = engine.generate
 
-        def few(requests, sampling):
-            for n, answer in enumerate(generate(requests, sampling)):
+        def few(requests, sampling, on_wait=None):
+            for n, answer in enumerate(generate(requests, sampling, on_wait)):
                 if n == 14:
                     raise EngineError("server died with exit code -9")
                 yield answer

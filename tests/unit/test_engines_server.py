@@ -219,3 +219,23 @@ def test_one_that_died_is_started_again_within_the_bound(tmp_path, ours):
     finally:
         servers.close()
     assert not ours()
+
+
+def test_one_that_hangs_is_ended_and_started_again_and_good_steps_renew_the_bound(tmp_path):
+    """Twice with a bound of one restart: the second time only because a step was completed in between."""
+    servers = group(make_server(tmp_path), restarts=1)
+    (server,) = servers.servers
+    try:
+        for starts in (2, 3):
+            servers.end_hanging(server.url, "made no progress for 1 s")
+            wait_until(lambda n=starts: server.starts == n and server.is_healthy(), 120, "a new start")
+            assert "made no progress for 1 s, and was ended" in server.deaths[-1]
+            assert not servers.given_up
+            servers.renew()
+        os.kill(server_of(server._supervisor.pid), signal.SIGKILL)
+        wait_until(lambda: server.starts == 4 and server.is_healthy(), 120, "the last start")
+        os.kill(server_of(server._supervisor.pid), signal.SIGKILL)
+        wait_until(lambda: servers.given_up, 120, "the end of the bound")
+        assert server.starts == 4
+    finally:
+        servers.close()

@@ -177,7 +177,8 @@ def test_a_server_that_dies_asleep_with_no_starts_left_is_named(start):
     sleeping.release()
     die(server)
     with pytest.raises(
-        EngineError, match=r"(?s)server 0 ended with exit code 7.*started 1 times \(rollout.server.max_r"
+        EngineError,
+        match=r"(?s)server 0 ended with exit code 7.*started again 0 times since the last good step \(rollout.server.max_r",
     ):
         sleeping.resume()
 
