@@ -77,7 +77,8 @@ class HostSlurm:
         first = self.hosts[0]
         text = CONF.format(root=self.root, first=first.name, first_address=first.address)
         text += "".join(
-            f"NodeName={h.name} NodeHostname={h.name} NodeAddr={h.address} CPUs=4 RealMemory=4000 Gres=gpu:8 State=UNKNOWN\n"
+            f"NodeName={h.name} NodeHostname={h.name} NodeAddr={h.address} "
+            "CPUs=4 RealMemory=4000 Gres=gpu:8 State=UNKNOWN\n"
             for h in self.hosts
         )
         names = ",".join(h.name for h in self.hosts)
