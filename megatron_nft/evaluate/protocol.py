@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_nft.data.benchmarks import Question
 from megatron_nft.evaluate.model_folder import ModelIdentity
-from megatron_nft.verify.graders import FORMER_NAMES, current_name
+from megatron_nft.verify.graders import current_name
 
 FORMAT = 1
 """Version of protocol.json, results.json and the answer files; a result of another version is refused."""
@@ -89,13 +89,12 @@ def build_protocol(
         "engine": dict(engine),
         "versions": dict(versions),
     }
-    hashed = {**body, "grading": _with_first_graders(grading)}
     identity = asdict(model)
     path = identity.pop("path")
     return {
         "format": FORMAT,
-        "protocol_hash": digest(hashed),
-        "run_hash": digest({**hashed, "model": identity}),
+        "protocol_hash": digest(body),
+        "run_hash": digest({**body, "model": identity}),
         **body,
         "model": {"path": path, **identity},
     }
@@ -120,24 +119,11 @@ def digest(value: Any) -> str:
 
 
 def _with_current_graders(grading: Mapping[str, Any]) -> dict[str, Any]:
-    """The grading settings with the graders' names of today."""
-    return _with_graders(grading, current_name)
-
-
-def _with_first_graders(grading: Mapping[str, Any]) -> dict[str, Any]:
-    """The grading settings with the names that the graders had first, which are the ones that are hashed.
-
-    A grader that is renamed grades as before, so evaluations begun under its former name have to keep their hash.
-    """
-    first_names = {new: old for old, new in FORMER_NAMES.items()}
-    return _with_graders(grading, lambda name: first_names.get(name, name))
-
-
-def _with_graders(grading: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """Return the grading settings with the graders' names of today; a renamed grader is no other grader."""
     if "graders" not in grading:
         return dict(grading)
     names = grading["graders"].split(",")
-    renamed = (name.replace(name.strip(), rename(name.strip())) if name.strip() else name for name in names)
+    renamed = (name.replace(name.strip(), current_name(name.strip())) if name.strip() else name for name in names)
     return {**grading, "graders": ",".join(renamed)}
 
 

@@ -7,7 +7,6 @@ word follows (`the answer in \boxed as asked`) the command is only spoken of. A 
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 
@@ -47,8 +46,8 @@ _goes_on = re.compile(  # the first box led to the second one, or was corrected 
     re.VERBOSE | re.IGNORECASE,
 )
 _taken_back = re.compile(  # ends before a box that is not the answer
-    r"""(?<![A-Za-z]) (?: not(?:\s+(?:be|equal\s+to|the|simply))? | \w+n['’]t(?:\s+be)? | oops | instead\s+of | rather\s+than
-      | reject\w* | discard\w* | exclud\w* | ignor\w* | without | except(?:\s+for)? | wrongly
+    r"""(?<![A-Za-z]) (?: not(?:\s+(?:be|equal\s+to|the|simply))? | \w+n['’]t(?:\s+be)? | oops | instead\s+of
+      | rather\s+than | reject\w* | discard\w* | exclud\w* | ignor\w* | without | except(?:\s+for)? | wrongly
     ) (?:\s+(?:the|a|an|value|root|solution|answer|case)){0,2} [\s,$*\\([]*$""",  # noqa: RUF001
     re.VERBOSE | re.IGNORECASE,
 )
@@ -91,10 +90,11 @@ def last_boxes(text: str) -> str | None:
 
 def is_cut_off(text: str) -> bool:
     """Whether the text ends within a box: the last one is not closed."""
-    match = next(_commands(text), None)
+    match = _last_command(text, len(text))
     if match is not None and (closing_brace(text, match.end()) < 0 if match[1] else match.end() == len(text)):
         return True
-    return bool(_torn_command.search(text[-20:]))
+    tail = text[-20:]
+    return "\\" in tail and bool(_torn_command.search(tail))
 
 
 def percent_sign(text: str, end: int, answer: str) -> str:
@@ -120,20 +120,25 @@ def _is_taken_back(text: str, start: int) -> bool:
     return bool(_taken_back.search(text[max(0, start - MAX_BEFORE_CHARS) : start]))
 
 
-def _commands(text: str) -> Iterator[re.Match[str]]:
-    """Yield the box commands of a text, the last one first."""
-    stop = len(text)
+def _last_command(text: str, stop: int) -> re.Match[str] | None:
+    """Return the last box command that starts before `stop`; None if there is none."""
     while (at := text.rfind("box", 0, stop)) >= 0:
         start = text.rfind("\\", max(0, at - len("\\frame")), at)
-        stop = at
         match = _box.match(text, start) if start >= 0 else None
         if match is not None:
-            yield match
+            return match
+        stop = at
+    return None
 
 
 def _boxes(text: str) -> Iterator[tuple[Span, Span]]:
-    """Yield the spans of the last complete boxes and of their contents, the last box first; empty boxes are left out."""
-    for match in itertools.islice(_commands(text), MAX_BOXES):
+    """Yield the spans of the last complete boxes and of their contents, the last one first, without empty ones."""
+    before = len(text)
+    for _ in range(MAX_BOXES):
+        match = _last_command(text, before)
+        if match is None:
+            return
+        before = match.start()
         if match[1]:
             start, end = match.end(), closing_brace(text, match.end())
         else:

@@ -26,6 +26,7 @@ from megatron_nft.verify.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from megatron_nft.config import VerifyConfig
 
+READ_BYTES = 1 << 20  # read from a worker at once
 WINDOW_ROWS = 64  # a worker holds at most this many rows
 WINDOW_BYTES = 1 << 20  # a worker holds at most this many bytes of rows, unless it holds a single row
 START_TIMEOUT_S = 120.0
@@ -230,13 +231,15 @@ class Dispatcher:
         """Process all verdicts that have arrived."""
         while not worker.ended:
             try:
-                data = worker.socket.recv(1 << 20)
+                data = worker.socket.recv(READ_BYTES)
             except BlockingIOError:
                 return
             except ConnectionError:
                 data = b""
             if data:
                 self._process_verdicts(worker, data)
+                if len(data) < READ_BYTES:
+                    return  # that was all; asking again would cost a system call and an exception for each verdict
             else:  # a closed socket stays readable for ever: stop watching it
                 worker.ended = True
                 worker.stopwatch.stop()

@@ -32,7 +32,6 @@ _before = re.compile(r"^\s*(?:(?:\\(?:to|rightarrow|Rightarrow|longrightarrow|im
 _after = re.compile(
     r"(?:\s*(?:\\(?:blacksquare|square|Box|qed|qedsymbol|checkmark)(?![A-Za-z])|(?:(?<=\s)|^)Q\.?E\.?D\.?))+\s*$"
 )
-_PROOF_SIGNS = ("square", "Box", "qed", "checkmark")
 _QUOTES = (('"', '"'), ("''", "''"), ("``", "''"), ("'", "'"), ("«", "»"), ("„", '"'), ("「", "」"))
 _QUOTE_STARTS = frozenset(opening[0] for opening, _ in _QUOTES)
 TAIL_CHARS = 200  # marks behind an answer are looked for in this many last characters
@@ -55,9 +54,13 @@ def plain_lines(text: str) -> str:
         text = _table_row.sub(_as_line, text)
     if any(line in text for line in ("\n--", "\n==", "\n***", "\n___")):
         text = _rule.sub("", text)
-    if any(sign in text for sign in _PROOF_SIGNS):
+    if _may_end_proof(text):
         text = _end_of_proof.sub("", text)
     return text
+
+
+def _may_end_proof(text: str) -> bool:
+    return "\\" in text and ("square" in text or "Box" in text or "qed" in text or "checkmark" in text)
 
 
 def _as_line(match: re.Match[str]) -> str:
@@ -97,7 +100,7 @@ def without_marks(text: str) -> str:
     if text[:1] in ("\\", "-", "="):
         text = _before.sub("", text)
     tail = text[-TAIL_CHARS:]
-    if "Q" in tail or any(sign in tail for sign in _PROOF_SIGNS):
+    if "Q" in tail or _may_end_proof(tail):
         text = text[:-TAIL_CHARS] + _after.sub("", tail)
     if text[:1] not in _QUOTE_STARTS:
         return text

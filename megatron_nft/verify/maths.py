@@ -63,7 +63,7 @@ def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | 
     if not gold:
         return Outcome(Verdict.UNPARSEABLE, reason="the reference answer is empty", kind=ReasonKind.REFERENCE)
     if gold.lower() == "nan":  # what a missing number becomes as text
-        reason = f"the reference answer is {gold!r}, a missing number written as text"
+        reason = f"the reference answer is {gold}, a missing number as text"
         return Outcome(Verdict.UNPARSEABLE, reason=reason, kind=ReasonKind.REFERENCE)
     try:
         extracted = final_answer(response, opened=is_opened(extra))
@@ -113,7 +113,7 @@ def _compare(gold: str, found: str, extracted: str) -> Outcome:
 
 def _repeats_with_unit(gold: str, found: str) -> bool:
     r"""Whether `found` is `gold` followed by a unit, whatever `gold` is: `(3, 4] \text{ cm}`."""
-    unit = _unit_at_end.search(found)
+    unit = _unit_at_end.search(found) if "\\text" in found else None
     return (
         unit is not None
         and is_unit(unit[1])

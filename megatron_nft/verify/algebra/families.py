@@ -1,4 +1,4 @@
-r"""Answers that a letter runs through: `k\pi, k \in \mathbb{Z}`, `\{x \mid x^2 > 2\}` and `\bigcup_{n=1}^\infty (n, n+1)`.
+r"""Answers that a letter runs through: `k\pi, k \in \mathbb{Z}`, `\{x \mid x^2 > 2\}`, `\bigcup_{n=1}^\infty (n, n+1)`.
 
     ("family", element, condition, domain, ("s", "k"), ...)
 
@@ -125,7 +125,7 @@ def _parts(element: Tree) -> tuple[Tree, ...]:
 
 
 def _plainly(family: Tree) -> list[Tree]:
-    r"""Return what a family says if its letter is not mentioned: `x > 2` for `\{x \mid x > 2\}`, `k\pi` for its values."""
+    r"""Return what a family says if its letter is not mentioned: `x > 2` for `\{x \mid x > 2\}`, else its element."""
     _, element, condition, _, *letters = family
     if condition == ALL:
         return [element]

@@ -18,6 +18,7 @@ _LETTER_UNITS = frozenset("mgshJNWVKL")
 _PI: Tree = ("s", "\\pi")
 MIN_DIGITS = 6  # from this many significant digits on, a decimal stands for the number that rounds to it
 MIN_PLACES = 3  # likewise in a point or an interval
+_TOO_MANY = 10**MAX_DIGITS
 _NUMBERS = frozenset(("s", "/", "root", "+", "*", "-", "^", "f", "log"))
 
 
@@ -137,14 +138,13 @@ def _decimal_digits(number: Fraction) -> tuple[int, int]:
 
     They are (0, 0) for a number such as 1/3, whose decimals do not end, and for one of too many digits.
     """
-    places = 0
-    denominator = number.denominator
-    for prime in (2, 5):
-        power = 0
-        while denominator % prime == 0 and power < 400:
-            denominator //= prime
-            power += 1
-        places = max(places, power)
-    if denominator != 1 or abs(number) * 10**places >= 10**MAX_DIGITS:
+    twos = (number.denominator & -number.denominator).bit_length() - 1
+    fives, rest = 0, number.denominator >> twos
+    while rest % 5 == 0:
+        rest //= 5
+        fives += 1
+    places = max(twos, fives)
+    if rest != 1 or places >= MAX_DIGITS:
         return 0, 0
-    return len(str(abs(int(number * 10**places)))), places
+    digits = abs(number.numerator) * 10**places // number.denominator
+    return (len(str(digits)), places) if digits < _TOO_MANY else (0, 0)

@@ -14,6 +14,7 @@ _call = re.compile(
     r"(?<![\w\\.])(?:sp\.|sympy\.)?(factorial|binomial|Rational|Integer|Float|Matrix|FiniteSet|Abs|Pow|Mul|Add|S(?=\(\d)|Eq|Tuple"
     r"|Interval(?:\.open|\.Lopen|\.Ropen)?|Union|Max|Min|root|ImmutableMatrix|Point)\s*\("
 )
+_any_call = re.compile(r"[A-Za-z]\s*\(")
 _imaginary = re.compile(
     r"(?<=[-+])\s*I(?![A-Za-z_(])|(?<![A-Za-z\\])I(?=\s*[-+])|(?<=\*)\s*I(?![A-Za-z])|(?<![A-Za-z\\])I\s*(?=\*|/\d)"
 )
@@ -64,6 +65,8 @@ _WRITTEN: dict[str, Callable[[list[str]], str | None]] = {
 
 def plain_calls(text: str) -> str:
     """Return a text in which calls of sympy's functions are written as mathematics, from the innermost out."""
+    if not _any_call.search(text):
+        return text
     for _ in range(MAX_CALLS):
         *_, last = [None, *(match for match in _call.finditer(text) if match[1] in _WRITTEN)]
         end = _closing(text, last.end()) if last is not None else -1

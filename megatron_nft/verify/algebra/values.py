@@ -44,15 +44,31 @@ class OutOfRange(Undecided):
 
 def symbols(tree: Tree) -> set[str]:
     """Return the names of the free symbols in a tree, without the constants e, i and pi."""
+    found: set[str] = set()
+    _collect_symbols(tree, found)
+    return found
+
+
+def _collect_symbols(tree: Tree, found: set[str]) -> None:
     if tree[0] == "s":
-        return set() if tree[1] in CONSTANTS else {tree[1]}
-    found = set().union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
-    return found - {tree[2]} if tree[0] == "bind" else found
+        if tree[1] not in CONSTANTS:
+            found.add(tree[1])
+    elif tree[0] == "bind":
+        found |= set().union(*(symbols(part) for part in tree[3:])) - {tree[2]}
+    else:
+        for part in tree:
+            if type(part) is tuple and part:
+                _collect_symbols(part, found)
 
 
 def has(tree: Tree, kind: str) -> bool:
     """Whether a node of this kind occurs in the tree."""
-    return tree[0] == kind or any(has(part, kind) for part in tree[1:] if isinstance(part, tuple))
+    if tree[0] == kind:
+        return True
+    for part in tree:  # noqa: SIM110 (quicker than any())
+        if type(part) is tuple and part and has(part, kind):
+            return True
+    return False
 
 
 def is_discrete(tree: Tree) -> bool:

@@ -19,7 +19,7 @@ _comma_between_digits = re.compile(r"(?<=\d),(?=\d)")
 def variants(text: str, *, lenient: bool) -> list[str]:
     """Return the readings of a text that need no grammar, the likeliest first.
 
-    A decimal comma is read in references too. If `lenient`, t/RC can also mean t/(RC), and 2*I twice the imaginary unit.
+    If `lenient`, t/RC can also mean t/(RC), and 2*I twice the imaginary unit.
     """
     found = _with_thousands(text, lenient)
     if _bare_log.search(text):
