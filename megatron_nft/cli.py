@@ -38,7 +38,7 @@ COMMANDS = {
     "compare": ("megatron_nft.evaluate.compare_command", "is B better than A? two evaluations, paired"),
     "grade": ("megatron_nft.verify.command", "grade responses in a JSONL or parquet file"),
     "plan": ("megatron_nft.plan.command", "check memory, time and layout of a run before it is queued"),
-    "doctor": ("megatron_nft.doctor.command", "check nodes and environments before a run starts on them"),
+    "doctor": ("megatron_nft.plan.doctor.command", "check nodes and environments before a run starts on them"),
     "report": ("megatron_nft.report.command", "write one HTML page about a run"),
     "convert": ("megatron_nft.weights.offline.convert_command", "convert weights between Hugging Face and Megatron"),
     "reshard": ("megatron_nft.weights.offline.reshard_command", "change the layout of a training checkpoint"),

@@ -96,7 +96,7 @@ def test_a_folder_that_only_one_host_sees(hosts, tmp_path, config):
     patience = tmp_path / "patience"
     patience.mkdir()
     (patience / "sitecustomize.py").write_text(
-        "import megatron_nft.doctor.command as command\ncommand.PATIENCE_S = 20.0\n"
+        "import megatron_nft.plan.doctor.command as command\ncommand.PATIENCE_S = 20.0\n"
     )
     overrides = {host.name: [f"rollout.server.python={python}"] for host in hosts}
     (status, text), _ = doctor(hosts, config, "m", overrides, {host.name: str(patience) for host in hosts})

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from megatron_nft.config import Config
-from megatron_nft.doctor.checks import GIB, find_problems
-from megatron_nft.doctor.facts import Environment, Gpu, NodeFacts, engine_packages
-from megatron_nft.doctor.meeting import Answer, Meeting
-from megatron_nft.doctor.table import as_text
 from megatron_nft.engines.host import one_host_problem
 from megatron_nft.engines.open import engine_kind
+from megatron_nft.plan.doctor.checks import GIB, find_problems
+from megatron_nft.plan.doctor.facts import Environment, Gpu, NodeFacts, engine_packages
+from megatron_nft.plan.doctor.meeting import Answer, Meeting
+from megatron_nft.plan.doctor.table import as_text
 
 TRAINER = Environment("3.12.3", "2.11.0+cu130", "13.0", "2.28.9", [[9, 19, 0], [9, 19, 0]], {"megatron-core": "0.16.1"})
 ENGINE = Environment("3.12.3", "2.11.0+cu130", "13.0", "2.28.9", [[9, 19, 0]] * 2, {"sglang": "0.5.17"})

@@ -16,9 +16,9 @@ import yaml
 from test_doctor_checks import ENGINE, NODE, TRAINER
 
 from megatron_nft.config import load_config
-from megatron_nft.doctor import command, facts, meeting
-from megatron_nft.doctor.deep import write_tiny_model
-from megatron_nft.doctor.facts import NodeFacts, gather, missing_files, port_problem, probe_environment, read_gpus
+from megatron_nft.plan.doctor import command, facts, meeting
+from megatron_nft.plan.doctor.deep import write_tiny_model
+from megatron_nft.plan.doctor.facts import NodeFacts, gather, missing_files, port_problem, probe_environment, read_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -140,8 +140,8 @@ def meet(folder: Path, *, ahead_s: float = 0.0, flock: str | None = None) -> mee
     broken = "fcntl.flock = lambda *_: None\n" if flock == "local" else broken
     script = (
         f"import errno, fcntl, sys, time\nreal = time.time\ntime.time = lambda: real() + {ahead_s}\n{broken}"
-        "from pathlib import Path\nfrom megatron_nft.doctor.meeting import meet\n"
-        "from megatron_nft.doctor.facts import NodeFacts\n"
+        "from pathlib import Path\nfrom megatron_nft.plan.doctor.meeting import meet\n"
+        "from megatron_nft.plan.doctor.facts import NodeFacts\n"
         "print(meet(Path(sys.argv[1]), 1, 2, NodeFacts.from_json(sys.argv[2]), 60.0))"
     )
     other = subprocess.Popen(

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_nft.config import Config
-from megatron_nft.doctor.facts import Environment, NodeFacts, engine_packages, starts_servers
-from megatron_nft.doctor.meeting import Meeting
 from megatron_nft.engines.host import one_host_problem
+from megatron_nft.plan.doctor.facts import Environment, NodeFacts, engine_packages, starts_servers
+from megatron_nft.plan.doctor.meeting import Meeting
 from megatron_nft.policy.cudnn import fits_torch
 
 GIB = 1 << 30

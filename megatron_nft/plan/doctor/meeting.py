@@ -22,9 +22,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_nft.doctor.facts import NodeFacts
 from megatron_nft.files import write_atomically
 from megatron_nft.locks import NO_FLOCK
+from megatron_nft.plan.doctor.facts import NodeFacts
 
 POLL_S = 0.05
 ANSWER_S = 70.0  # NFS lets a node believe its memory of a folder for up to 60 s

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_nft.doctor.checks import SHOWN, Problem
-from megatron_nft.doctor.facts import NodeFacts
+from megatron_nft.plan.doctor.checks import SHOWN, Problem
+from megatron_nft.plan.doctor.facts import NodeFacts
 
 
 def as_text(nodes: Sequence[NodeFacts], problems: Sequence[Problem]) -> str:

@@ -17,9 +17,9 @@ import psutil
 
 from megatron_nft import __version__
 from megatron_nft.config import Config
-from megatron_nft.doctor import probe
 from megatron_nft.engines.engine import EngineError
 from megatron_nft.engines.host import find_python
+from megatron_nft.plan.doctor import probe
 from megatron_nft.policy.cudnn import other_cudnns
 from megatron_nft.processes import clean_environment, free_port
 

@@ -83,10 +83,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _examine(config: Config, ranks: int, node: int, num_nodes: int, folder: Path, deep: bool) -> int:
-    from megatron_nft.doctor import meeting
-    from megatron_nft.doctor.checks import find_problems
-    from megatron_nft.doctor.facts import gather
-    from megatron_nft.doctor.table import as_text
+    from megatron_nft.plan.doctor import meeting
+    from megatron_nft.plan.doctor.checks import find_problems
+    from megatron_nft.plan.doctor.facts import gather
+    from megatron_nft.plan.doctor.table import as_text
 
     port = os.environ.get("NFT_MASTER_PORT") or os.environ.get("MASTER_PORT")
     facts = gather(config, ranks, int(port) if port and node == 0 and ranks else None)
@@ -108,8 +108,8 @@ def _examine(config: Config, ranks: int, node: int, num_nodes: int, folder: Path
 
 def _deep(config: Config, ranks: int, gpus: bool) -> dict[str, str]:
     """Name of each check that these settings need -> why it failed, or empty."""
-    from megatron_nft.doctor.deep import engine_answers, transformer_engine_layer
-    from megatron_nft.doctor.facts import starts_servers
+    from megatron_nft.plan.doctor.deep import engine_answers, transformer_engine_layer
+    from megatron_nft.plan.doctor.facts import starts_servers
 
     found = {}
     if gpus and ranks and config.policy.layer_spec != "local":
