@@ -20,3 +20,9 @@ def test_torchs_cudnn_is_loaded_after_transformer_engine_is_imported():
     with open("/proc/self/maps", encoding="utf-8") as maps:
         files = {line.split()[-1] for line in maps if "/libcudnn.so" in line}
     assert len(files) == 1, files
+
+
+def test_the_doctors_layer_runs():
+    from megatron_nft.doctor.deep import transformer_engine_layer
+
+    assert transformer_engine_layer() == ""
