@@ -5,7 +5,7 @@
 Every evaluation draws Q questions, whose rates of right answers are from a Beta distribution with mean p and
 concentration c (c = 1: most questions are nearly always or nearly never answered; c = 4: less so), and N answers each.
 Coverage is the share of evaluations whose 95 % interval holds p. Equal models have the same rate on every question. The
-percentile bootstrap over questions, which was used before, stands beside. One core, four minutes.
+percentile bootstrap over questions, which was used before, stands beside and takes nearly all of the half hour.
 """
 
 from __future__ import annotations
