@@ -114,3 +114,15 @@ def test_weights_that_blow_up_stop_the_run_before_they_are_used(settings):
     said = last_line(run)
     assert "phase sync: WeightSyncError" in said or "phase train: TrainingFailure" in said, run.text
     assert not list((Path(changed["run_dir"]) / "checkpoints").glob("*")), "NaN weights were saved"
+
+
+def test_a_disk_that_is_full_beside_the_training_ends_the_run(settings):
+    """The error of the thread that writes reaches the last line, on every rank; the checkpoint before is intact."""
+    changed = merge(settings, run_dir=settings["run_dir"] + "-full", eval__data=[])
+    run = Run(changed, halt="3 full")
+    assert run.wait() == 1
+    assert run.left_over() == []
+    said = last_line(run)
+    assert "CheckpointError: checkpoint of step 3 could not be written (newest intact checkpoint: step 2)" in said
+    assert "No space left on device" in said and "phase checkpoint" in said
+    assert sorted(p.name for p in (run.run_dir / "checkpoints").iterdir()) == ["step_000001", "step_000002"]

@@ -117,6 +117,52 @@ def test_killed_at_different_moments(settings, reference, moments):
     assert_same_run(reference, run.run_dir)
 
 
+def test_killed_while_a_checkpoint_is_written_beside_the_training(settings, reference):
+    """The next step goes on meanwhile; the checkpoint before is still there, and nothing else is lost."""
+    changed = merge(settings, run_dir=f"{settings['run_dir']}-writing")
+    folder = Path(changed["run_dir"])
+    run = Run(changed, halt="3 writing")
+    run.wait_until_halted()
+    run.wait_until(lambda: list((folder / "rollouts" / "step_000004").glob("rank_*.parquet")))
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == SAVED_WHEN_KILLED["3 checkpoint"]
+    assert list((folder / "checkpoints" / "step_000003.partial" / "megatron").glob("*.distcp"))
+    run.kill()
+    assert run.left_over() == []
+    run = Run(changed)
+    assert run.wait() == 0, run.text
+    assert "(step 2," in run.text
+    assert_same_run(reference, run.run_dir)
+
+
+def test_a_stop_signal_waits_for_the_checkpoint_that_is_being_written(settings, reference):
+    """It comes while step 3's is half written, and step 4 is under way: the one of step 3 is finished first."""
+    changed = merge(settings, run_dir=f"{settings['run_dir']}-waiting", checkpoint__every_steps=3)
+    run = Run(changed, halt="3 writing")
+    run.wait_until_halted()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 75, run.text
+    assert run.left_over() == []
+    names = sorted(p.name for p in (run.run_dir / "checkpoints").iterdir())
+    assert names[0] == "step_000003" and f"is saved in {run.run_dir / 'checkpoints' / names[-1]}" in run.text, names
+    run = Run(changed)
+    assert run.wait() == 0, run.text
+    assert_same_run(reference, run.run_dir)
+
+
+def test_another_layout_goes_on_from_it(settings, reference):
+    """Saved by two tensor ranks, taken up by two replicas: the same questions, and weights that differ by rounding."""
+    changed = merge(settings, run_dir=f"{settings['run_dir']}-replicas", train__num_steps=2)
+    run = Run(changed)
+    assert run.wait() == 0, run.text
+    changed = merge(changed, policy__tensor_model_parallel_size=1, train__num_steps=3)
+    run = Run(changed)
+    assert run.wait() == 0, run.text
+    assert "(step 2," in run.text
+    rows, expected = metrics_of(run.run_dir), metrics_of(reference)
+    assert rows[3]["loss/total"] == pytest.approx(expected[3]["loss/total"], abs=1e-4)
+    assert rows[3]["grad_norm"] == pytest.approx(expected[3]["grad_norm"], rel=1e-2)
+
+
 def test_sigterm_saves_and_ctrl_c_says_so(settings, reference):
     """The first signal meets step 2 before its evaluation, which the next start makes up for; the second step 3."""
     changed = merge(settings, run_dir=settings["run_dir"] + "-stopped", checkpoint__every_steps=100)

@@ -99,3 +99,22 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(layout, model, settings,
     ours = weights(first)
     for name, w in weights(second).items():
         assert relative(w, ours[name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer_offload": True}], ids=["fused", "host"])
+def test_a_snapshot_in_pinned_memory_is_of_its_moment(layout, model, settings, tmp_path):
+    """The GPU goes on training before it is written."""
+    from megatron_nft.policy.checkpoint import Saver, load_sharded
+
+    first = make_policy(layout, model, **settings)
+    three_steps(first)
+    expected = weights(first)
+    snapshot = Saver(first, copies=True).snapshot()
+    assert all(piece.values.is_pinned() for piece in snapshot.pieces)
+    three_steps(first)
+    (tmp_path / "saved").mkdir()
+    snapshot.finish(tmp_path / "saved", [snapshot.write(tmp_path / "saved")])
+    second = make_policy(layout, model, **settings)
+    load_sharded(second, tmp_path / "saved")
+    for name, weight in weights(second).items():
+        assert weight.equal(expected[name]), name

@@ -83,7 +83,7 @@ def test_interrupted_killed_and_moved_it_ends_in_the_same_weights(cluster, task,
 
     wait_for(lambda: "failed:" in launch.output(job), "the failure line")
     failure = next(line for line in launch.output(job).splitlines() if "failed:" in line)
-    assert re.fullmatch(r"nft: failed: rank 1 on node node\d+, step \d, phase [a-z ]+: .*signal 9 \(KILL\)", failure)
+    assert re.fullmatch(r"nft: failed: rank 1 on node node\d+, step \d, phase [a-z_ ]+: .*signal 9 \(KILL\)", failure)
     cluster.wait_start(job, 2)
     wait_for(lambda: "start 2" in launch.output(job), "the third start")
     lost = re.findall(r"start 2: trainer on node\d+,(node\d+)", launch.output(job))[0]
