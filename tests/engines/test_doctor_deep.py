@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_nft.config import Config
-from megatron_nft.doctor.deep import engine_answers, transformer_engine_layer
+from megatron_nft.plan.doctor.deep import engine_answers, transformer_engine_layer
 
 
 def settings(model, rollout, folder, **server) -> Config:

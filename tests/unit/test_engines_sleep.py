@@ -178,11 +178,7 @@ def test_a_server_that_dies_asleep_with_no_starts_left_is_named(start):
     die(server)
     with pytest.raises(
         EngineError,
-<<<<<<< HEAD
-        match=r"(?s)server 0 ended with exit code 7.*again 0 times since the last good step \(rollout.server.max_r",
-=======
         match=r"(?s)server 0 ended with exit code 7.*started again 0 times since .* \(rollout.server.max_r",
->>>>>>> rollout
     ):
         sleeping.resume()
 
