@@ -23,6 +23,6 @@ def test_torchs_cudnn_is_loaded_after_transformer_engine_is_imported():
 
 
 def test_the_doctors_layer_runs():
-    from megatron_nft.doctor.deep import transformer_engine_layer
+    from megatron_nft.plan.doctor.deep import transformer_engine_layer
 
     assert transformer_engine_layer() == ""
