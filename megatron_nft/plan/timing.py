@@ -33,6 +33,7 @@ from megatron_nft.plan.architecture import (
     q_size,
     total_params,
 )
+from megatron_nft.plan.decoding import DecodeModel
 from megatron_nft.plan.layout import Cluster, LayoutSettings, element_bytes
 from megatron_nft.plan.memory import engine_beside_trainer, optimizer_shard
 from megatron_nft.policy.family import ModelSpec
@@ -170,28 +171,37 @@ def num_engines(config: Config, cluster: Cluster) -> int:
     return len(server.urls) or (cluster.engine_nodes or cluster.nodes) * server.num_servers
 
 
-def generation_s(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload) -> float:
-    """Seconds until the last answer of a step is there."""
+def decode_model(
+    spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload
+) -> DecodeModel:
+    """What one engine can do."""
     chip, memory = cluster.chip, engine_beside_trainer(spec, config, layout, cluster)
-    tp = config.rollout.server.tensor_parallel_size if config.rollout.uses_servers else 1
-    engines = num_engines(config, cluster)
-    answers = math.ceil(work.sampled_answers / engines)
-    kv_token = memory.kv_cache / max(1, memory.kv_tokens)
-    context = work.mean_prompt_tokens + work.mean_response_tokens / 2
-    limit = memory.kv_tokens // (work.mean_tokens if config.rollout.uses_servers else work.mean_tokens * 2)
-    asked = config.rollout.server.max_running_requests or answers
-    batch = max(1, min(answers, int(limit), asked))
+    servers = config.rollout.uses_servers
+    tp = config.rollout.server.tensor_parallel_size if servers else 1
     bandwidth = chip.memory_bandwidth * chip.bandwidth_share
     flops = 2 * active_params(spec) / tp / (chip.bf16_flops * chip.train_share)
+    fitting = memory.kv_tokens // (work.mean_tokens if servers else work.mean_tokens * 2)
+    return DecodeModel(
+        max_rows=max(1, min(int(fitting), config.rollout.server.max_running_requests or int(fitting))),
+        weights_s=memory.weights / bandwidth,
+        context_s=memory.kv_cache / max(1, memory.kv_tokens) / bandwidth,
+        row_s=flops,
+        overhead_s=DECODE_OVERHEAD_S_PER_LAYER * spec.num_layers,
+        prefill_s=flops,
+    )
 
-    def token_s(rows: float) -> float:
-        read = (memory.weights + rows * context * kv_token) / bandwidth
-        return max(read, rows * flops) + DECODE_OVERHEAD_S_PER_LAYER * spec.num_layers
 
+def generation_s(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload) -> float:
+    """Seconds until the last answer of a step is there."""
+    engine, engines = decode_model(spec, config, layout, cluster, work), num_engines(config, cluster)
+    answers = math.ceil(work.sampled_answers / engines)
+    batch = min(answers, engine.max_rows)
+    context = work.mean_prompt_tokens + work.mean_response_tokens / 2
     rounds = answers / batch
     tail = config.rollout.max_response_tokens - work.mean_response_tokens
-    prefill = work.sampled_questions / engines * work.mean_prompt_tokens * flops
-    return prefill + rounds * work.mean_response_tokens * token_s(batch) + tail * token_s(1)
+    prefill = work.sampled_questions / engines * work.mean_prompt_tokens * engine.prefill_s
+    decoding = rounds * work.mean_response_tokens * engine.step_s(batch, batch * context)
+    return prefill + decoding + tail * engine.step_s(1, context)
 
 
 def sync_bytes(spec: ModelSpec, config: Config) -> int:
