@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ FILE = Path(__file__).with_name("own_likelihood.py")
 def test_two_steps_with_an_algorithm_of_your_own(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "my_loss.py").write_text(FILE.read_text())
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"), prepend=os.pathsep)
     start = merge(
         make_start(tmp_path),
         num_processes=1,
@@ -53,7 +54,7 @@ def test_two_steps_with_an_algorithm_of_your_own(tmp_path, monkeypatch):
 
 def test_its_settings_are_validated_before_any_rank_starts(tmp_path, monkeypatch):
     (tmp_path / "my_loss.py").write_text(FILE.read_text())
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     run = Run(merge(make_start(tmp_path), algorithm={"name": "my_loss:OwnLikelihood", "strength": -1.0}))
     assert run.wait() == 2
     assert "algorithm.strength = -1.0: input should be greater than 0" in run.text
