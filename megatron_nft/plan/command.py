@@ -8,15 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from megatron_nft.arguments import positive_float, positive_int
 from megatron_nft.config import ConfigError, load_config
 from megatron_nft.plan.architecture import read_architecture
 from megatron_nft.plan.hardware import CHIPS, GIB
 from megatron_nft.plan.layout import Cluster, LayoutSettings, with_seq_len
+from megatron_nft.plan.mode_times import mode_time
 from megatron_nft.plan.plan import make_plan, nearest, search
-from megatron_nft.plan.render import as_dict, as_text, search_table
+from megatron_nft.plan.render import as_dict, as_text, mode_table, search_table
+from megatron_nft.plan.rollout_modes import MODES
 from megatron_nft.plan.timing import Workload
 from megatron_nft.policy.positions import check_positions
 
@@ -47,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--mean-response-tokens", type=positive_int, metavar="N", help="for the times (a third of the longest)")
     add("--kept-share", type=_share, default=0.5, metavar="X", help="share of questions that are kept (0.5)")
+    add(
+        "--rollout-mode",
+        action="append",
+        default=[],
+        choices=MODES,
+        help="simulate a step in this mode (repeatable; synchronous is what training has today)",
+    )
     add("--search", action="store_true", help="list every layout that fits, the shortest step first")
     add("--json", action="store_true", help="print JSON")
     add("overrides", nargs="*", metavar="key=value", help="for example policy.recompute=full")
@@ -72,15 +81,19 @@ def run(args: argparse.Namespace) -> int:
         check_positions(spec, config)
         work = Workload.of(config, args.mean_response_tokens, args.kept_share)
         plan = make_plan(spec, config, LayoutSettings.of(config), cluster, work)
+        modes = [mode_time(mode, spec, config, plan.layout, cluster, work) for mode in args.rollout_mode]
     except (ConfigError, ValueError) as e:
         print(f"megatron-nft plan: {e}", file=sys.stderr)
         return 2
     found = search(spec, config, cluster, work) if args.search else None
     near = None if plan.fits else nearest(spec, config, plan.layout, cluster, work)
     if args.json:
-        print(json.dumps(as_dict(spec, config, cluster, work, plan, near, found), indent=1))
+        report = as_dict(spec, config, cluster, work, plan, near, found)
+        print(json.dumps(report | ({"rollout_modes": [asdict(mode) for mode in modes]} if modes else {}), indent=1))
     else:
         print(as_text(spec, config, cluster, work, plan, near))
+        if modes:
+            print("\n" + mode_table(modes, work))
         if found is not None:
             print("\nLayouts that fit, the shortest step first:\n" + search_table(found, cluster))
     return 0 if plan.fits else 1

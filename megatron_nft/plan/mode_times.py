@@ -1,4 +1,4 @@
-"""The simulation of `rollout_modes.py` with a plan's own numbers: how long a step of this run would take in each mode."""
+"""The simulation of `rollout_modes.py` with a plan's own numbers: a step of this run in each mode."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,9 @@ from megatron_nft.plan.architecture import total_params
 from megatron_nft.plan.hardware import GIB
 from megatron_nft.plan.layout import Cluster
 from megatron_nft.plan.memory import PARTS, DeviceMemory
+from megatron_nft.plan.mode_times import ModeTime
 from megatron_nft.plan.plan import Neighbour, Plan, fraction_choices, recompute_choices
+from megatron_nft.plan.rollout_modes import LENGTH_SPREAD
 from megatron_nft.plan.timing import Workload
 from megatron_nft.policy.family import ModelSpec
 
@@ -215,3 +218,21 @@ def as_dict(
     if found is not None:
         out["search"] = [plan_dict(p, cluster) for p in found]
     return out
+
+
+def mode_table(modes: Sequence[ModeTime], work: Workload) -> str:
+    """Simulated steps by mode, and how old what they train is."""
+    lines = [
+        f"Simulated step by rollout mode (megatron_nft/plan/rollout_modes.py), lengths log-normal with mean "
+        f"{work.mean_response_tokens} and spread {LENGTH_SPREAD}:",
+        f"  {'':<14}{'step':>10}{'engines idle':>14}{'trainer idle':>14}{'dropped':>9}  groups by age",
+    ]
+    for mode in modes:
+        found = mode.result
+        ages = ", ".join(f"{age}: {share:.0%}" for age, share in found.ages.items())
+        nodes = f"  ({mode.engine_nodes} engine nodes)" if mode.engine_nodes else ""
+        lines.append(
+            f"  {mode.mode:<14}{duration(found.step_s):>10}{found.engines_idle:>14.0%}{found.trainer_idle:>14.0%}"
+            f"{found.dropped:>9.1%}  {ages}, max_staleness {mode.max_staleness}{nodes}"
+        )
+    return "\n".join(lines)
