@@ -72,7 +72,12 @@ class WeightReceiver:
 
         self.nft_open = False
         with set_current_vllm_config(self.vllm_config):
-            finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
+            model = self.model_runner.get_model()
+            finalize_layerwise_reload(model, self.model_config)
+            if self.device.type == "cpu" and getattr(self.model_config.hf_config, "tie_word_embeddings", False):
+                # There a layer multiplies by a packed copy of its weight. No tensor comes for a tied head, so that the
+                # reload left it with the copy of the old embedding.
+                model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
         self.model_runner.reset_lora_state()
         return True
 
