@@ -41,7 +41,7 @@ marker=$venv/.installed
 wanted=$(cat "$0" "$here/torch_index.sh" "$requirements" "$here"/engine_shims/*.py "$here"/engine_shims/*/*.py | cksum)
 
 exec 9<"$requirements"
-flock 9
+flock 9 || echo "$0: no lock on this file system; do not run two at a time" >&2
 if [ "$force" = 0 ] && [ -f "$marker" ] && [ "$(cat "$marker")" = "$wanted" ]; then
     echo "$engine: $venv is complete"
     exit 0

@@ -22,7 +22,7 @@ venv=$root/.venv-nemo
 marker=$venv/.installed
 wanted=$(cat "$0" "$here/nemo_requirements.txt" | cksum)
 exec 9<"$here/nemo_requirements.txt"
-flock 9
+flock 9 || echo "$0: no lock on this file system; do not run two at a time" >&2
 if [ -f "$marker" ] && [ "$(cat "$marker")" = "$wanted" ]; then
     echo "nemo-run: $venv is complete"
     exit 0
