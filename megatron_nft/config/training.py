@@ -23,7 +23,7 @@ class StallTimeouts(Section):
     sync: PositiveFloat | None = None
     """The weight sync, as a whole."""
     checkpoint: PositiveFloat | None = 3600.0
-    """Writing a checkpoint, as a whole."""
+    """Writing a checkpoint, as a whole; the wait for one that is written beside the training too."""
     evaluate: PositiveFloat | None = None
     """Held-out questions, as in generation."""
     export: PositiveFloat | None = 3600.0
@@ -37,6 +37,7 @@ class StallTimeouts(Section):
             "train": self.train,
             "sync": self.sync,
             "checkpoint": self.checkpoint,
+            "checkpoint_wait": self.checkpoint,
             "evaluate": self.evaluate,
             "export": self.export,
         }

@@ -16,7 +16,6 @@ import httpx
 
 from megatron_nft.engines.completions import Aborted, BadAnswer, check_completion, check_version
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
-from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.reasons import reason
 from megatron_nft.engines.targets import Target, Targets
 from megatron_nft.engines.watch import Watch
@@ -37,6 +36,7 @@ class Asker(ABC):
 
     group: ServerGroup | None
     _config: ServerConfig
+    _patience_s: float  # for a server that is started again
     _client: httpx.AsyncClient
     _targets: Targets
     _watch: Watch
@@ -82,6 +82,7 @@ class Asker(ABC):
                     answers.put((number, sample, e))
 
         watching = asyncio.create_task(self._watch.run())
+        watching.add_done_callback(lambda task: _tell(task, answers))
         try:
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(num_in_flight):
@@ -135,7 +136,7 @@ class Asker(ABC):
         while (target := await self._targets.pick(number)) is None:
             waited_s = clock() - start
             given_up = self.group is not None and self.group.given_up
-            if given_up or waited_s > start_timeout_s(self._config):
+            if given_up or waited_s > self._patience_s:
                 problems.append(f"no server was up with the weights that are wanted, after {waited_s:.0f} s")
                 raise EngineError(self._describe(problems))
             self._watch.note()  # there is a bound
@@ -183,3 +184,10 @@ class Asker(ABC):
         text = f"no answer after {len(problems)} tries (rollout.server.max_retries): {'; '.join(problems)}"
         failures = self.group.failures() if self.group is not None else ""
         return f"{text}\n{failures}" if failures else text
+
+
+def _tell(finished: asyncio.Task[None], answers: Answers) -> None:
+    """Hand an error of a background task to whoever waits for answers: nobody else would see it."""
+    error = None if finished.cancelled() else finished.exception()
+    if error is not None:
+        answers.put((-1, -1, error))

@@ -21,6 +21,7 @@ from megatron_nft.engines import keys
 from megatron_nft.engines.asking import Answers, Asker
 from megatron_nft.engines.completions import BadAnswer
 from megatron_nft.engines.engine import WAIT_S, Completion, EngineError, OnWait, Request, SamplingParams
+from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.reasons import reason
 from megatron_nft.engines.targets import RequestRouter, Targets
 from megatron_nft.engines.transports import locate, server_transport
@@ -65,13 +66,14 @@ class HttpEngine(Asker):
         first: int = 0,
         far: Sequence[str] = (),
         key: str | None = None,
+        patience_s: float | None = None,
     ) -> None:
         """allow_version_change: an answer may begin under `weight_version` and end under a newer one.
 
         group: servers that this process started, ended with the engine. sleeping: the same servers, where they share
         the trainer's GPU (rollout.server.memory_saver). router: requests go to it. first, far: see `targets.Targets`.
         local_urls: those of `all_urls` on this host, where that is known; else it is found out for the weight sync.
-        key: what the servers and the router ask for, see `keys`.
+        key: what the servers and the router ask for, see `keys`. patience_s: for a server that is started again.
         """
         if not urls:
             raise ValueError("an engine client needs at least one server URL")
@@ -82,6 +84,7 @@ class HttpEngine(Asker):
         self.memory_released = False
         self._sleeping = sleeping
         self._config, self._allow_version_change = config, allow_version_change
+        self._patience_s = start_timeout_s(config) if patience_s is None else patience_s
         self._is_helped = False
         self._router, self._key = router, key
         allow_open_files(config.max_in_flight + OTHER_FILES)
@@ -255,9 +258,14 @@ class HttpEngine(Asker):
             return await self._post(url, path, body)
 
     async def _target_progress(self, url: str) -> float:
-        """See `watch.ProgressQuery`. A router works if all servers of its host do."""
+        """See `watch.ProgressQuery`. A router works if any server of its host does."""
         urls = self.urls if self._router is not None and url == self._router.url.rstrip("/") else [url]
-        return sum(await asyncio.gather(*(self._progress(self._client, each.rstrip("/")) for each in urls)))
+        asked = (self._progress(self._client, each.rstrip("/")) for each in urls)
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        signs = [sign for sign in found if not isinstance(sign, BaseException)]
+        if not signs and isinstance(found[0], BaseException):
+            raise found[0]
+        return sum(signs)
 
     def _end_hanging(self, url: str) -> None:
         """End a server that hangs, if this process started it; it is then started again like one that died."""

@@ -133,6 +133,7 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
         first=hosts.first_server(len(asked), of_all_ranks=bool(given)),
         far=hosts.far_servers(started),
         key=key,
+        patience_s=patience_s,
     )
     if given and options.load_weights:
         engine.adopt_version()

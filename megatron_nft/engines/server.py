@@ -53,6 +53,7 @@ class Server:
         self.port = free_port(host)
         self.url = f"http://{address or host}:{self.port}"
         self.starts = 0
+        self.has_answered = False  # since its last start, when asked for its health
         self.starts_allowed = 1
         self.deaths: list[str] = []  # for error messages: exit code and end of the log, each time it died
         self.headers = keys.headers(key)
@@ -75,6 +76,7 @@ class Server:
                 start_new_session=True,
             )
         self.starts += 1
+        self.has_answered = False
 
     def exit_code(self) -> int | None:
         """None while it runs; the server's exit code, 128 + signal where one ended it."""
@@ -83,9 +85,11 @@ class Server:
     def is_healthy(self) -> bool:
         """Ask /health once."""
         try:
-            return httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == 200
+            healthy = httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == 200
         except httpx.TransportError:
             return False
+        self.has_answered |= healthy
+        return healthy
 
     def wait_healthy(self, timeout_s: float) -> None:
         """Returns once it answers. EngineError, with the end of the log, if it ends before or takes too long."""
@@ -132,6 +136,7 @@ class ServerGroup:
         self._closed, self._held = threading.Event(), threading.Event()
         self._watch: threading.Thread | None = None
         self._hanging: dict[str, str] = {}  # URL -> what it does
+        self._starting = threading.Lock()
         self._noting = threading.Lock()  # both the watch and a caller of `failures` note deaths
         self.renew()
         atexit.register(self.close)
@@ -166,9 +171,17 @@ class ServerGroup:
         while not self._closed.wait(1.0):
             self._end_those_that_hang()
             self._note_deaths()
-            for server in self.servers if not self._held.is_set() else ():
-                if server.exit_code() is not None and server.starts < server.starts_allowed:
-                    server.start()
+            with self._starting:
+                for server in self.servers if not self._held.is_set() else ():
+                    if server.exit_code() is not None and server.starts < server.starts_allowed:
+                        self._start_again(server)
+
+    def _start_again(self, server: Server) -> None:
+        try:
+            server.start()
+        except OSError as e:  # no process or no log: the next look tries again
+            server.starts += 1
+            server.deaths.append(f"{server.name} could not be started: {e}")
 
     def _end_those_that_hang(self) -> None:
         for server in self.servers:
@@ -194,8 +207,10 @@ class ServerGroup:
         return all(s.exit_code() is not None and s.starts >= s.starts_allowed for s in self.servers)
 
     def hold(self) -> None:
-        """Start no dead server again until `let_go`."""
+        """Start no dead server again until `let_go`; returns when none is being started."""
         self._held.set()
+        with self._starting:
+            pass
 
     def let_go(self) -> None:
         """End `hold`."""

@@ -49,6 +49,9 @@ class SleepingServers:
         for server in self._group.servers:
             if server.exit_code() is not None:
                 continue  # its memory is free; `resume` starts it again
+            if not (server.has_answered or server.is_healthy()):
+                server.stop()  # it died in this step and is still starting: it cannot be told to sleep
+                continue
             if self._calls.refused_while_busy is not None:
                 self._wait_idle(server, self._calls.refused_while_busy)
             for path, body in self._calls.release:

@@ -108,7 +108,7 @@ class CheckpointStore:
     def close(self) -> None:
         """On this rank, where the run ends early: let the save that is under way become whole, if the others live."""
         if self.pending_step:
-            self._own_is_written.wait()
+            self._own_is_written.wait(CLOSE_TIMEOUT_S)
             if error := self._writer.wait(CLOSE_TIMEOUT_S):
                 raise error
 

@@ -65,7 +65,6 @@ class Phases:
         self._waits = False
         self._ended = ""
         self._last_progress = time.monotonic()
-        self._started = time.time()
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="stall-watch", daemon=True).start()
 
@@ -135,6 +134,7 @@ class Phases:
 
     def _watch(self) -> None:
         requested = self._folder / "requested"
+        of_before = _mtime(requested)  # of an earlier start; clocks of hosts and file servers are not compared
         written: object = None
         while not self._closed.wait(1.0):
             where = self._whereabouts()
@@ -143,7 +143,7 @@ class Phases:
                 self._board.write(where)
                 written = due
             # One stalled rank makes all of them write their stacks: the others show who waits for whom.
-            asked = requested.exists() and requested.stat().st_mtime > self._started
+            asked = _mtime(requested) not in (None, of_before)
             if where.quiet_s >= self._limit_s() or asked:
                 self._end_all(requested, where, asked)
 
@@ -166,6 +166,14 @@ class Phases:
         print(f"megatron-nft: {self}: {said}", file=sys.stderr, flush=True)
         time.sleep(3.0)  # the other ranks see the request within a second
         os._exit(1)
+
+
+def _mtime(path: Path) -> float | None:
+    """When a file was written, by the clock of its file system; None where there is none."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,10 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
             say(note)
     policy = Policy.create(config, spec, layout)
     say(f"optimizer: {policy.optimizer_kind}")
-    background = new_gloo_group(config.train.collective_timeout_s) if config.checkpoint.asynchronous else None
+    background = None
+    if config.checkpoint.asynchronous:  # ranks of one save meet when the slowest has written
+        write_s = config.train.stall_timeout_by_phase.checkpoint or config.train.stall_timeout_s
+        background = new_gloo_group(max(write_s, config.train.collective_timeout_s))
     store = CheckpointStore(
         config.run_dir, config.checkpoint.keep, _identity(config, spec, layout), layout.world_gloo, background
     )

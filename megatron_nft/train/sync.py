@@ -44,11 +44,14 @@ def readmit(
 ) -> None:
     """The policy's weights, of `version`, into servers that came back without them. Collective.
 
-    Servers that cannot take them are left out, as before: the run has others, or its generation says that it has none.
+    Servers that are lost again are left out, as before: the run has others, or its generation says that it has none.
+    WeightSyncError where one answers but does not have the weights: it may say that it has, and would be asked.
     """
     try:
         sync.sync(policy.chunks, version, probe=make_probe(policy, stream, tokenizer), only=urls)
     except WeightSyncError as e:
+        if not set(urls) <= sync.lost.keys():
+            raise
         say(f"{', '.join(urls)} came back, but did not take the weights of version {version}: {e}")
     else:
         say(f"{', '.join(urls)} came back, and answers again under version {version} of the weights")

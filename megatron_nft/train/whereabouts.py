@@ -19,7 +19,10 @@ from pathlib import Path
 HEARTBEAT_S = 5.0
 SILENT_S = 4 * HEARTBEAT_S  # a rank that wrote nothing for so long is gone, or cannot reach the folder
 EARLIER_RUN_S = 300.0  # a file that is so much older than ours when we begin is of an earlier start
-ORDER = ("start", "generate", "exchange", "logprobs", "write", "train", "sync", "checkpoint", "evaluate", "export")
+ORDER = (
+    *("start", "generate", "exchange", "logprobs", "write", "train", "sync"),
+    *("checkpoint_wait", "checkpoint", "evaluate", "export"),
+)
 """The phases of a step, in which ranks follow each other. A phase that is not listed comes last."""
 
 

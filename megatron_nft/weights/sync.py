@@ -103,8 +103,8 @@ class WeightSync:
     def _sync(
         self, chunks: Sequence[torch.nn.Module], version: int, probe: Probe | None, only: Collection[str] | None
     ) -> Receipt:
-        transport = self._transport
-        progress = _Progress(lost=dict(transport.lost))
+        progress, transport = _Progress(), self._transport
+        transport.lost, transport.must_resend = {}, False  # of an earlier sync, which may have ended half-way
         self._agree(progress)  # a paused engine would never answer a rank that still waits for it before this sync
         progress.attempt("pause", lambda: transport.pause(only))
         self._agree(progress)
@@ -139,6 +139,11 @@ class WeightSync:
             sent = self._ledger.close()
             if not self._agree(progress):
                 return sent
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Engines that could not be reached in the last sync, and why."""
+        return {engine: why for engine, why in self._transport.lost.items() if why != SPARED}
 
     def close(self) -> None:
         """Close the transport. An aborted sync is not waited for: the process is ending."""

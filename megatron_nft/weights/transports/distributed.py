@@ -25,7 +25,7 @@ from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.client import WeightClient
 from megatron_nft.weights.routes import Places
-from megatron_nft.weights.transport import EngineLost, Ledger, WeightSyncError, none_left
+from megatron_nft.weights.transport import SPARED, EngineLost, Ledger, WeightSyncError, none_left
 from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Rendezvous, address_towards
 from megatron_nft.weights.transports.servers import ServerTransport, Versioned
 
@@ -150,7 +150,7 @@ class DistributedTransport(ServerTransport):
         self._group.close(wait_s)
         self._group = None
         for server in self._servers:
-            if server.url in self._members and server.url not in self.lost:
+            if server.url in self._members and self.lost.get(server.url, SPARED) == SPARED:
                 self._threads.submit(_forget, server, self._group_name)
 
     def close(self) -> None:
