@@ -24,6 +24,7 @@ from stand_in import interpreter
 
 from megatron_nft.config import RolloutConfig
 from megatron_nft.console import Console
+from megatron_nft.engines import keys
 from megatron_nft.engines.engine import Request, SamplingParams
 from megatron_nft.engines.open import open_engine
 from megatron_nft.train.lifecycle import Lifecycle, Phases, StopSignals
@@ -50,8 +51,12 @@ def main(folder: Path) -> None:
         """Stands for the weight sync: all ranks meet, and the servers have the version afterwards."""
         brought.append(list(urls))
         if rank == 0:
+            headers = keys.headers(keys.read_key(folder / "logs" / keys.FILE))
             for url in urls:
-                httpx.post(f"{url}/set_version", json={"version": VERSION}, trust_env=False, timeout=60)
+                answer = httpx.post(
+                    f"{url}/set_version", headers=headers, json={"version": VERSION}, trust_env=False, timeout=60
+                )
+                answer.raise_for_status()
         dist.barrier()
         engine.weight_version = VERSION
 
