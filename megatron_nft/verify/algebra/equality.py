@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_nft.verify.algebra.comparison import proportional
 from megatron_nft.verify.algebra.families import same_family
-from megatron_nft.verify.algebra.names import by_name, is_name, points_of, with_names_of
+from megatron_nft.verify.algebra.names import by_name, has_letters, is_name, points_of, with_names_of
 from megatron_nft.verify.algebra.quantity import is_rounded, same_quantity
 from megatron_nft.verify.algebra.regions import FLIPPED, ORDERS, combine_inequalities, region, variable
 from megatron_nft.verify.algebra.tree import Tree
@@ -65,6 +65,8 @@ def _same_structure(gold: Tree, found: Tree) -> bool:
         if listed[0] == "list":  # y = 3, x = 2 is (2, 3)
             gold, found = by_name(gold), by_name(found)
         return plain and listed[0] in ("list", "set") and _in_order(gold[-_count(gold) :], found[-_count(found) :])
+    if kinds == ("list", "list") and has_letters(gold) and all(item[0] != "rel" for item in found[1:]):
+        return _in_order(gold[1:], found[1:]) or _in_order(by_name(gold)[1:], found[1:])  # 4, 3 is not x = 3, y = 4
     if kinds == ("list", "list") or kinds == ("set", "set"):
         return _in_any_order(gold[1:], found[1:])
     if "set" in kinds:  # {1, 2} for 1, 2 and {5} for 5
