@@ -43,7 +43,8 @@ _goes_on = re.compile(  # the first box led to the second one, or was corrected 
       | before | previous\w* | chang\w+ | to | from | after | Rightarrow | now | later | yield\w* | mean\w* | oops
       | sorry | hmm | let | substitut\w+ | using | with | when | if | where | for\sa\stotal | total\w* | altogether
       | wrong\w* | incorrect\w* | false | invalid | fail\w* | extraneous | leaving | leaves | reject\w* | discard\w*
-      | exclud\w* | ignor\w* | impossible | step | \w+n['’]t
+      | exclud\w* | ignor\w* | impossible | step | making | make
+      | arriv\w+ | reach\w* | obtain\w* | guess\w* | scratch | \w+n['’]t
     ) (?![A-Za-z]) | [→⇒] | [-=]>""",  # noqa: RUF001
     re.VERBOSE | re.IGNORECASE,
 )
