@@ -31,7 +31,9 @@ _between_boxes = re.compile(
         (?:and|or|\\text\s*\{\s*(?:and|or)\s*\}|\\quad)? [\s$\\(\[]* (?:[a-zA-Z](?:_\{?\d\}?)?\s*=\s*)?""",
     re.VERBOSE,
 )
-_ends_sentence = re.compile(r"\n|[!?](?!\d)|\.(?=\s|$|\\)|\\\\")
+_ends_sentence = re.compile(r"[!?](?!\d)|\.\$*(?=\s|\Z|\\)")
+_ends_line = re.compile(r"\n|\\\\")
+_written_joint = re.compile(r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
 _joint = re.compile(r"(?<![A-Za-z])(?:and|or|by|while|whereas)(?![A-Za-z])|[,;&]|\\q?quad", re.IGNORECASE)
 _goes_on = re.compile(  # the first box led to the second one, or was corrected by it
     r"""(?<![A-Za-z])
@@ -41,7 +43,8 @@ _goes_on = re.compile(  # the first box led to the second one, or was corrected 
       | before | previous\w* | chang\w+ | to | from | after | Rightarrow | now | later | yield\w* | mean\w* | oops
       | sorry | hmm | let | substitut\w+ | using | with | when | if | where | for\sa\stotal | total\w* | altogether
       | wrong\w* | incorrect\w* | false | invalid | fail\w* | extraneous | leaving | leaves | reject\w* | discard\w*
-      | exclud\w* | ignor\w* | impossible | step | \w+n['’]t
+      | exclud\w* | ignor\w* | impossible | step | making | make
+      | arriv\w+ | reach\w* | obtain\w* | guess\w* | scratch | \w+n['’]t
     ) (?![A-Za-z]) | [→⇒] | [-=]>""",  # noqa: RUF001
     re.VERBOSE | re.IGNORECASE,
 )
@@ -104,11 +107,12 @@ def percent_sign(text: str, end: int, answer: str) -> str:
 
 def _are_joined(between: str) -> bool:
     r"""Whether the text between two boxes makes them one answer: ` \text{ and } `, ` cats and `, `, y = `."""
-    if len(between) > MAX_BETWEEN_CHARS:
+    if len(between) > MAX_BETWEEN_CHARS or _ends_sentence.search(between):
         return False
-    if _between_boxes.fullmatch(between):
-        return True
-    if _ends_sentence.search(between) or _goes_on.search(between):
+    ends_line = bool(_ends_line.search(between))
+    if _between_boxes.fullmatch(between):  # an `and` may stand in a line of its own
+        return not ends_line or bool(_written_joint.search(between))
+    if ends_line or _goes_on.search(between):
         return False
     if "=" in between and (not _name.search(between) or between.count("=") > 1):
         return False

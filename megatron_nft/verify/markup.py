@@ -33,6 +33,8 @@ _after = re.compile(
     r"(?:\s*(?:\\(?:blacksquare|square|Box|qed|qedsymbol|checkmark)(?![A-Za-z])|(?:(?<=\s)|^)Q\.?E\.?D\.?))+\s*$"
 )
 _QUOTES = (('"', '"'), ("''", "''"), ("``", "''"), ("'", "'"), ("«", "»"), ("„", '"'), ("「", "」"))
+_CLOSING = frozenset('"\N{RIGHT DOUBLE QUOTATION MARK}»」')
+_ANY_QUOTE = _CLOSING | frozenset("'`\N{PRIME}\N{RIGHT SINGLE QUOTATION MARK}")
 _QUOTE_STARTS = frozenset(opening[0] for opening, _ in _QUOTES)
 TAIL_CHARS = 200  # marks behind an answer are looked for in this many last characters
 KEPT_SIGNS = frozenset("°△▵∠\N{REPLACEMENT CHARACTER}")  # the last is a token that is no text
@@ -103,10 +105,18 @@ def without_marks(text: str) -> str:
     if "Q" in tail or _may_end_proof(tail):
         text = text[:-TAIL_CHARS] + _after.sub("", tail)
     if text[:1] not in _QUOTE_STARTS:
-        return text
+        return text[:-1].rstrip() if _ends_quotation(text) else text
     for opening, closing in _QUOTES:
         if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : -len(closing)]
             if closing not in inner:
                 return inner.strip()
     return text
+
+
+def _ends_quotation(text: str) -> bool:
+    """Whether the last character closes a quotation that began before the answer: `42"`, but not 30' 15" or f"."""
+    before = text[:-1]
+    if text[-1:] not in _CLOSING or not before or any(mark in before for mark in _ANY_QUOTE):
+        return False
+    return not (before[-1].islower() and not before[-2:-1].isalpha())

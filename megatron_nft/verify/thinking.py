@@ -1,8 +1,8 @@
-"""Which part of a response may hold its answer: what stands outside `<think>` and behind `</think>`.
+"""Which part of a response may hold its answer: what stands behind the last `</think>`.
 
-Thinking that was not finished, or with nothing behind it, gives no answer, whatever it boxes. A prompt that ends in
-`<think>` has opened it. `<thinking>` and `<thought>` mean the same, in letters of any case. The graders learn of the
-prompt from their `extra`, under the key `PROMPT_OPENS_THINKING`.
+Thinking that was not finished, or with nothing behind it, gives no answer, whatever is boxed in it or before it. A
+prompt that ends in `<think>` has opened it. `<thinking>` and `<thought>` mean the same, in letters of any case. The
+graders learn of the prompt from their `extra`, under the key `PROMPT_OPENS_THINKING`.
 """
 
 from __future__ import annotations
@@ -48,19 +48,18 @@ def answer_part(response: str, *, opened: bool = False) -> str:
     """
     if not opened and "<" not in response and response and not response.isspace():
         return response
-    closed_at, reopened_at = 0, len(response)
+    closed_at, is_reopened = 0, False
     for tag in _tag.finditer(response):
+        is_reopened = not tag[1]
         if tag[1]:
-            closed_at, reopened_at = tag.end(), len(response)
-        else:
-            reopened_at = min(reopened_at, tag.start())
+            closed_at = tag.end()
     if opened and not closed_at:
         raise NoAnswer(
             "the thinking is not finished: the prompt opens it, and there is no </think>", ReasonKind.UNFINISHED
         )
-    rest = response[closed_at:reopened_at]
+    if is_reopened:
+        raise NoAnswer("the thinking is not finished: there is no </think>", ReasonKind.UNFINISHED)
+    rest = response[closed_at:]
     if rest.strip():
         return rest
-    if reopened_at < len(response):
-        raise NoAnswer("the thinking is not finished: there is no </think>", ReasonKind.UNFINISHED)
     raise NoAnswer("nothing follows </think>" if closed_at else "the response is empty")

@@ -20,7 +20,11 @@ CASES = DATA.parent / "cases" / "grading.jsonl"
 ALLOWED_DISAGREEMENT = 0.06
 DISAGREEMENTS: dict[str, dict[int, str]] = {
     "second_reader.jsonl": {},
-    "fresh_rows.jsonl": {55: "b is a letter of its own where B is one", 119: "nobody puts the digits of 12 in braces"},
+    "fresh_rows.jsonl": {
+        41: "thinking that is reopened may take the answer before it back",
+        55: "b is a letter of its own where B is one",
+        119: "nobody puts the digits of 12 in braces",
+    },
 }
 """File -> line -> why our verdict differs from the row's."""
 

@@ -16,7 +16,11 @@ _goes_on = re.compile(  # `(C) and (D)`, `(C), (D)`, `(C) is wrong`
     r"\s*\)?\s*(?:[;/&]|(?:[.:,]\s*)?(?:and|or|but|is\s+(?:wrong|not|incorrect|false))\b|,\s*\(\s*[A-J]\s*\))",
     re.IGNORECASE,
 )
-_another = re.compile(r"[,;]\s*(?:(?:and|or|but|not)\s+)*\(\s*[A-J]\s*\)")  # `(A) none, (B) some`
+_another = re.compile(  # `(A) none, (B) some`, `A: none; B: some`, `(A) none and (B) some`, but not `both (A) and (B)`
+    r"""[,;]\s*(?:(?:and|or|but|not)\s+)*(?:\(\s*[A-J]\s*\)|[A-J][.:)]\s*\w)
+      | (?<!\([A-J]\))(?<!\b[A-J])(?<!\s)\s+(?:and|or)\s+(?:\(\s*[A-J]\s*\)|[A-J][.:)]\s*\w)""",
+    re.VERBOSE,
+)
 
 
 def choice_of(text: str) -> tuple[str, str] | None:

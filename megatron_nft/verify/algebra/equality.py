@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_nft.verify.algebra.comparison import proportional
 from megatron_nft.verify.algebra.families import same_family
-from megatron_nft.verify.algebra.names import by_name, is_name, points_of, with_names_of
+from megatron_nft.verify.algebra.names import by_name, has_letters, is_name, points_of, with_names_of
 from megatron_nft.verify.algebra.quantity import is_rounded, same_quantity
 from megatron_nft.verify.algebra.regions import FLIPPED, ORDERS, combine_inequalities, region, variable
 from megatron_nft.verify.algebra.tree import Tree
@@ -15,6 +15,7 @@ from megatron_nft.verify.algebra.values import OutOfRange, symbols
 
 _MAX_ITEMS = 200
 _MAX_SIGNS = 6
+_ARITHMETIC = frozenset(("+", "-", "*", "/", "^", "root"))
 _STRUCTURES = frozenset(("list", "tuple", "set", "union", "matrix", "reals"))
 
 
@@ -64,6 +65,8 @@ def _same_structure(gold: Tree, found: Tree) -> bool:
         if listed[0] == "list":  # y = 3, x = 2 is (2, 3)
             gold, found = by_name(gold), by_name(found)
         return plain and listed[0] in ("list", "set") and _in_order(gold[-_count(gold) :], found[-_count(found) :])
+    if kinds == ("list", "list") and has_letters(gold) and all(item[0] != "rel" for item in found[1:]):
+        return _in_order(gold[1:], found[1:]) or _in_order(by_name(gold)[1:], found[1:])  # 4, 3 is not x = 3, y = 4
     if kinds == ("list", "list") or kinds == ("set", "set"):
         return _in_any_order(gold[1:], found[1:])
     if "set" in kinds:  # {1, 2} for 1, 2 and {5} for 5
@@ -178,8 +181,8 @@ def _same_relation(gold: Tree, found: Tree) -> bool:
     signs = relation[1]
     if signs == (r"\in",) or signs[0] in ORDERS or signs == ("!=",):
         values = [region(relation)]
-    elif gold[0] == "rel" and not is_name(gold[2]):
-        values = []  # 0 is not an answer to 2x + 3y = 0
+    elif not is_name(relation[2]) and (relation is gold or _is_unsolved(relation)):
+        values = []  # 0 is not an answer to 2x + 3y = 0, nor 2x = 14 to 14
     elif set(signs) <= {"=", r"\approx", r"\equiv"}:
         values = [relation[-1]]
         if r"\approx" in signs:
@@ -190,6 +193,27 @@ def _same_relation(gold: Tree, found: Tree) -> bool:
         if value is not None and (same(value, found) if relation is gold else same(gold, value)):
             return True
     return False
+
+
+def _is_unsolved(relation: Tree) -> bool:
+    """Whether a relation is an equation in one letter or in x, y and z, such as `2x = 14`, and no chain of them.
+
+    A sum of letters, also x + y, is what some questions ask for, and so are `a^2 + b^2` and values of functions.
+    """
+    left = relation[2]
+    letters = symbols(left)
+    if len(relation) > 4 or not letters or (left[0] == "+" and all(part[0] == "s" for part in left[1:])):
+        return False
+    if any((len(name) > 1 and name.isalpha()) or name in "fgh" for name in letters):  # words, and f of f^{-1}(2)
+        return False
+    return (len(letters) == 1 or letters <= set("xyz")) and _is_arithmetic(left)
+
+
+def _is_arithmetic(tree: Tree) -> bool:
+    if tree[0] in ("n", "s"):
+        return True
+    inner = tree[2:] if tree[:2] == ("f", "abs") else tree[1:]
+    return (tree[0] in _ARITHMETIC or inner != tree[1:]) and all(map(_is_arithmetic, inner))
 
 
 def _same_relations(gold: Tree, found: Tree) -> bool:

@@ -110,14 +110,18 @@ def rename(tree: Tree, names: dict[str, str]) -> Tree:
     return tuple(rename(part, names) if isinstance(part, tuple) and part else part for part in tree)
 
 
-def by_name(tree: Tree) -> Tree:
-    """Return equations for different letters, `y = 3, x = 2`, in the order of the letters; other trees unchanged."""
+def has_letters(tree: Tree) -> bool:
+    """Whether a tree lists equations for different letters, as `x = 3, y = 4` does; `x_1 = 3, x_2 = 4` does not."""
     items = tree[1:]
     if tree[0] != "list" or not all(item[0] == "rel" and item[1] == ("=",) and item[2][0] == "s" for item in items):
-        return tree
+        return False
     names = [item[2][1] for item in items]
-    distinct = len(set(names)) == len(names) and all(len(name) == 1 for name in names)
-    return ("list", *sorted(items, key=lambda item: str(item[2][1]))) if distinct else tree
+    return len(set(names)) == len(names) and all(len(name) == 1 for name in names)
+
+
+def by_name(tree: Tree) -> Tree:
+    """Return equations for different letters, `y = 3, x = 2`, in the order of the letters; other trees unchanged."""
+    return ("list", *sorted(tree[1:], key=lambda item: str(item[2][1]))) if has_letters(tree) else tree
 
 
 def points_of(tree: Tree) -> Tree:

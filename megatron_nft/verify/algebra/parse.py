@@ -85,8 +85,8 @@ class Parser(TokenCursor):
         """Whether `token` continues a product that is written without a multiplication sign."""
         if not token:
             return False
-        if token[0].isdigit() or token[0] == ".":  # `1 2` and `x2` are not products, `\sqrt{3}2` is
-            return self.tokens[self.at - 1] in (")", "}")
+        if token[0].isdigit() or token[0] == ".":  # `1 2` and `x2` are not products, `\sqrt{3}2` and `3!2!` are
+            return self.tokens[self.at - 1] in (")", "}", "!")
         if token[0] == '"':
             return True
         if token[0] == "\\":

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from megatron_nft.verify.algebra.comparison import same_value, value_at_a_point
 from megatron_nft.verify.algebra.exact import exact
-from megatron_nft.verify.algebra.tree import MAX_DIGITS, Tree
+from megatron_nft.verify.algebra.tree import MAX_DIGITS, Tree, Written
 from megatron_nft.verify.algebra.units import canonical
 from megatron_nft.verify.algebra.values import symbols
 
@@ -124,6 +124,9 @@ def _rounds_to(value: Tree, decimal: Tree, digits: int = MIN_DIGITS, places: int
     found_digits, found_places = _decimal_digits(number)
     if found_digits < digits or found_places < places:
         return False
+    written = decimal[1][1] if decimal[0] == "-" else decimal[1]
+    if isinstance(written, Written):  # 1.7320 is not what the root of 3 rounds to
+        found_places = written.places
     number_of_value = value_at_a_point(value)
     if number_of_value is None:
         return False

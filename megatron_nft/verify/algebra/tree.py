@@ -40,6 +40,22 @@ class TooMuch(NotUnderstood):
     """The text is too long, too deeply nested or has too many digits for any parser."""
 
 
+class Written(Fraction):
+    """A decimal with zeros at its end: 1.7320 is equal to 1.732, but it is rounded to four places."""
+
+    places = 0
+
+    @classmethod
+    def with_places(cls, value: Fraction, places: int) -> Written:
+        """Return the number `value`, written with so many decimal places."""
+        number = cls(value)
+        number.places = places
+        return number
+
+    def __neg__(self) -> Written:
+        return self.with_places(super().__neg__(), self.places)
+
+
 def read_number(token: str) -> Fraction:
     """Return the exact value of a number token such as `12`, `.5` or `4.5e33`.
 
@@ -50,7 +66,9 @@ def read_number(token: str) -> Fraction:
         raise TooMuch("a number of too many digits")
     whole, _, decimals = mantissa.partition(".")
     value = Fraction(int(whole + decimals or "0"), 10 ** len(decimals))
-    return value * Fraction(10) ** int(exponent) if exponent else value
+    if exponent:
+        return value * Fraction(10) ** int(exponent)
+    return Written.with_places(value, len(decimals)) if decimals.endswith("0") else value
 
 
 def times(left: Tree, right: Tree) -> Tree:
