@@ -99,3 +99,15 @@ def test_settings_that_vllm_lacks_are_refused(setting):
         command_line(
             Path("python"), Path("m"), ServerConfig(**setting), device="cuda", dtype="auto", gpu=0, weight_version=0
         )
+
+
+def test_its_counters_move_with_answers_and_not_without(engine):
+    """The sign of progress by which a server that hangs is found (engines/watch.py)."""
+
+    def sign() -> float:
+        return engine._submit(engine._progress(engine._client, engine.urls[0])).result()
+
+    before = sign()
+    assert len(list(engine.generate([Request(prompt(6), 2, (0,))], SamplingParams(8)))) == 2
+    assert sign() >= before + 2 * (6 + 1)  # prompts, and a token each at the least
+    assert sign() == sign()
