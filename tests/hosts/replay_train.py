@@ -15,7 +15,7 @@ import numpy as np
 from megatron_nft.cli import main
 from megatron_nft.data.rollout_file import list_rollout_files, read_rollout_file
 from megatron_nft.engines.client import HttpEngine
-from megatron_nft.engines.engine import Completion, Request, SamplingParams
+from megatron_nft.engines.engine import Completion, OnWait, Request, SamplingParams
 
 
 def recorded(run_dir: Path) -> dict[tuple[int, int], dict]:
@@ -29,7 +29,7 @@ def replay(run_dir: Path) -> None:
     rows = recorded(run_dir)
 
     def generate(
-        self: HttpEngine, requests: Sequence[Request], sampling: SamplingParams
+        self: HttpEngine, requests: Sequence[Request], sampling: SamplingParams, on_wait: OnWait | None = None
     ) -> Iterator[tuple[int, int, Completion]]:
         for number, request in enumerate(requests):
             for sample in range(request.num_samples):
