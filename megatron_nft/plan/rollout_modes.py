@@ -19,7 +19,9 @@ independent. Whether a group is kept is drawn by itself.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -181,7 +183,9 @@ def simulate(
             f"rollout.max_staleness={demand.max_staleness}: {mode} trains answers that other weights began, "
             "so it needs at least 1"
         )
-    run = {"synchronous": _Synchronous, "streaming": _Streaming, "overlapped": _Overlapped}[mode](machine, demand, seed)
+    runs: dict[str, Callable[[Machine, Demand, int], _Run]]
+    runs = {"synchronous": _Synchronous, "streaming": _Streaming, "overlapped": _Overlapped}
+    run = runs[mode](machine, demand, seed)
     for _ in range(warm_up):
         run.step()
     run.ages.clear()
@@ -200,7 +204,9 @@ def simulate(
 
 
 @dataclass
-class _Run:
+class _Run(ABC):
+    """Engines, trainer and questions of one mode; a subclass says what a step is."""
+
     machine: Machine
     demand: Demand
     seed: int
@@ -212,8 +218,9 @@ class _Run:
         self.fleet = Fleet.of(self.machine.model, self.machine.engines)
         self.questions = _Questions(self.demand, self.seed)
 
+    @abstractmethod
     def step(self) -> None:
-        raise NotImplementedError
+        """Go on to the end of the next training step."""
 
     def _go_on(self) -> None:
         """To the end of the next answer."""
