@@ -33,6 +33,32 @@ def check_completion(completion: Completion) -> None:
         raise BadAnswer("an answer came with log-probs that are not finite")
 
 
+def version_spans(completion: Completion) -> tuple[tuple[int, int, int], ...]:
+    """(version, start, end) of every token, also where the whole answer has one version."""
+    whole = ((completion.weight_version, 0, len(completion.token_ids)),)
+    return completion.weight_version_spans or whole[: len(completion.token_ids)]
+
+
+def joined(prefix: Completion | None, rest: Completion) -> Completion:
+    """The answer that begins with `prefix` and goes on with `rest`, whose own first token is the one after it."""
+    if prefix is None:
+        return rest
+    start = len(prefix.token_ids)
+    spans = list(version_spans(prefix))
+    for version, first, end in version_spans(rest):
+        if spans and spans[-1][0] == version:
+            spans[-1] = (version, spans[-1][1], start + end)
+        else:
+            spans.append((version, start + first, start + end))
+    return Completion(
+        np.concatenate([prefix.token_ids, rest.token_ids]),
+        np.concatenate([prefix.logprobs, rest.logprobs]),
+        rest.finish_reason,
+        spans[-1][0] if spans else rest.weight_version,
+        tuple(spans) if len(spans) > 1 else (),
+    )
+
+
 def check_version(completion: Completion, asked: int, allow_change: bool, url: str) -> None:
     """WeightVersionError where an answer of the server at `url` is of another version than `asked`.
 
