@@ -118,13 +118,19 @@ class RolloutConfig(Section):
     engine: Annotated[str, AfterValidator(known_engine)] = "embedded"
     """What generates the answers: embedded (transformers in the trainer's own processes, for small models), sglang or
     vllm (servers)."""
+    mode: Literal["synchronous", "streaming"] = "synchronous"
+    """synchronous: all questions of a batch are answered to their end. streaming: generation ends when the step's
+    groups are known; answers under way go on in the next step, from the tokens that they have. docs/nft.md says what
+    that does to the ratio."""
     answers_per_question: Annotated[int, Field(ge=2)] = 16
     """Answers sampled for each question: the size of a group."""
     questions_per_batch: PositiveInt = 1536
     """Questions sampled per generation batch. Batches are generated until a step has `train.questions_per_step` groups
-    that are neither all right nor all wrong."""
+    that are neither all right nor all wrong. `streaming` has no batches: it samples as many questions as max_staleness
+    allows to be open."""
     max_generation_batches: PositiveInt = 10
-    """Most generation batches per step; when they do not fill a step, the run ends with an error."""
+    """Most generation batches per step, in `streaming` as many questions; when they do not fill a step, the run ends
+    with an error."""
     max_response_tokens: PositiveInt = 3584
     """Tokens after which an answer is cut off."""
     stop_token_ids: list[NonNegativeInt] = Field(default=[])
@@ -140,7 +146,8 @@ class RolloutConfig(Section):
     """Permit top_p < 1 or top_k in training, although the likelihood ratio is then biased."""
     max_staleness: NonNegativeInt = 1
     """Training steps for which groups beyond a full step are kept to be trained later; 0 throws them away, as the
-    published runs do. docs/nft.md says what stale groups change."""
+    published runs do. In `streaming`: most weight syncs between the first token of an answer and its
+    training, at least 1. docs/nft.md says what stale groups change."""
     embedded_batch_tokens: PositiveInt = 65536
     """Size of one batch of the embedded engine: rows x tokens of the longest possible row. Lower it where memory is
     short."""
@@ -162,6 +169,16 @@ class RolloutConfig(Section):
             )
         if self.top_k == 0 or self.top_k < -1:
             raise ValueError(f"top_k={self.top_k}: must be -1 (all tokens) or at least 1")
+        return self
+
+    @model_validator(mode="after")
+    def _mode(self) -> RolloutConfig:
+        if self.mode != "synchronous" and self.max_staleness < 1:
+            raise ValueError(
+                f"max_staleness={self.max_staleness} with mode={self.mode}: its answers may go on under the weights of "
+                "the next step, so that they are trained one step after they began; set max_staleness to at least 1, "
+                "or mode=synchronous"
+            )
         return self
 
     @model_validator(mode="after")

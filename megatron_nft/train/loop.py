@@ -16,7 +16,7 @@ from megatron_nft.metrics import Metrics
 from megatron_nft.policy.policy import StepReport
 from megatron_nft.train import record
 from megatron_nft.train.checkpoints import RunState
-from megatron_nft.train.collect import Ask, collect, generate, write_step
+from megatron_nft.train.collect import Ask, Collected, collect, generate, write_step
 from megatron_nft.train.correction import corrected, steps_over_limit
 from megatron_nft.train.held_out import evaluate_held_out
 from megatron_nft.train.lifecycle import Interrupted
@@ -31,6 +31,7 @@ from megatron_nft.train.replicas import (
 )
 from megatron_nft.train.rounds import Rounds
 from megatron_nft.train.schedule import optimizer_steps, plan_step
+from megatron_nft.train.streaming import StreamInterrupted, collect_streaming
 from megatron_nft.train.sync import readmit, release_engine, sync_weights
 from megatron_nft.weights.export_hf import save_hf
 
@@ -61,7 +62,7 @@ def train(parts: Parts, state: RunState) -> RunState:
             if signum := largest(parts.life.stop.signum, parts.layout.world_gloo):
                 raise Interrupted(signum)
     except Interrupted as interrupted:
-        save_and_say(parts, state, interrupted)
+        save_and_say(parts, interrupted.state if isinstance(interrupted, StreamInterrupted) else state, interrupted)
         raise
     wait_for_checkpoint(parts)
     if parts.config.checkpoint.export_hf:
@@ -74,19 +75,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
     config, layout, policy, phases = parts.config, parts.layout, parts.policy, parts.life.phases
     step = phases.step = state.step + 1
     with phases("generate"):
-        rounds = open_rounds(parts, state)
-        found = collect(
-            ask_engine(parts, state, metrics, rounds),
-            state,
-            step,
-            metrics,
-            config=config,
-            layout=layout,
-            stream=parts.questions.stream,
-            algorithm=parts.algorithm,
-            rounds=rounds,
-            end_tokens=parts.questions.end_tokens,
-        )
+        found = generate_step(parts, state, metrics)
         release_engine(parts.engine, layout)
     with phases("exchange"):
         plan = plan_step(
@@ -134,7 +123,39 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         weight_version=version,
         cursor=found.cursor,
         surplus=tuple(s for (draw, _), s in samples.items() if draw in plan.surplus),
+        waiting=found.waiting,
         steps_over_gap=over,
+    )
+
+
+def generate_step(parts: Parts, state: RunState, metrics: Metrics) -> Collected:
+    """The answers of the step after `state`, in the mode of the settings. Collective."""
+    rounds, config, questions = open_rounds(parts, state), parts.config, parts.questions
+    if config.rollout.mode == "streaming":
+        return collect_streaming(
+            state,
+            metrics,
+            engine=parts.engine,
+            verifier=parts.verifier,
+            tokenizer=questions.tokenizer,
+            config=config,
+            layout=parts.layout,
+            stream=questions.stream,
+            algorithm=parts.algorithm,
+            rounds=rounds,
+            end_tokens=questions.end_tokens,
+        )
+    return collect(
+        ask_engine(parts, state, metrics, rounds),
+        state,
+        state.step + 1,
+        metrics,
+        config=config,
+        layout=parts.layout,
+        stream=questions.stream,
+        algorithm=parts.algorithm,
+        rounds=rounds,
+        end_tokens=questions.end_tokens,
     )
 
 
@@ -213,9 +234,12 @@ def finish_step(parts: Parts, state: RunState) -> None:
             parts.life.console.say(f"{share}: {note}")
 
 
-def save(parts: Parts, state: RunState) -> None:
-    """Save a checkpoint of `state`, unless there is one or one is being written. Collective."""
-    if state.step in (parts.store.saved_step, parts.store.pending_step):
+def save(parts: Parts, state: RunState, *, again: bool = False) -> None:
+    """Save a checkpoint of `state`, unless there is one of its step or one is being written. Collective.
+
+    again: also then, in its place, since answers were generated after it.
+    """
+    if state.step in (parts.store.saved_step, parts.store.pending_step) and not again:
         return
     wait_for_checkpoint(parts)
     with parts.life.phases("checkpoint"):
@@ -236,7 +260,7 @@ def save_and_say(parts: Parts, state: RunState, interrupted: Interrupted) -> Non
     if not state.step:
         parts.life.console.say(f"{interrupted} before the first step was complete; nothing to save")
         return
-    save(parts, state)
+    save(parts, state, again=isinstance(interrupted, StreamInterrupted))
     wait_for_checkpoint(parts)
     folder = folder_of(parts.config.run_dir, state.step)
     parts.life.console.say(f"{interrupted}: step {state.step} is saved in {folder}; run the same command to go on")

@@ -26,9 +26,10 @@ class GroupFacts:
 
     draw: int
     holder: int  # rank that holds its samples
-    fate: str  # kept | all_correct | all_wrong | too_few
-    step: int  # training step in which it was generated
+    fate: str  # kept | all_correct | all_wrong | too_few | too_old
+    step: int  # training step in which its first token was generated
     samples: tuple[tuple[int, int, int], ...] = ()  # (sample_index, tokens, response tokens) of each sample
+    versions: tuple[tuple[int, int], ...] = ()  # (weight version, response tokens that it made) of the samples
 
 
 @dataclass(frozen=True, slots=True)
