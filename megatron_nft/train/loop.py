@@ -73,6 +73,7 @@ def train(parts: Parts, state: RunState) -> RunState:
 def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
     """One step: returns the state after it. Until the optimizer starts, nothing that is saved has changed."""
     config, layout, policy, phases = parts.config, parts.layout, parts.policy, parts.life.phases
+    algorithm = config.algorithm.with_correction_for(config.rollout.mode)
     step = phases.step = state.step + 1
     with phases("generate"):
         found = generate_step(parts, state, metrics)
@@ -97,17 +98,17 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         if layout.is_replica_leader:
             metrics.add("policy/entropy", entropy)
         measured = fresh or list(samples.values())  # surplus alone: as measured when it was generated
-        gap = gap_of_all_ranks(measured, config.algorithm, layout)
+        gap = gap_of_all_ranks(measured, algorithm, layout)
         record.add_gap(metrics, layout.rank, gap)
-        over = steps_over_limit(state.steps_over_gap, gap, config.algorithm, parts.store.saved_step)
+        over = steps_over_limit(state.steps_over_gap, gap, algorithm, parts.store.saved_step)
     with phases("write"):
         write_step(config.run_dir, step, found, plan, fresh, layout)
     with phases("train"):
         total, skipped = config.train.num_epochs * len(plan.optimizer_steps), 0
         updates = optimizer_steps(plan, samples, config.train.num_epochs, layout.dp.rank, seed=(config.seed, step))
         for number, (mine, tokens, answers) in enumerate(updates, start=1):
-            denominator = config.algorithm.denominator(tokens=tokens, answers=answers)
-            batches = pack_for_policy(corrected(mine, config.algorithm), policy)
+            denominator = algorithm.denominator(tokens=tokens, answers=answers)
+            batches = pack_for_policy(corrected(mine, algorithm), policy)
             with micro_batch_progress(policy, parts.life, f"update {number} of {total}", len(batches)):
                 outcome = policy.train_step(batches, parts.algorithm, denominator, config.rollout.temperature)
             record.add_optimizer_step(metrics, layout.rank, outcome)
