@@ -24,7 +24,7 @@ and goes on later, perhaps under other weights, as the prefix of a new request.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -117,6 +117,8 @@ class Advance:
 
     ended: list[tuple[int, Completion]]  # (number of the request, the whole answer with its prefix)
     moved: bool  # whether the engine has made progress
+    begun: list[tuple[int, Completion]] = field(default_factory=list)
+    """Answers that go on, as far as they are known: where a server gave them up, for a weight sync for example."""
 
 
 class AnswerStream(Protocol):
@@ -126,9 +128,9 @@ class AnswerStream(Protocol):
         """Start answers as soon as there is room for them, in the order in which they were added."""
         ...
 
-    def advance(self) -> Advance:
-        """Go on for a fixed number of tokens (the embedded engine), or until an answer ends, WAIT_S seconds at most
-        (servers). EngineError where an answer cannot be had."""
+    def advance(self, *, at_once: bool = False) -> Advance:
+        """Go on for a fixed number of tokens (the embedded engine) or a fixed time (servers), or tell `at_once` what
+        there is to tell. EngineError where an answer cannot be had."""
         ...
 
     def stop(self) -> list[tuple[int, Completion]]:

@@ -42,6 +42,7 @@ class HttpStream:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._num_open = 0  # added and not handed back
+        self._begun: dict[int, Completion] = {}  # given up by a server since the last `advance`, and asked again
         self._stopping = False
 
     def add(self, requests: Sequence[AnswerRequest]) -> None:
@@ -50,17 +51,20 @@ class HttpStream:
             self._num_open += len(requests)
             self._submit(self._add(requests)).result()
 
-    def advance(self) -> Advance:
+    def advance(self, *, at_once: bool = False) -> Advance:
         """See `engine.AnswerStream.advance`."""
-        ended, deadline = [], time.monotonic() + ROUND_S
-        while (left_s := deadline - time.monotonic()) > 0:
+        ended, deadline = [], time.monotonic() + (0.0 if at_once else ROUND_S)
+        while True:
             try:
-                number, completion = self._take(left_s)
+                number, completion = self._take(max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
             assert completion is not None, "only `stop` ends an answer without tokens"
             ended.append((number, completion))
-        return Advance(ended, self._asker.take_moved() or bool(ended))
+        begun, self._begun = self._begun, {}  # one that has ended by now comes later, and replaces this
+        over = {number for number, _ in ended}
+        news = [(number, answer) for number, answer in begun.items() if number not in over]
+        return Advance(ended, self._asker.take_moved() or bool(ended), news)
 
     def stop(self) -> list[tuple[int, Completion]]:
         """See `engine.AnswerStream.stop`."""
@@ -117,6 +121,9 @@ class HttpStream:
                 answer = settled(joined(answer, rest), self._sampling)
                 if answer.finish_reason != "stopped":
                     break
+                if len(answer.token_ids):
+                    self._begun[request.number] = answer
+        self._begun.pop(request.number, None)
         has_tokens = answer is not None and len(answer.token_ids) > 0
         self._answers.put((request.number, answer if has_tokens else None))
 

@@ -6,6 +6,7 @@ replica that trains them. What every rank must agree on is computed by each from
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -31,7 +32,7 @@ from megatron_nft.train.replicas import (
 )
 from megatron_nft.train.rounds import Rounds
 from megatron_nft.train.schedule import optimizer_steps, plan_step
-from megatron_nft.train.streaming import StreamInterrupted, collect_streaming
+from megatron_nft.train.streaming import Producer, StreamInterrupted
 from megatron_nft.train.sync import readmit, release_engine, sync_weights
 from megatron_nft.weights.export_hf import save_hf
 
@@ -47,12 +48,13 @@ def train(parts: Parts, state: RunState) -> RunState:
     """
     num_steps = parts.config.train.num_steps
     parts.life.phases.step = state.step
+    producer = open_producer(parts, state) if parts.config.rollout.mode == "overlapped" else None
     try:
         if parts.recorder.has_unwritten:
             finish_step(parts, state)
         while state.step < num_steps:
             metrics = parts.recorder.start_step()
-            state = train_step(parts, state, metrics)
+            state = train_step(parts, state, metrics, producer)
             parts.engine.note_good_step()
             parts.recorder.end_step(metrics)
             finish_step(parts, state)
@@ -62,21 +64,31 @@ def train(parts: Parts, state: RunState) -> RunState:
             if signum := largest(parts.life.stop.signum, parts.layout.world_gloo):
                 raise Interrupted(signum)
     except Interrupted as interrupted:
-        save_and_say(parts, interrupted.state if isinstance(interrupted, StreamInterrupted) else state, interrupted)
+        newer = interrupted.state if isinstance(interrupted, StreamInterrupted) else None
+        if producer is not None and newer is None:
+            producer.stop()
+            newer = producer.hold(state)
+        save_and_say(parts, newer or state, interrupted, again=newer is not None)
         raise
+    finally:
+        if producer is not None:
+            producer.close()
     wait_for_checkpoint(parts)
     if parts.config.checkpoint.export_hf:
         export(parts)
     return state
 
 
-def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
-    """One step: returns the state after it. Until the optimizer starts, nothing that is saved has changed."""
+def train_step(parts: Parts, state: RunState, metrics: Metrics, producer: Producer | None = None) -> RunState:
+    """One step: returns the state after it. Until the optimizer starts, nothing that is saved has changed.
+
+    producer: that of rollout.mode=overlapped.
+    """
     config, layout, policy, phases = parts.config, parts.layout, parts.policy, parts.life.phases
     algorithm = config.algorithm.with_correction_for(config.rollout.mode)
     step = phases.step = state.step + 1
     with phases("generate"):
-        found = generate_step(parts, state, metrics)
+        found = generate_step(parts, state, metrics, producer)
         release_engine(parts.engine, layout)
     with phases("exchange"):
         plan = plan_step(
@@ -119,7 +131,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         receipt = sync_weights(parts.sync, parts.engine, policy, questions.stream, questions.tokenizer, version)
         record.add_sync(metrics, receipt)
     record.add_plan(metrics, layout.rank, found.kept, plan, step)
-    return RunState(
+    after = RunState(
         step=step,
         weight_version=version,
         cursor=found.cursor,
@@ -127,25 +139,36 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         waiting=found.waiting,
         steps_over_gap=over,
     )
+    return after if producer is None else producer.hold(after)
 
 
-def generate_step(parts: Parts, state: RunState, metrics: Metrics) -> Collected:
-    """The answers of the step after `state`, in the mode of the settings. Collective."""
+def open_producer(parts: Parts, state: RunState) -> Producer:
+    """What generates from `state` on, where answers outlive a step. Collective."""
+    questions = parts.questions
+    return Producer(
+        state,
+        engine=parts.engine,
+        verifier=parts.verifier,
+        tokenizer=questions.tokenizer,
+        config=parts.config,
+        layout=parts.layout,
+        stream=questions.stream,
+        algorithm=parts.algorithm,
+        end_tokens=questions.end_tokens,
+    )
+
+
+def generate_step(parts: Parts, state: RunState, metrics: Metrics, producer: Producer | None) -> Collected:
+    """The answers of the step after `state`, in the mode of the settings. Collective.
+
+    producer: where it goes on while the trainer trains.
+    """
     rounds, config, questions = open_rounds(parts, state), parts.config, parts.questions
+    if producer is not None:
+        return producer.collect(state, metrics, rounds)
     if config.rollout.mode == "streaming":
-        return collect_streaming(
-            state,
-            metrics,
-            engine=parts.engine,
-            verifier=parts.verifier,
-            tokenizer=questions.tokenizer,
-            config=config,
-            layout=parts.layout,
-            stream=questions.stream,
-            algorithm=parts.algorithm,
-            rounds=rounds,
-            end_tokens=questions.end_tokens,
-        )
+        with closing(open_producer(parts, state)) as of_this_step:
+            return of_this_step.collect(state, metrics, rounds)
     return collect(
         ask_engine(parts, state, metrics, rounds),
         state,
@@ -256,12 +279,12 @@ def wait_for_checkpoint(parts: Parts) -> None:
             parts.store.wait()
 
 
-def save_and_say(parts: Parts, state: RunState, interrupted: Interrupted) -> None:
-    """Save the last complete step after a stop signal, and say what was saved. Collective."""
+def save_and_say(parts: Parts, state: RunState, interrupted: Interrupted, *, again: bool) -> None:
+    """Save the last complete step after a stop signal, and say what was saved. Collective. again: see `save`."""
     if not state.step:
         parts.life.console.say(f"{interrupted} before the first step was complete; nothing to save")
         return
-    save(parts, state, again=isinstance(interrupted, StreamInterrupted))
+    save(parts, state, again=again)
     wait_for_checkpoint(parts)
     folder = folder_of(parts.config.run_dir, state.step)
     parts.life.console.say(f"{interrupted}: step {state.step} is saved in {folder}; run the same command to go on")

@@ -3,10 +3,11 @@
 Groups train in the order in which their questions were drawn, and a step trains the first N that are kept; so neither
 the length nor the speed of an answer decides whether it is trained. Groups that teach nothing are passed over.
 
-A question may be started only while fewer than `size` = (max_staleness + 1) x N groups before it are open: not trained,
-and not known to be dropped. A group's place only ever gets smaller, by N in every step that trains others: one that
-was started at place p < size in step t trains at step t + p // N <= t + max_staleness at the latest. So no answer is
-thrown away for its age, unless the bound itself is lowered between two starts of a run.
+A question may be started only while fewer than (max_staleness + 1) x N groups before it are open: not trained, and not
+known to be dropped. A group's place only ever gets smaller, by N in every step that trains others: one that was started
+at place p in the generation of step t trains at step t + p // N <= t + max_staleness at the latest. While step t is
+being trained its groups count no more, and the limit is max_staleness x N. So no answer is thrown away for its age,
+unless the bound itself is lowered between two starts of a run.
 
 Every rank has a window of its own, and makes the same calls in the same order.
 """
@@ -19,15 +20,13 @@ from collections.abc import Iterable
 class Window:
     """The open groups of all ranks in draw order."""
 
-    def __init__(self, size: int, open_draws: Iterable[int] = ()) -> None:
+    def __init__(self, open_draws: Iterable[int] = ()) -> None:
         """open_draws: of groups that are not decided yet."""
-        self._size = size
         self._is_kept = dict.fromkeys(sorted(open_draws), False)  # False: its answers are under way
 
-    @property
-    def room(self) -> int:
-        """How many questions may be started now."""
-        return max(0, self._size - len(self._is_kept))
+    def room(self, limit: int) -> int:
+        """How many questions may be started while fewer than `limit` groups are open."""
+        return max(0, limit - len(self._is_kept))
 
     def start(self, draw: int) -> None:
         """Take note of a question that is started: the next one in draw order."""

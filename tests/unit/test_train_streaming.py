@@ -21,7 +21,7 @@ from megatron_nft.train.buffer import OpenGroup
 from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.collect import EmptyBatchError
 from megatron_nft.train.rounds import Rounds
-from megatron_nft.train.streaming import StreamInterrupted, collect_streaming
+from megatron_nft.train.streaming import Producer, StreamInterrupted
 from megatron_nft.train.waiting_file import read_waiting, write_waiting
 from megatron_nft.types import Prompt, Verdict
 from megatron_nft.verify import Graded
@@ -58,7 +58,9 @@ class Stream:
         self.engine.asked += requests
         self.waiting += requests
 
-    def advance(self) -> Advance:
+    def advance(self, *, at_once: bool = False) -> Advance:
+        if at_once:
+            return Advance([], False)
         while self.waiting and len(self.running) < self.engine.rows:
             request = self.waiting.pop(0)
             self.running[request.number] = (request, 0)
@@ -148,9 +150,8 @@ class Rank:
 
     def collect(self):
         self.engine.weight_version = self.state.weight_version
-        return collect_streaming(
+        producer = Producer(
             self.state,
-            self.metrics,
             engine=self.engine,
             verifier=Verifier(),
             tokenizer=Tokenizer(),
@@ -158,8 +159,8 @@ class Rank:
             layout=SimpleNamespace(rank=0, world_size=1, world_gloo=None),
             stream=self.questions,
             algorithm=self.algorithm,
-            rounds=Rounds(self.life, None),
         )
+        return producer.collect(self.state, self.metrics, Rounds(self.life, None))
 
     def step(self):
         found = self.collect()
@@ -359,12 +360,11 @@ def test_a_stop_signal_keeps_what_was_generated():
 
 
 def test_groups_older_than_a_bound_that_was_lowered_are_dropped_and_counted():
-    rank = Rank(settings(3), Engine())
-    for _ in range(6):
+    rank, old = Rank(settings(3), Engine()), set()
+    while not old:
         rank.step()
-    oldest = {g.draw: g.oldest_version for g in rank.state.waiting if g.oldest_version is not None}
-    old = {draw for draw, version in oldest.items() if version < rank.state.weight_version - 1}
-    assert old
+        oldest = {g.draw: g.oldest_version for g in rank.state.waiting if g.oldest_version is not None}
+        old = {draw for draw, version in oldest.items() if version < rank.state.weight_version - 1}
     other = Rank(settings(1), Engine(), rank.state)
     found = other.step()
     assert {g.draw for g, fate in zip(found.groups, found.fates, strict=True) if fate == "too_old"} == old

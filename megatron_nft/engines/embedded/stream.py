@@ -39,10 +39,12 @@ class EmbeddedStream:
             row_width(len(request.prompt_ids), self._max_tokens, self._limit)
         self._waiting.extend(requests)
 
-    def advance(self) -> Advance:
-        """See `engine.AnswerStream.advance`."""
-        self._start()
+    def advance(self, *, at_once: bool = False) -> Advance:
+        """See `engine.AnswerStream.advance`. Between two calls nothing happens that could be told at once."""
         ended: list[Decoded] = []
+        if at_once:
+            return Advance([], False)
+        self._start()
         for _ in range(self._tokens_per_round):
             if len(self._batch):
                 ended += self._batch.step()
