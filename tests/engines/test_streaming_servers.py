@@ -1,4 +1,4 @@
-"""Whole runs with rollout.mode=streaming against real servers: answers go on over weight updates, token by token."""
+"""Whole runs whose answers outlive a step (rollout.mode) against real servers: they go on over weight updates."""
 
 from __future__ import annotations
 
@@ -66,6 +66,14 @@ def check(run: Run) -> None:
 
 def test_sglang_goes_on_over_weight_updates(sglang_server, sglang_model, tmp_path):
     check(Run(settings(tmp_path, "sglang", sglang_model, sglang_server.urls), timeout_s=800))
+
+
+@pytest.mark.parametrize("in_flight", ["abort", pytest.param("continue", marks=pytest.mark.long)])
+def test_sglang_answers_while_the_trainer_trains(sglang_server, sglang_model, tmp_path, in_flight):
+    """Weights are swapped under running answers: `abort` asks again with what there was, `continue` recomputes keys."""
+    made = settings(tmp_path, "sglang", sglang_model, sglang_server.urls)
+    made["rollout"]["mode"], made["sync"] = "overlapped", {"in_flight": in_flight}
+    check(Run(made, timeout_s=800))
 
 
 @pytest.mark.long

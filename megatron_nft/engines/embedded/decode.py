@@ -65,9 +65,10 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # of transf
     def join(self, other: _GrowingLayer, start: int) -> None:
         """Takes the rows of `other` too; of its own columns those from `start` on. The shorter get empty columns on the
         left."""
-        pairs = zip((self.keys[:, :, start:], self.values[:, :, start:]), (other.keys, other.values), strict=True)
         columns = max(self._filled - start, other._filled)
-        keys, values = (torch.cat([_filled_left(t, columns) for t in pair]) for pair in pairs)
+        both = zip(self._buffers, other._buffers, strict=True)
+        pairs = ((mine[:, :, start : self._filled], theirs[:, :, : other._filled]) for mine, theirs in both)
+        keys, values = (torch.cat([_filled_left(tensor, columns) for tensor in pair]) for pair in pairs)
         self._buffers = keys, values
         self._show(columns)
 
@@ -123,6 +124,7 @@ class _Forward:
         """Goes on with the rows of `other` too. Columns that no row needs any more are given back."""
         unused = int(self.padding_B.min())
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            assert isinstance(mine, _GrowingLayer) and isinstance(theirs, _GrowingLayer)
             mine.join(theirs, unused)
         columns = max(self.columns - unused, other.columns)
         paddings = (self.padding_B + (columns - self.columns), other.padding_B + (columns - other.columns))
@@ -230,7 +232,7 @@ class Batch:
         rows.length += 1
         stopped = self._live & np.isin(token_ids, self._stops)
         ended = self._live & (stopped | (rows.length >= self._sampling.max_tokens))
-        found = [self._answer(row, "stop" if stopped[row] else "length") for row in np.flatnonzero(ended)]
+        found = [self._answer(row, "stop" if stopped[row] else "length") for row in np.flatnonzero(ended).tolist()]
         self._live &= ~ended
         self._fed = token_B
         return found
@@ -243,7 +245,7 @@ class Batch:
 
     def under_way(self) -> list[Decoded]:
         """Every answer under way as it stands; its reason is empty."""
-        return [self._answer(row, "") for row in np.flatnonzero(self._live)]
+        return [self._answer(row, "") for row in np.flatnonzero(self._live).tolist()]
 
     def _feed(self) -> None:
         """Let the model read the tokens that were drawn last. Rows that have ended are removed where it pays."""
