@@ -30,7 +30,7 @@ def settings(folder, engine: str, model, urls) -> dict:
             "max_response_tokens": 384,
             # the random model seldom says its end token: here a hundredth of all tokens end an answer
             "stop_token_ids": [50, 150, 250],
-            "server": {"urls": urls, "max_in_flight": 16},
+            "server": {"urls": urls, "max_in_flight": 8},  # later questions start when earlier answers end
         },
         "verify": {"grader": "parity_grader.grade"},
         "train": {"num_steps": NUM_STEPS, "questions_per_step": 2, "questions_per_optimizer_step": 1},
