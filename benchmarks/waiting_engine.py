@@ -28,11 +28,14 @@ import numpy as np
 from megatron_nft.plan.decoding import Answer, DecodeModel, SimulatedEngine
 from megatron_nft.plan.rollout_modes import Demand, _log_mean
 
-MARK, BASE, HEAD = 1, 200, 5  # MARK is BOS, which only a prompt has, at its beginning. Of the head: MARK, length (2), serial number (2)
+MARK, BASE, FIRST, HEAD = 0, 200, 4, 5
+"""The padding token of the synthetic task, digits of the head and the first token that stands for one, tokens of the
+head."""
 
 
 def head_of(length: int, serial: int) -> list[int]:
-    return [MARK, *divmod(length, BASE), *divmod(serial % BASE**2, BASE)]
+    digits = [*divmod(length, BASE), *divmod(serial % BASE**2, BASE)]
+    return [MARK, *(FIRST + digit for digit in digits)]
 
 
 def tokens_of(length: int, serial: int, end: int) -> list[int]:
@@ -44,12 +47,18 @@ def tokens_of(length: int, serial: int, end: int) -> list[int]:
 def read_head(ids: list[int]) -> tuple[int, int]:
     """(length, serial number) of the answer that begins with the MARK in `ids`."""
     at = ids.index(MARK)
-    return ids[at + 1] * BASE + ids[at + 2], ids[at + 3] * BASE + ids[at + 4]
+    digits = [token - FIRST for token in ids[at + 1 : at + HEAD]]
+    return digits[0] * BASE + digits[1], digits[2] * BASE + digits[3]
 
 
 def grade(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> bool:
     """A grader for `verify.grader=waiting_engine.grade`: right where the text has an even number of characters."""
     return len(response) % 2 == 0
+
+
+def grade_few(response: str, answer: str, data_source: str, extra: dict[str, Any] | None) -> bool:
+    """The same for an answer of ten."""
+    return sum(map(ord, response)) % 10 == 0
 
 
 @dataclass(eq=False)
@@ -181,6 +190,7 @@ class Handler(BaseHTTPRequestHandler):
             return {"meta_info": {"input_token_logprobs": triples}}, 200
         call = self.engine.call(ids, params["max_new_tokens"], params["stop_token_ids"][0])
         there = min(int(call.answer.done + 1e-6), call.answer.length)
+        there = there if there >= HEAD else call.start  # a part of the head would not say which answer it is
         new = tokens_of(call.answer.version, call.serial, call.end)[call.start : there]
         meta: dict[str, Any] = {"finish_reason": {"type": call.reason}, "weight_version": str(self.engine.version)}
         if call.spans:
