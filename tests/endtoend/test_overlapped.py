@@ -75,7 +75,7 @@ def settings(tmp_path: Path, url: str, steps: int) -> dict:
         "server": {"urls": [url], "max_in_flight": 16},
     }
     return merge(
-        {**start, "rollout": rollout, "eval": {}},
+        {**start, "rollout": rollout},
         sync={"transport": "disk", "in_flight": "abort", "probe_tolerance": 1e9},
         train__num_steps=steps,
         verify__grader="waiting_engine.grade",
@@ -137,3 +137,4 @@ def test_killed_at_random_moments(server, tmp_path, kills):
     rows = metrics_of(run.run_dir)[1:]
     assert sum(row["answers/continued"] for row in rows) > 0
     assert max(row["age/max"] for row in rows) == 2
+    assert all("eval/accuracy" in row for row in rows if row["step"] % 2 == 0)  # asked beside the training questions

@@ -65,6 +65,15 @@ def test_answers_outlive_steps_and_say_which_weights_made_them(reference):
     assert list(steps.values()) == [step for step in range(1, 6) for _ in range(4)]  # in draw order
 
 
+def test_ranks_own_different_questions_and_draw_different_answers(reference):
+    answers: dict[int, set] = {}
+    for _, path in list_rollout_files(reference):
+        for row in read_rollout_file(path).to_pylist():
+            assert path.stem == f"rank_{row['draw'] % 2:05d}"
+            answers.setdefault(row["draw"], set()).add(tuple(row["response_ids"]))
+    assert not any(a & b for draw, a in answers.items() for other, b in answers.items() if other > draw)
+
+
 def test_log_probs_of_the_step_s_own_weights_are_the_trainer_s(reference):
     """Also where they go on from a prefix of older weights; those of the prefix differ."""
     own, older = [], []

@@ -134,8 +134,8 @@ class Life:
         yield
 
 
-def settings(staleness: int = 1, **rollout) -> Config:
-    options = {"mode": "streaming", "answers_per_question": SAMPLES, "max_staleness": staleness, **rollout}
+def settings(max_staleness: int = 1, **rollout) -> Config:
+    options = {"mode": "streaming", "answers_per_question": SAMPLES, "max_staleness": max_staleness, **rollout}
     train = {"questions_per_step": PER_STEP, "questions_per_optimizer_step": PER_STEP}
     return Config(run_dir="/tmp", model={"path": "/tmp"}, data={"train": ["/tmp"]}, rollout=options, train=train)
 
@@ -379,3 +379,32 @@ def test_a_step_that_finds_too_few_groups_says_so(tmp_path):
     with pytest.raises(EmptyBatchError, match=r"\d+ of 64 groups were kept after 2 generation batches"):
         Rank(config, Engine(rows=1000)).step()
     assert list((tmp_path / "rollouts" / "step_000001").glob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("rollout", "why"),
+    [
+        ({"mode": "streaming", "max_staleness": 0}, "max_staleness=0 with mode=streaming"),
+        ({"mode": "overlapped", "max_staleness": 0, "engine": "sglang"}, "max_staleness=0 with mode=overlapped"),
+        ({"mode": "overlapped"}, "mode=overlapped with engine=embedded"),
+        ({"mode": "overlapped", "engine": "vllm", "server": {"memory_saver": True}}, "with server.memory_saver"),
+    ],
+)
+def test_modes_that_cannot_be_are_refused(rollout, why):
+    with pytest.raises(ValueError, match=why):
+        settings(**rollout)
+
+
+@pytest.mark.parametrize(
+    ("mode", "algorithm", "expected"),
+    [
+        ("synchronous", {}, "none"),
+        ("streaming", {}, "truncate"),
+        ("streaming", {"behaviour": "engine"}, "none"),
+        ("streaming", {"correction": "none"}, "none"),
+        ("synchronous", {"correction": "mask"}, "mask"),
+    ],
+)
+def test_old_tokens_are_corrected_for_unless_the_settings_say_otherwise(mode, algorithm, expected):
+    values = {"run_dir": "/tmp", "model": {"path": "/tmp"}, "data": {"train": ["/tmp"]}, "algorithm": algorithm}
+    assert Config(**values).algorithm.with_correction_for(mode).correction == expected
