@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from model_folders import broken, models
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_nft.cli import main
 from megatron_nft.config import RolloutConfig
@@ -18,6 +20,7 @@ from megatron_nft.engines.open import open_engine
 from megatron_nft.policy.family import read_family
 from megatron_nft.weights.hf_check import check_folder, check_model_folder
 from megatron_nft.weights.hf_folder import HFFolder
+from megatron_nft.weights.hf_loading import loading_problems
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +116,114 @@ def test_a_rope_scaling_that_is_not_trained_here_hides_no_fault(model, tmp_path,
         check_model_folder(folder)
 
 
-def test_a_config_that_is_not_known_leaves_the_engine_to_look(model, tmp_path):
-    """The table of names is not asked, and transformers says what it did not find."""
+def test_a_value_that_is_not_trained_here_hides_no_fault(model, tmp_path):
+    """The table of names is not asked, but transformers is."""
     folder = broken(model(), tmp_path / "m", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "partial_rotary_factor": 0.5}))
-    assert "were not compared with its config" in (check_model_folder(folder) or "")
-    with pytest.raises(EngineError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
-        EmbeddedEngine.create(folder)
+    for check in (check_model_folder, EmbeddedEngine.create):
+        with pytest.raises((ValueError, EngineError), match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+            check(folder)
+
+
+OTHER_FAMILIES = {
+    "gpt2": {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_positions": 64},
+    "phi3": {"pad_token_id": 0, "num_key_value_heads": 2},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+}
+SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.fixture(scope="module")
+def other_family(tmp_path_factory):
+    """model_type -> a folder of a family that cannot be trained here."""
+
+    @functools.cache
+    def make(model_type):
+        sizes = ({} if model_type == "gpt2" else SIZES) | OTHER_FAMILIES[model_type]
+        config = AutoConfig.for_model(model_type, vocab_size=99, bos_token_id=1, eos_token_id=2, **sizes)
+        folder = tmp_path_factory.mktemp("other") / model_type
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def lacks(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+EXPERT = "model.layers.2.block_sparse_moe.experts.1.w3.weight"
+OTHER_FAULTS = [
+    ("phi3", lacks("lm_head.weight"), r"lacks lm_head\.weight"),
+    ("phi3", without_layer, r"lacks model\.layers\.2\.input_layernorm\.weight"),
+    ("phi3", lacks("model.layers.1.self_attn.qkv_proj.weight"), r"lacks model\.layers\.1\.self_attn\.qkv_proj"),
+    ("phi3", renamed, r"lacks lm_head\.weight, .*does not know: language_lm_head\.weight"),
+    ("phi3", lambda t: t.update({"model.extra.weight": torch.ones(2)}), r"does not know: model\.extra\.weight"),
+    ("phi3", lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"norm\.weight has shape \[3\], .* it \[32\]"),
+    ("gpt2", lacks("transformer.h.1.mlp.c_proj.weight"), r"lacks transformer\.h\.1\.mlp\.c_proj\.weight"),
+    ("gpt2", lambda t: t.update({"lm_head.weight": torch.ones(99, 32)}), r"lm_head\.weight differs from transformer\.wte"),
+    ("mixtral", lacks(EXPERT), rf"lacks {re.escape(EXPERT)}"),
+    ("mixtral", lambda t: t.update({EXPERT: torch.ones(3)}), rf"{re.escape(EXPERT)} has shape \[3\].* it \[48, 32\]"),
+    ("mixtral", lambda t: t.update({f"{EXPERT}.x": torch.ones(3)}), rf"does not know: {re.escape(EXPERT)}\.x"),
+]
+
+
+@pytest.mark.parametrize(("family", "change", "message"), OTHER_FAULTS)
+def test_a_family_without_a_table_is_refused_by_name_too(other_family, tmp_path, family, change, message):
+    folder = broken(other_family(family), tmp_path / "m", change)
+    with pytest.raises(ValueError, match=message):
+        check_model_folder(folder)
+    for engine in ("embedded", "sglang", "vllm"):
+        with pytest.raises(EngineError, match=message):
+            open_engine(folder, RolloutConfig(engine=engine), precision="fp32", log_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "add"),
+    [
+        ("gpt2", lambda t: {}),
+        ("gpt2", lambda t: {"lm_head.weight": t["transformer.wte.weight"].clone()}),
+        ("gpt2", lambda t: {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64)}),  # older versions wrote the mask
+        ("phi3", lambda t: {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+        ("mixtral", lambda t: {}),
+    ],
+)
+def test_a_whole_folder_of_a_family_without_a_table_passes(other_family, tmp_path, family, add):
+    assert check_model_folder(broken(other_family(family), tmp_path / "m", lambda t: t.update(add(t)))) is None
+
+
+def test_former_names_that_transformers_knows_pass(other_family, tmp_path):
+    def former(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+
+    assert check_model_folder(broken(other_family("gpt2"), tmp_path / "m", former)) is None
+
+
+def test_what_is_missing_is_not_filled(other_family, monkeypatch):
+    """A model of many billions of parameters would not fit, and would take minutes."""
+    monkeypatch.setattr(torch.Tensor, "normal_", None)
+    folder = HFFolder(other_family("phi3"))
+    folder.shapes = {f"language_{name}": shape for name, shape in folder.shapes.items()}
+    folder.dtypes = {f"language_{name}": dtype for name, dtype in folder.dtypes.items()}
+    assert len(loading_problems(folder)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "made_up"}, "transformers does not know the model"),
+        ({"architectures": ["MadeUpForCausalLM"]}, r"architectures in config\.json is \['MadeUpForCausalLM'\]"),
+        ({"architectures": None}, r"architectures in config\.json is \[\]"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantized"),
+    ],
+)
+def test_a_model_that_only_the_engine_knows_is_left_to_it(other_family, tmp_path, change, reason):
+    folder = broken(other_family("phi3"), tmp_path / "m", lacks("lm_head.weight"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    assert re.search(f"were not compared with its config: .*{reason}", check_model_folder(folder) or "")
 
 
 @pytest.mark.parametrize(
