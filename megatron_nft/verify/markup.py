@@ -18,10 +18,7 @@ _html_tag = re.compile(
 _bold_tag = re.compile(r"</?(?:b|strong|mark)>", re.IGNORECASE)
 _line_tag = re.compile(r"<(?:br|hr)\s*/?>|</(?:p|div|li|h[1-6]|tr|blockquote|pre)>", re.IGNORECASE)
 _raised = re.compile(r"<(su[pb])>([^<>]{1,40})</\1>", re.IGNORECASE)
-_entity = re.compile(
-    r"&(?:nbsp|thinsp|lt|gt|le|ge|ne|amp|minus|times|divide|middot|pi|radic|deg|infin|plusmn|frac\d\d|quot|#\d{1,6}"
-    r"|#x[0-9a-fA-F]{1,5});"
-)
+_entity = re.compile(r"&(?:[A-Za-z]{2,8}\d{0,2}|#\d{1,6}|#x[0-9a-fA-F]{1,5});")
 _quote = re.compile(r"^[ \t]*(?:>[ \t]?)+(?=\S)", re.MULTILINE)
 _rule = re.compile(r"^[ \t]*(?:-{2,}|={2,}|\*{3,}|_{3,})[ \t]*$", re.MULTILINE)  # below a heading, or between parts
 _end_of_proof = re.compile(
@@ -48,8 +45,7 @@ def plain_lines(text: str) -> str:
     if "<" in text:
         text = _raised.sub(lambda match: ("^" if match[1].lower() == "sup" else "_") + f"{{{match[2]}}}", text)
         text = _html_tag.sub(" ", _line_tag.sub("\n", _bold_tag.sub("**", text)))
-    if "&" in text:
-        text = _entity.sub(lambda match: html.unescape(match[0]), text)
+    text = without_entities(text)
     if ">" in text:
         text = _quote.sub("", text)
     if "|" in text:
@@ -59,6 +55,11 @@ def plain_lines(text: str) -> str:
     if _may_end_proof(text):
         text = _end_of_proof.sub("", text)
     return text
+
+
+def without_entities(text: str) -> str:
+    """Return `text` with the characters that HTML's entities stand for: `a &lt; b` as `a < b`."""
+    return _entity.sub(lambda match: html.unescape(match[0]), text) if "&" in text else text
 
 
 def _may_end_proof(text: str) -> bool:

@@ -162,7 +162,11 @@ OTHER_FAULTS = [
     ("phi3", lambda t: t.update({"model.extra.weight": torch.ones(2)}), r"does not know: model\.extra\.weight"),
     ("phi3", lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"norm\.weight has shape \[3\], .* it \[32\]"),
     ("gpt2", lacks("transformer.h.1.mlp.c_proj.weight"), r"lacks transformer\.h\.1\.mlp\.c_proj\.weight"),
-    ("gpt2", lambda t: t.update({"lm_head.weight": torch.ones(99, 32)}), r"lm_head\.weight differs from transformer\.wte"),
+    (
+        "gpt2",
+        lambda t: t.update({"lm_head.weight": torch.ones(99, 32)}),
+        r"lm_head\.weight differs from transformer\.wte",
+    ),
     ("mixtral", lacks(EXPERT), rf"lacks {re.escape(EXPERT)}"),
     ("mixtral", lambda t: t.update({EXPERT: torch.ones(3)}), rf"{re.escape(EXPERT)} has shape \[3\].* it \[48, 32\]"),
     ("mixtral", lambda t: t.update({f"{EXPERT}.x": torch.ones(3)}), rf"does not know: {re.escape(EXPERT)}\.x"),

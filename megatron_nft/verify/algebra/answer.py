@@ -131,7 +131,15 @@ def _item(tokens: list[str]) -> Tree:
         tokens = tokens[2 if tokens[1] == ":" and len(tokens) > 2 else 1 :]
     if not _RELATIONS.isdisjoint(tokens):
         return _relation(tokens)
-    return _braced(tokens) or _quantity(tokens)
+    return _side(tokens)
+
+
+def _ratio(tokens: list[str]) -> Tree | None:
+    """Read `1 : 2 : 3`, where only the terms' sizes beside each other count; None for anything else."""
+    if tokens.count(":") < 2:
+        return None
+    parts = _split(tokens, (":",))
+    return ("ratio", *map(_quantity, parts)) if len(parts) > 2 and all(parts) else None
 
 
 def _relation(tokens: list[str]) -> Tree:
@@ -147,17 +155,21 @@ def _relation(tokens: list[str]) -> Tree:
         else:
             parts[-1].append(token)
     if not signs:
-        return _braced(tokens) or _quantity(tokens)
+        return _side(tokens)
     if not parts[0] and signs in (["="], [r"\approx"]):  # `= 5`
         return _item(parts[1])
     first: Tree
     try:
-        first = _braced(parts[0]) or _quantity(parts[0])
+        first = _side(parts[0])
     except NotUnderstood:
         if set(signs) != {"="}:
             raise
         first = ("prose", without_spaces("".join(parts[0])))  # P(A | B) = 1/6: only a name
-    return ("rel", tuple(signs), first, *(_braced(part) or _quantity(part) for part in parts[1:]))
+    return ("rel", tuple(signs), first, *map(_side, parts[1:]))
+
+
+def _side(tokens: list[str]) -> Tree:
+    return _braced(tokens) or _ratio(tokens) or _quantity(tokens)
 
 
 def _braced(tokens: list[str]) -> Tree | None:

@@ -33,6 +33,8 @@ def _same_expanded(gold: Tree, found: Tree) -> bool:
         return gold == found
     if gold[0] == "rel" or found[0] == "rel":
         return _same_relation(gold, found)
+    if gold[0] == found[0] == "ratio":
+        return len(gold) == len(found) and all(_same_ratio(gold, found, index) for index in range(2, len(gold)))
     if gold[0] in _STRUCTURES or found[0] in _STRUCTURES:
         return _same_structure(gold, found)
     return same_quantity(gold, found)
@@ -73,6 +75,11 @@ def _same_structure(gold: Tree, found: Tree) -> bool:
         gold, found = (tree if tree[0] in ("list", "set") else ("list", tree) for tree in (gold, found))
         return _in_any_order(gold[1:], found[1:])
     return found[0] == "list" and all(same(gold, item) for item in found[1:])  # 5/3 or 1 2/3; else several for one
+
+
+def _same_ratio(gold: Tree, found: Tree, index: int) -> bool:
+    """Whether the first term and the one at `index` have the same ratio in both."""
+    return same_quantity(("/", gold[index], gold[1]), ("/", found[index], found[1]))
 
 
 def _count(tree: Tree) -> int:
@@ -196,9 +203,10 @@ def _same_relation(gold: Tree, found: Tree) -> bool:
 
 
 def _is_unsolved(relation: Tree) -> bool:
-    """Whether a relation is an equation in one letter or in x, y and z, such as `2x = 14`, and no chain of them.
+    """Whether a relation is an equation in one letter or in x, y and z, such as `2x = 14`, or one with coefficients.
 
-    A sum of letters, also x + y, is what some questions ask for, and so are `a^2 + b^2` and values of functions.
+    A chain of equations is not, because its end was computed. A sum of letters, also x + y, is what some questions ask
+    for, and so are `a^2 + b^2` and values of functions, but not `2a + 3b`.
     """
     left = relation[2]
     letters = symbols(left)
@@ -206,7 +214,17 @@ def _is_unsolved(relation: Tree) -> bool:
         return False
     if any((len(name) > 1 and name.isalpha()) or name in "fgh" for name in letters):  # words, and f of f^{-1}(2)
         return False
-    return (len(letters) == 1 or letters <= set("xyz")) and _is_arithmetic(left)
+    return _is_arithmetic(left) and (len(letters) == 1 or letters <= set("xyz") or _has_coefficient(left))
+
+
+def _has_coefficient(tree: Tree) -> bool:
+    """Whether a number stands in a tree other than as an exponent, the degree of a root or the 1 of 1/a."""
+    if tree[0] == "n":
+        return True
+    if tree[0] in ("^", "root"):
+        return _has_coefficient(tree[1 if tree[0] == "^" else 2])
+    parts = tree[2:] if tree[0] == "/" and tree[1] == ("n", 1) else tree[1:]
+    return any(_has_coefficient(part) for part in parts if isinstance(part, tuple))
 
 
 def _is_arithmetic(tree: Tree) -> bool:

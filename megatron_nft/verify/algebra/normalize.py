@@ -12,7 +12,7 @@ import unicodedata
 from megatron_nft.verify.algebra.sympy_spelling import nested_list, plain_calls
 from megatron_nft.verify.algebra.vocabulary import CHARACTERS, COMMANDS, DROPPED, TEXTS
 from megatron_nft.verify.boxed import closing_brace
-from megatron_nft.verify.markup import without_marks, without_signs
+from megatron_nft.verify.markup import without_entities, without_marks, without_signs
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
@@ -73,6 +73,7 @@ _markdown = re.compile(r"\*\*|__(?=\S)|`")
 
 def normalize(text: str) -> str:
     """Return `text` in one spelling, with the same meaning."""
+    text = without_entities(text)
     if text.isascii():
         if text.isalnum():
             return _python_base.sub(_python_numeral, text) if text[0] == "0" else text

@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable
 
 MAX_CALLS = 50  # more calls than these are left as they are
+MAX_CELLS = 400  # of a matrix that is given by its size
 
 _call = re.compile(
-    r"(?<![\w\\.])(?:sp\.|sympy\.)?(factorial|binomial|Rational|Integer|Float|Matrix|FiniteSet|Abs|Pow|Mul|Add|S(?=\(\d)|Eq|Tuple"
-    r"|Interval(?:\.open|\.Lopen|\.Ropen)?|Union|Max|Min|root|ImmutableMatrix|Point)\s*\("
+    r"(?<![\w\\.])(?:(?:sp|sympy|np|numpy)\.)?(factorial|binomial|Rational|Integer|Float|Matrix|FiniteSet|Abs|Pow|Mul|Add|S(?=\(\d)|Eq|Tuple"
+    r"|Interval(?:\.open|\.Lopen|\.Ropen)?|Union|Max|Min|root|Point"
+    r"|(?:Mutable|Immutable)(?:Dense)?Matrix|array|eye|zeros|diag)\s*\("
 )
 _any_call = re.compile(r"[A-Za-z]\s*\(")
 _imaginary = re.compile(
@@ -38,7 +40,38 @@ def _rational(values: list[str]) -> str | None:
 
 
 def _matrix_call(values: list[str]) -> str | None:
-    return nested_list(values[0]) or _column(values[0]) if len(values) == 1 else None
+    """Write `[[1, 2], [3, 4]]`, the column `[1, 2]` or `2, 2, [1, 2, 3, 4]` as a matrix."""
+    if len(values) == 1:
+        return nested_list(values[0]) or _column(values[0])
+    if len(values) != 3 or not (values[0].isdigit() and values[1].isdigit()):
+        return None
+    rows, columns, cells = int(values[0]), int(values[1]), _elements(values[2]) or []
+    if not rows * columns == len(cells) <= MAX_CELLS:
+        return None
+    return _matrix([cells[start : start + columns] for start in range(0, len(cells), columns)])
+
+
+def _diagonal(values: list[str]) -> str | None:
+    size = len(values)
+    if not 0 < size * size <= MAX_CELLS:
+        return None
+    return _matrix([[value if row == column else "0" for column in range(size)] for row, value in enumerate(values)])
+
+
+def _identity(values: list[str]) -> str | None:
+    size = int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 3 else 0
+    return _diagonal(["1"] * size)
+
+
+def _zeros(values: list[str]) -> str | None:
+    if len(values) not in (1, 2) or not all(value.isdigit() and len(value) < 3 for value in values):
+        return None
+    rows, columns = int(values[0]), int(values[-1])
+    return _matrix([["0"] * columns] * rows) if 0 < rows * columns <= MAX_CELLS else None
+
+
+def _matrix(rows: list[list[str]]) -> str:
+    return r"\begin{pmatrix}" + r" \\ ".join(" & ".join(row) for row in rows) + r"\end{pmatrix}"
 
 
 def _interval(values: list[str]) -> str | None:
@@ -55,7 +88,9 @@ _WRITTEN: dict[str, Callable[[list[str]], str | None]] = {
     "factorial": _one("(({0})!)"), "binomial": _two(r"\binom{{{0}}}{{{1}}}"), "Rational": _rational,
     "Integer": _one("({0})"), "Float": _one("({0})"), "S": _one("({0})"), "Abs": _one(r"\abs({0})"),
     "Pow": _two("(({0})^{{{1}}})"), "Mul": _joined("*"), "Add": _joined("+"), "Eq": _two("{0} = {1}"),
-    "Matrix": _matrix_call, "ImmutableMatrix": _matrix_call, "FiniteSet": _set, "Interval": _interval,
+    "Matrix": _matrix_call, "array": _matrix_call, "eye": _identity, "zeros": _zeros, "diag": _diagonal,
+    **{f"{kind}Matrix": _matrix_call for kind in ("Mutable", "Immutable", "MutableDense", "ImmutableDense")},
+    "FiniteSet": _set, "Interval": _interval,
     "Interval.open": _two("({0}, {1})"), "Interval.Lopen": _two("({0}, {1}]"), "Interval.Ropen": _two("[{0}, {1})"),
     "Union": r" \cup ".join, "root": _two(r"\sqrt[{1}]{{{0}}}"),
     "Tuple": lambda values: f"({', '.join(values)})", "Point": lambda values: f"({', '.join(values)})",
@@ -85,7 +120,7 @@ def nested_list(text: str) -> str | None:
     cells = [_elements(row) for row in rows or []]
     if not cells or not all(cells):
         return None
-    return r"\begin{pmatrix}" + r" \\ ".join(" & ".join(row or []) for row in cells) + r"\end{pmatrix}"
+    return _matrix([row or [] for row in cells])
 
 
 def other_constants(text: str) -> str:
@@ -95,7 +130,7 @@ def other_constants(text: str) -> str:
 
 def _column(text: str) -> str | None:
     cells = _elements(text)
-    return r"\begin{pmatrix}" + r" \\ ".join(cells) + r"\end{pmatrix}" if cells else None
+    return _matrix([[cell] for cell in cells]) if cells else None
 
 
 def _elements(text: str) -> list[str] | None:
