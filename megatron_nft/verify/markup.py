@@ -15,6 +15,9 @@ _html_tag = re.compile(
     r"|table|tbody|td|th|thead|tr|tt|u|ul)(?:\s[^<>]{0,200})?/?>",
     re.IGNORECASE,
 )
+_paired_tag = re.compile(
+    r"<(b|big|code|em|font|i|mark|small|span|strong|tt|u)(?:\s[^<>]{0,200})?>(.*?)</\1>", re.IGNORECASE
+)
 _bold_tag = re.compile(r"</?(?:b|strong|mark)>", re.IGNORECASE)
 _line_tag = re.compile(r"<(?:br|hr)\s*/?>|</(?:p|div|li|h[1-6]|tr|blockquote|pre)>", re.IGNORECASE)
 _raised = re.compile(r"<(su[pb])>([^<>]{1,40})</\1>", re.IGNORECASE)
@@ -43,7 +46,7 @@ def plain_lines(text: str) -> str:
     Bold tags become `**`.
     """
     if "<" in text:
-        text = _raised.sub(lambda match: ("^" if match[1].lower() == "sup" else "_") + f"{{{match[2]}}}", text)
+        text = _raised.sub(_as_script, text)
         text = _html_tag.sub(" ", _line_tag.sub("\n", _bold_tag.sub("**", text)))
     text = without_entities(text)
     if ">" in text:
@@ -60,6 +63,16 @@ def plain_lines(text: str) -> str:
 def without_entities(text: str) -> str:
     """Return `text` with the characters that HTML's entities stand for: `a &lt; b` as `a < b`."""
     return _entity.sub(lambda match: html.unescape(match[0]), text) if "&" in text else text
+
+
+def without_tags(text: str) -> str:
+    """Return an answer without HTML tags that are opened and closed; `a < b > c` has none."""
+    return _paired_tag.sub(r" \2 ", _raised.sub(_as_script, text)) if "</" in text else text
+
+
+def _as_script(match: re.Match[str]) -> str:
+    """Write `<sup>2</sup>` as `^{2}` and `<sub>2</sub>` as `_{2}`."""
+    return ("^" if match[1].lower() == "sup" else "_") + f"{{{match[2]}}}"
 
 
 def _may_end_proof(text: str) -> bool:

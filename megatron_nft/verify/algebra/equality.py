@@ -210,6 +210,8 @@ def _is_unsolved(relation: Tree) -> bool:
     """
     left = relation[2]
     letters = symbols(left)
+    if left[0] == "bind" and letters and _is_arithmetic(left[-1]):  # for which n is the sum 5?
+        return True
     if len(relation) > 4 or not letters or (left[0] == "+" and all(part[0] == "s" for part in left[1:])):
         return False
     if any((len(name) > 1 and name.isalpha()) or name in "fgh" for name in letters):  # words, and f of f^{-1}(2)

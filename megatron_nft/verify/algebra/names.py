@@ -25,6 +25,8 @@ def is_name(tree: Tree) -> bool:
         return True
     if kind == "tuple":  # (x, y)
         return all(part[0] == "s" for part in tree[3:])
+    if kind == "bind":  # \lim_{x \to 0} f(x); with another letter it may be an equation for this one
+        return not symbols(tree)
     if kind == "ratio":  # a : b : c
         return all(map(is_name, tree[1:]))
     if kind == "*":

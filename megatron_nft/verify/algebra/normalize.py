@@ -12,7 +12,7 @@ import unicodedata
 from megatron_nft.verify.algebra.sympy_spelling import nested_list, plain_calls
 from megatron_nft.verify.algebra.vocabulary import CHARACTERS, COMMANDS, DROPPED, TEXTS
 from megatron_nft.verify.boxed import closing_brace
-from megatron_nft.verify.markup import without_entities, without_marks, without_signs
+from megatron_nft.verify.markup import without_entities, without_marks, without_signs, without_tags
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
@@ -35,6 +35,8 @@ _in_base = re.compile(  # 1101 \text{ in base } 2, 1101 (base 2), 1101_{\text{ba
     r"(?:\\text\s*\{\s*)?(?<![\w.])(?P<digits>[0-9A-F]+)\s*(?P<open>[({]|_\s*\{)?\s*(?:\\text\s*\{\s*)?(?:\(\s*)?(?:in\s+)?[Bb]ase[\s-]*"
     r"(?:\}\s*)?\{?(?P<base>\d+|[a-z]+)\b\s*\}?[)}\s]*$"
 )
+_BASES = {"binary": 2, "octal": 8, "hexadecimal": 16}
+_named_base = re.compile(r"(?<=[\s({])(?:in\s+)?(binary|octal|hexadecimal)(?=[\s)}]*$)")
 _base_first = re.compile(  # base 2: 1101, \text{In base 2: } 1101
     r"(?:\\text\s*\{\s*)?(?:in\s+)?base[\s-]*(?:\}\s*)?\{?(?P<base>\d+)\}?\s*(?:\}\s*)?:\s*(?:\}\s*)?(?P<digits>[0-9A-F]+)$",
     re.IGNORECASE,
@@ -73,7 +75,7 @@ _markdown = re.compile(r"\*\*|__(?=\S)|`")
 
 def normalize(text: str) -> str:
     """Return `text` in one spelling, with the same meaning."""
-    text = without_entities(text)
+    text = without_tags(without_entities(text))
     if text.isascii():
         if text.isalnum():
             return _python_base.sub(_python_numeral, text) if text[0] == "0" else text
@@ -92,6 +94,8 @@ def normalize(text: str) -> str:
         text = _plain_latex(text)
     if "cent" in text:
         text = _per_cent.sub("percent", text)
+    if "binary" in text or "octal" in text or "hexadecimal" in text:
+        text = _named_base.sub(lambda match: f"base {_BASES[match[1]]}", text)
     if "ase" in text:
         text = _in_base.sub(r"\g<digits>_{\g<base>}", _space_run.sub(" ", text))
         text = _base_first.sub(r"\g<digits>_{\g<base>}", text)

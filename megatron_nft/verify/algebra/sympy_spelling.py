@@ -12,8 +12,8 @@ MAX_CALLS = 50  # more calls than these are left as they are
 MAX_CELLS = 400  # of a matrix that is given by its size
 
 _call = re.compile(
-    r"(?<![\w\\.])(?:(?:sp|sympy|np|numpy)\.)?(factorial|binomial|Rational|Integer|Float|Matrix|FiniteSet|Abs|Pow|Mul|Add|S(?=\(\d)|Eq|Tuple"
-    r"|Interval(?:\.open|\.Lopen|\.Ropen)?|Union|Max|Min|root|Point"
+    r"(?<![\w\\.])(?:(?:sp|sympy|np|numpy)\.)?(factorial|binomial|Rational|Fraction|Integer|Float|Matrix|FiniteSet|Abs|Pow|Mul|Add|S(?=\(\d)|Eq|Tuple"
+    r"|Interval(?:\.open|\.Lopen|\.Ropen)?|Union|Max|Min|root|Point|Gt|Ge|Lt|Le|Ne"
     r"|(?:Mutable|Immutable)(?:Dense)?Matrix|array|eye|zeros|diag)\s*\("
 )
 _any_call = re.compile(r"[A-Za-z]\s*\(")
@@ -36,7 +36,8 @@ def _one(pattern: str) -> Callable[[list[str]], str | None]:
 
 
 def _rational(values: list[str]) -> str | None:
-    return f"(({values[0]})/({values[1]}))" if len(values) == 2 else f"({values[0]})" if len(values) == 1 else None
+    parts = [value.strip("'\"") for value in values]  # Rational('1/2')
+    return "(" + "/".join(f"({part})" for part in parts) + ")" if 0 < len(parts) < 3 else None
 
 
 def _matrix_call(values: list[str]) -> str | None:
@@ -86,6 +87,9 @@ def _set(values: list[str]) -> str:
 
 _WRITTEN: dict[str, Callable[[list[str]], str | None]] = {
     "factorial": _one("(({0})!)"), "binomial": _two(r"\binom{{{0}}}{{{1}}}"), "Rational": _rational,
+    "Fraction": _rational,
+    "Gt": _two("{0} > {1}"), "Ge": _two("{0} >= {1}"), "Lt": _two("{0} < {1}"), "Le": _two("{0} <= {1}"),
+    "Ne": _two("{0} != {1}"),
     "Integer": _one("({0})"), "Float": _one("({0})"), "S": _one("({0})"), "Abs": _one(r"\abs({0})"),
     "Pow": _two("(({0})^{{{1}}})"), "Mul": _joined("*"), "Add": _joined("+"), "Eq": _two("{0} = {1}"),
     "Matrix": _matrix_call, "array": _matrix_call, "eye": _identity, "zeros": _zeros, "diag": _diagonal,
