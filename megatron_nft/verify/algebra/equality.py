@@ -11,11 +11,12 @@ from megatron_nft.verify.algebra.names import by_name, has_letters, is_name, poi
 from megatron_nft.verify.algebra.quantity import is_rounded, same_quantity
 from megatron_nft.verify.algebra.regions import FLIPPED, ORDERS, combine_inequalities, region, variable
 from megatron_nft.verify.algebra.tree import Tree
-from megatron_nft.verify.algebra.values import OutOfRange, symbols
+from megatron_nft.verify.algebra.values import OutOfRange, has, symbols
 
 _MAX_ITEMS = 200
 _MAX_SIGNS = 6
 _ARITHMETIC = frozenset(("+", "-", "*", "/", "^", "root"))
+_LEAVES = frozenset(("n", "s"))
 _STRUCTURES = frozenset(("list", "tuple", "set", "union", "matrix", "reals"))
 
 
@@ -206,34 +207,37 @@ def _is_unsolved(relation: Tree) -> bool:
     """Whether a relation is an equation in one letter or in x, y and z, such as `2x = 14`, or one with coefficients.
 
     A chain of equations is not, because its end was computed. A sum of letters, also x + y, is what some questions ask
-    for, and so are `a^2 + b^2` and values of functions, but not `2a + 3b`.
+    for, and so are `a^2 + b^2` and `f(1) + f(2)`, but not `2a + 3b`.
     """
     left = relation[2]
     letters = symbols(left)
     if left[0] == "bind" and letters and _is_arithmetic(left[-1]):  # for which n is the sum 5?
         return True
-    if len(relation) > 4 or not letters or (left[0] == "+" and all(part[0] == "s" for part in left[1:])):
+    is_sum_of_letters = left[0] == "+" and all(part[0] == "s" for part in left[1:])
+    if len(relation) > 4 or is_sum_of_letters or not (letters or has(left, "app")):
         return False
     if any((len(name) > 1 and name.isalpha()) or name in "fgh" for name in letters):  # words, and f of f^{-1}(2)
         return False
-    return _is_arithmetic(left) and (len(letters) == 1 or letters <= set("xyz") or _has_coefficient(left))
+    if _is_arithmetic(left) and (len(letters) == 1 or letters <= set("xyz")):
+        return True
+    return _has_coefficient(left) and _is_arithmetic(left, _LEAVES | {"app"})
 
 
 def _has_coefficient(tree: Tree) -> bool:
     """Whether a number stands in a tree other than as an exponent, the degree of a root or the 1 of 1/a."""
-    if tree[0] == "n":
-        return True
+    if tree[0] in ("n", "app"):
+        return bool(tree[0] == "n")
     if tree[0] in ("^", "root"):
         return _has_coefficient(tree[1 if tree[0] == "^" else 2])
     parts = tree[2:] if tree[0] == "/" and tree[1] == ("n", 1) else tree[1:]
     return any(_has_coefficient(part) for part in parts if isinstance(part, tuple))
 
 
-def _is_arithmetic(tree: Tree) -> bool:
-    if tree[0] in ("n", "s"):
+def _is_arithmetic(tree: Tree, leaves: frozenset[str] = _LEAVES) -> bool:
+    if tree[0] in leaves:
         return True
     inner = tree[2:] if tree[:2] == ("f", "abs") else tree[1:]
-    return (tree[0] in _ARITHMETIC or inner != tree[1:]) and all(map(_is_arithmetic, inner))
+    return (tree[0] in _ARITHMETIC or inner != tree[1:]) and all(_is_arithmetic(part, leaves) for part in inner)
 
 
 def _same_relations(gold: Tree, found: Tree) -> bool:

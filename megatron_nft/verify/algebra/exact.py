@@ -59,10 +59,12 @@ def _sum(*values: Fraction) -> Fraction:
     return sum(values, Fraction(0))
 
 
-def _product(*values: Fraction) -> Fraction:
+def _product(*values: Fraction) -> Fraction | None:
     result = Fraction(1)
     for value in values:
         result *= value
+        if not _is_moderate(result):
+            return None  # a long product of huge numbers would take minutes
     return result
 
 
