@@ -21,7 +21,7 @@ from megatron_nft.verify.markup import plain_lines
 from megatron_nft.verify.thinking import NoAnswer, answer_part
 
 _anchor = re.compile(
-    r"""\#\#\#\# | (?:final\s+)?answer\s{0,20}(?:\*\*|__)?\s{0,20}(?:[:=：→⇒➜➡]|[-=]>|\s[-–—]\s)
+    r"""\#\#\#\# | (?:final\s+)?answer\s{0,20}(?:\*\*|__)?\s{0,20}(?:[-=]>|[:=：→⇒➜➡]|\s[-–—]\s)
       | \b(?:answers?|correct\s+(?:option|choice))\s+(?:is|are|must\s+be|should\s+be|equals)\b\s*:?
       | ^[^\w\n]*(?:the\s+)?(?:(?:final\s+)?(?:answer|result)s?|final\s+solution)[^\w\n]*$
       | ^[^\w\n]*(?:the\s+)?(?:final\s+)?answer(?:\*\*|__)?[ \t]+(?=[-+]?[\d$\\(\[{*])

@@ -20,6 +20,7 @@ _paired_tag = re.compile(
 )
 _bold_tag = re.compile(r"</?(?:b|strong|mark)>", re.IGNORECASE)
 _line_tag = re.compile(r"<(?:br|hr)\s*/?>|</(?:p|div|li|h[1-6]|tr|blockquote|pre)>", re.IGNORECASE)
+_struck_out = re.compile(r"~~[^~\n]{1,200}~~")
 _raised = re.compile(r"<(su[pb])>([^<>]{1,40})</\1>", re.IGNORECASE)
 _entity = re.compile(r"&(?:[A-Za-z]{2,8}\d{0,2}|#\d{1,6}|#x[0-9a-fA-F]{1,5});")
 _quote = re.compile(r"^[ \t]*(?:>[ \t]?)+(?=\S)", re.MULTILINE)
@@ -41,7 +42,8 @@ KEPT_SIGNS = frozenset("°△▵∠\N{REPLACEMENT CHARACTER}")  # the last is a 
 
 
 def plain_lines(text: str) -> str:
-    """Return a response without HTML tags, block quotes, rules, bars of table rows and signs of the end of a proof.
+    """Return a response without HTML tags, block quotes, rules, what is struck out, bars of table rows and signs of the
+    end of a proof.
 
     Bold tags become `**`.
     """
@@ -51,6 +53,8 @@ def plain_lines(text: str) -> str:
     text = without_entities(text)
     if ">" in text:
         text = _quote.sub("", text)
+    if "~~" in text:
+        text = _struck_out.sub(" ", text)
     if "|" in text:
         text = _table_row.sub(_as_line, text)
     if any(line in text for line in ("\n--", "\n==", "\n***", "\n___")):

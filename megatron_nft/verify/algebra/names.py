@@ -27,8 +27,8 @@ def is_name(tree: Tree) -> bool:
         return all(part[0] == "s" for part in tree[3:])
     if kind == "bind":  # \lim_{x \to 0} f(x); with another letter it may be an equation for this one
         return not symbols(tree)
-    if kind == "ratio":  # a : b : c
-        return all(map(is_name, tree[1:]))
+    if kind in ("ratio", "fn"):  # a : b : c, gcd(a, b)
+        return all(map(is_name, tree[1 if kind == "ratio" else 2 :]))
     if kind == "*":
         return all(part[0] in ("s", "app") or _is_segment_squared(part) for part in tree[1:])
     if kind == "/":

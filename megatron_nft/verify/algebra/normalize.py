@@ -70,7 +70,7 @@ _space_run = re.compile(r"\s+")
 _space = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|(?<=[\d.]) (?=[\d.]|[eE][+-]\d))| ")
 _python_power = re.compile(r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({+-])")
 _old_font = re.compile(r"\{\s*\\(?:rm|bf|it|sf|tt)\b([^{}]*)\}")
-_markdown = re.compile(r"\*\*|__(?=\S)|`")
+_markdown = re.compile(r"\*{2,3}|__(?=\S)|`")
 
 
 def normalize(text: str) -> str:

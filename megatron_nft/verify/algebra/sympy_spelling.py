@@ -14,7 +14,8 @@ MAX_CELLS = 400  # of a matrix that is given by its size
 _call = re.compile(
     r"(?<![\w\\.])(?:(?:sp|sympy|np|numpy)\.)?(factorial|binomial|Rational|Fraction|Integer|Float|Matrix|FiniteSet|Abs|Pow|Mul|Add|S(?=\(\d)|Eq|Tuple"
     r"|Interval(?:\.open|\.Lopen|\.Ropen)?|Union|Max|Min|root|Point|Gt|Ge|Lt|Le|Ne"
-    r"|(?:Mutable|Immutable)(?:Dense)?Matrix|array|eye|zeros|diag)\s*\("
+    r"|(?:Mutable|Immutable)(?:Dense)?Matrix|array|eye|zeros|diag|Sum|Product|Integral|Limit"
+    r"|log(?=\([^()]*,[^()]*\)))\s*\("
 )
 _any_call = re.compile(r"[A-Za-z]\s*\(")
 _imaginary = re.compile(
@@ -71,6 +72,25 @@ def _zeros(values: list[str]) -> str | None:
     return _matrix([["0"] * columns] * rows) if 0 < rows * columns <= MAX_CELLS else None
 
 
+def _over_a_range(pattern: str, without_bounds: str = "") -> Callable[[list[str]], str | None]:
+    """Write `Sum(k, (k, 1, n))` by `pattern`, and `Integral(x, x)` by the other one."""
+
+    def written(values: list[str]) -> str | None:
+        if len(values) != 2:
+            return None
+        inner = values[1].strip()
+        bounds = split_arguments(inner[1:-1]) if inner[:1] == "(" and inner[-1:] == ")" else [inner]
+        if len(bounds) == 1 and without_bounds:
+            return without_bounds.format(values[0], *bounds)
+        return pattern.format(values[0], *bounds) if len(bounds) == 3 else None
+
+    return written
+
+
+def _limit(values: list[str]) -> str | None:
+    return rf"\lim_{{{values[1]} \to {values[2]}}} ({values[0]})" if len(values) == 3 else None
+
+
 def _matrix(rows: list[list[str]]) -> str:
     return r"\begin{pmatrix}" + r" \\ ".join(" & ".join(row) for row in rows) + r"\end{pmatrix}"
 
@@ -94,7 +114,10 @@ _WRITTEN: dict[str, Callable[[list[str]], str | None]] = {
     "Pow": _two("(({0})^{{{1}}})"), "Mul": _joined("*"), "Add": _joined("+"), "Eq": _two("{0} = {1}"),
     "Matrix": _matrix_call, "array": _matrix_call, "eye": _identity, "zeros": _zeros, "diag": _diagonal,
     **{f"{kind}Matrix": _matrix_call for kind in ("Mutable", "Immutable", "MutableDense", "ImmutableDense")},
-    "FiniteSet": _set, "Interval": _interval,
+    "Sum": _over_a_range(r"\sum_{{{1}={2}}}^{{{3}}} ({0})"),
+    "Product": _over_a_range(r"\prod_{{{1}={2}}}^{{{3}}} ({0})"),
+    "Integral": _over_a_range(r"\int_{{{2}}}^{{{3}}} ({0}) d{1}", r"\int ({0}) d{1}"), "Limit": _limit,
+    "log": _two(r"\log_{{{1}}}({0})"), "FiniteSet": _set, "Interval": _interval,
     "Interval.open": _two("({0}, {1})"), "Interval.Lopen": _two("({0}, {1}]"), "Interval.Ropen": _two("[{0}, {1})"),
     "Union": r" \cup ".join, "root": _two(r"\sqrt[{1}]{{{0}}}"),
     "Tuple": lambda values: f"({', '.join(values)})", "Point": lambda values: f"({', '.join(values)})",
