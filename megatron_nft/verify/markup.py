@@ -119,6 +119,8 @@ def without_marks(text: str) -> str:
     text = text.strip()
     if text[:1] in ("\\", "-", "="):
         text = _before.sub("", text)
+    if text[:1] == text[-1:] == "*":
+        text = text.strip("*").strip()
     tail = text[-TAIL_CHARS:]
     if "Q" in tail or _may_end_proof(tail):
         text = text[:-TAIL_CHARS] + _after.sub("", tail)

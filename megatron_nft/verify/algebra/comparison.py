@@ -50,7 +50,6 @@ def same_value(first: Tree, second: Tree) -> bool:
     exact_first, exact_second = exact(first), exact(second)
     if exact_first is not None and exact_second is not None:
         return exact_first == exact_second
-    wanted = 2 * POINTS if has_steps(first) or has_steps(second) else POINTS  # steps agree at many points
     compared = 0
     outside: list[bool] = []  # verdicts at points where a root or a logarithm has no real value
     for point, mixed in _points(first, second):
@@ -66,8 +65,8 @@ def same_value(first: Tree, second: Tree) -> bool:
         if not verdict:
             return _refuse(first, second)
         compared += 1
-        if compared == wanted:
-            break
+        if compared == 2 * POINTS or (compared == POINTS and not (has_steps(first) or has_steps(second))):
+            break  # steps agree at many points
     if not compared and not outside:
         raise Undecided("no value at any point")
     return True if compared or all(outside) else _refuse(first, second)
@@ -200,7 +199,7 @@ def _points(*trees: Tree) -> Iterator[tuple[Point, bool]]:
         yield {}, False
         return
     discrete = any(map(is_discrete, trees))
-    steps = not discrete and any(map(has_steps, trees))
+    steps = bool(names) and not discrete and any(map(has_steps, trees))
     signs = not discrete and not steps and (not any(map(_wants_positive, trees)) or any(map(_has_absolute, trees)))
     for number in range(_CANDIDATES):
         point: Point = {}

@@ -77,7 +77,8 @@ def integer(digits: str) -> int:
     """Return the number that `digits` stand for, however many they are."""
     if len(digits) <= _DIGITS_AT_ONCE:
         return int(digits)
-    return integer(digits[:-_DIGITS_AT_ONCE]) * 10**_DIGITS_AT_ONCE + int(digits[-_DIGITS_AT_ONCE:])
+    scale: int = 10**_DIGITS_AT_ONCE
+    return integer(digits[:-_DIGITS_AT_ONCE]) * scale + int(digits[-_DIGITS_AT_ONCE:])
 
 
 def times(left: Tree, right: Tree) -> Tree:
