@@ -61,7 +61,7 @@ _concluding = re.compile(
 )
 _fence = re.compile(r"^\s*```\w*\n")
 _told = re.compile(r"\s*[A-Z][a-z]*\s+[a-z]+\s+\**\\?\$?[-+]?\d")  # He pays $5
-_QUOTES = (("“", "”"), ("«", "»"), ("„", "“"), ("「", "」"), ('"', '"'))  # noqa: RUF001
+_QUOTES = (("“", "”"), ("«", "»"), ("„", "“"), ("「", "」"), ('"', '"'))
 _tag = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 _markers = " \t*_:=→⇒➜➡|："  # noqa: RUF001
 SHORT_CHARS = 300  # a response of at most this length may be nothing but an answer
