@@ -26,6 +26,7 @@ from megatron_nft.verify.algebra.variants import variants
 from megatron_nft.verify.algebra.wording import is_filler, is_words, word_tree
 
 MAX_CHARS = 10_000
+MAX_TERMS = 20  # of a ratio
 _OPENING = frozenset(("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil", r"\beginmatrix"))
 _CLOSING = frozenset((")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil", r"\endmatrix"))
 _BRACKETS = frozenset(("(", "[", r"\{", r"\langle"))
@@ -139,7 +140,10 @@ def _ratio(tokens: list[str]) -> Tree | None:
     if tokens.count(":") < 2:
         return None
     parts = _split(tokens, (":",))
-    return ("ratio", *map(_quantity, parts)) if len(parts) > 2 and all(parts) else None
+    if not 2 < len(parts) <= MAX_TERMS or not all(parts):
+        return None
+    terms = [_quantity(part) for part in parts]
+    return ("ratio", *terms) if all(term[0] != "unit" for term in terms) else None  # 2:30:00 pm
 
 
 def _relation(tokens: list[str]) -> Tree:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from megatron_nft.verify.algebra.comparison import proportional
+from megatron_nft.verify.algebra.exact import exact
 from megatron_nft.verify.algebra.families import same_family
 from megatron_nft.verify.algebra.names import by_name, has_letters, is_name, points_of, with_names_of
 from megatron_nft.verify.algebra.quantity import is_rounded, same_quantity
@@ -35,7 +36,7 @@ def _same_expanded(gold: Tree, found: Tree) -> bool:
     if gold[0] == "rel" or found[0] == "rel":
         return _same_relation(gold, found)
     if gold[0] == found[0] == "ratio":
-        return len(gold) == len(found) and all(_same_ratio(gold, found, index) for index in range(2, len(gold)))
+        return _same_ratio(gold[1:], found[1:])
     if gold[0] in _STRUCTURES or found[0] in _STRUCTURES:
         return _same_structure(gold, found)
     return same_quantity(gold, found)
@@ -78,9 +79,12 @@ def _same_structure(gold: Tree, found: Tree) -> bool:
     return found[0] == "list" and all(same(gold, item) for item in found[1:])  # 5/3 or 1 2/3; else several for one
 
 
-def _same_ratio(gold: Tree, found: Tree, index: int) -> bool:
-    """Whether the first term and the one at `index` have the same ratio in both."""
-    return same_quantity(("/", gold[index], gold[1]), ("/", found[index], found[1]))
+def _same_ratio(gold: Sequence[Tree], found: Sequence[Tree]) -> bool:
+    """Whether any two terms have the same ratio in both."""
+    if len(gold) != len(found) or [exact(term) == 0 for term in gold] != [exact(term) == 0 for term in found]:
+        return False
+    pairs = itertools.combinations(zip(gold, found, strict=True), 2)
+    return all(same_quantity(("*", g, other_f), ("*", f, other_g)) for (g, f), (other_g, other_f) in pairs)
 
 
 def _count(tree: Tree) -> int:
