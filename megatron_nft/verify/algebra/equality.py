@@ -37,6 +37,8 @@ def _same_expanded(gold: Tree, found: Tree) -> bool:
         return _same_relation(gold, found)
     if gold[0] == found[0] == "ratio":
         return _same_ratio(gold[1:], found[1:])
+    if "ratio" in (gold[0], found[0]) and gold[0] != "list" != found[0]:
+        return False
     if gold[0] in _STRUCTURES or found[0] in _STRUCTURES:
         return _same_structure(gold, found)
     return same_quantity(gold, found)

@@ -62,6 +62,7 @@ MAX_PERIOD_DIGITS = 100
 MAX_BRACES = 3
 _digits_of_fraction = re.compile(r"\\frac\s*(\d)\s*(\d)")  # TeX takes one digit each: \frac12
 _digit_argument = re.compile(r"(\\frac|\\sqrt)\s*(\d)")
+_half_day = re.compile(r"(?<=:\d\d)\s*([apAP])\.?\s?[mM]\.?$")  # 2:30 pm
 _times_ten = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _trailing = re.compile(r"(?:[\s.,;:]|\\\\|\\$)+$")
 _inner_trailing = re.compile(r"[\s.,;:]+\}$")
@@ -104,6 +105,8 @@ def normalize(text: str) -> str:
     if ("(" in text or "\\text" in text) and any(name in text for name in ("max", "min", "gcd", "lcm")):
         text = _several.sub(r"\\\1\2", text)
     text = _thousands_space.sub(lambda match: re.sub(r"\s", "", match[0]), text)
+    if ":" in text:
+        text = _half_day.sub(lambda match: rf" \text{{{match[1].lower()}m}}", text)
     text = _times_ten.sub(r"\\times ", text)
     return _strip_end(_without_outer_braces(_space_run.sub(" ", text).strip()))
 
