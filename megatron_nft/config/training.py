@@ -68,6 +68,14 @@ class TrainConfig(Section):
     or its host cannot be reached. Ranks that generate meet about once a second, so that it need not be longer than some
     generate more than others."""
 
+    profile: Literal["torch", "nsys", "memory"] | None = None
+    """Profile `profile_steps` on `profile_ranks`: torch writes traces for Perfetto, nsys marks what Nsight Systems
+    records, memory writes snapshots of the GPU's allocations. docs/profiling.md says how each is read; null: none."""
+    profile_steps: list[PositiveInt] = Field(default=[3])
+    """Training steps that are profiled."""
+    profile_ranks: list[NonNegativeInt] = Field(default=[0])
+    """Ranks that are profiled."""
+
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
         if self.questions_per_step % self.questions_per_optimizer_step:

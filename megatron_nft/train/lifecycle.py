@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -58,6 +58,7 @@ class Phases:
         self.rank, self.step, self.name = rank, 0, "start"
         self.seconds: dict[str, float] = {}
         self.on_end: Callable[[str], None] | None = None  # told the name of each phase that has ended
+        self.mark: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()  # around each phase
         self._timeout_s, self._by_phase = stall_timeout_s, dict(by_phase or {})
         self._folder = run_dir / "stacks"
         self._board = Board(run_dir, rank, int(os.environ.get("WORLD_SIZE", "1")))
@@ -77,7 +78,8 @@ class Phases:
         self.name, self._place = name, (name, False)
         self.progress()
         start = time.perf_counter()
-        yield
+        with self.mark(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.progress()
         if self.on_end is not None:

@@ -51,7 +51,8 @@ def train(parts: Parts, state: RunState) -> RunState:
             finish_step(parts, state)
         while state.step < num_steps:
             metrics = parts.recorder.start_step()
-            state = train_step(parts, state, metrics)
+            with parts.profiler.step(state.step + 1):
+                state = train_step(parts, state, metrics)
             parts.engine.note_good_step()
             parts.recorder.end_step(metrics)
             finish_step(parts, state)

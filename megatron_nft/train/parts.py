@@ -35,6 +35,7 @@ from megatron_nft.train.held_out import HeldOut, load_held_out
 from megatron_nft.train.lifecycle import Lifecycle, Phases
 from megatron_nft.train.manifest import Manifest
 from megatron_nft.train.memory import PhaseMemory, check_memory, keep_room
+from megatron_nft.train.profile import Profiler
 from megatron_nft.train.recorder import Recorder
 from megatron_nft.train.sync import sync_weights
 from megatron_nft.verify import VerifierPool
@@ -69,6 +70,7 @@ class Parts:
     store: CheckpointStore
     saver: policy_checkpoint.Saver
     recorder: Recorder
+    profiler: Profiler
 
 
 @contextmanager
@@ -78,6 +80,8 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
     Whatever was opened is closed in the end, also when a later part fails to open.
     """
     say = life.console.say
+    profiler = Profiler(config.train, config.run_dir, layout.rank, layout.device)
+    life.phases.mark = profiler.mark
     if warning := check_stack(read_stack()):
         say(warning)
     spec = read_family(config.model.path)
@@ -132,6 +136,7 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
             store=store,
             saver=policy_checkpoint.Saver(policy, copies=config.checkpoint.asynchronous),
             recorder=recorder,
+            profiler=profiler,
         )
         sync_weights(sync, engine, policy, questions.stream, questions.tokenizer, state.weight_version)
         gc.collect()

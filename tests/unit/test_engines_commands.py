@@ -36,7 +36,7 @@ def test_sglang_on_a_cpu():
         "--skip-server-warmup",
     ):
         assert argument in line
-    assert not any(a.startswith(("--base-gpu-id", "--trust-remote-code")) for a in line)
+    assert not any(a.startswith(("--base-gpu-id", "--mm-feature-transport", "--trust-remote-code")) for a in line)
     environment = sglang.environment(ServerConfig(), device="cpu", gpu=0)
     assert environment["SGLANG_USE_CPU_ENGINE"] == "1"
     assert environment["OMP_NUM_THREADS"] == "1"
@@ -57,6 +57,7 @@ def test_sglang_on_a_gpu():
     for argument in (
         "--tp-size=2",
         "--base-gpu-id=4",
+        "--mm-feature-transport=cpu",
         "--enable-memory-saver",
         "--enable-fp32-lm-head",
         "--enable-deterministic-inference",
