@@ -8,7 +8,7 @@ and wrong answers; they are graded and trained strictly on-policy (every ratio i
 of each question is taken with transformers and autograd. Reported per loss:
 
     noise scale   tr Cov(g) / |E g|^2, in questions (McCandlish et al. 2018, arXiv 1812.06162): batches below it are
-                  mostly noise. Unbiased estimates of both; 95 % interval by the jackknife over batches, of the logarithm
+                  mostly noise. Unbiased estimates of both; 95 % interval by the jackknife over batches, of the log
     cosine        of the gradient of a batch of 16 questions with the mean of all others
     direction     cosine of E g with that of Dr. GRPO, which is the gradient of the mean reward of those questions,
                   from separate halves of the questions and corrected for their noise
