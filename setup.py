@@ -38,6 +38,7 @@ setup(
             "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
             "transformer-engine[pytorch]>=2.9,!=2.12.*,<2.18; python_version >= '3.12'",  # below 2.12 for core 0.16
         ],
+        "gguf": ["gguf>=0.10", "accelerate>=1"],  # examples/smollm2_digits: transformers reads GGUF with both
         "nemo-run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # a later leptonai does not import
         "wandb": ["wandb>=0.17,<1"],
         "dev": [

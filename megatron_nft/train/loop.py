@@ -122,7 +122,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
             batches = pack_for_policy(corrected(mine, config.algorithm), policy)
             with micro_batch_progress(policy, parts.life, f"update {number} of {total}", len(batches)):
                 outcome = policy.train_step(batches, parts.algorithm, denominator, config.rollout.temperature)
-            record.add_optimizer_step(metrics, layout.rank, outcome)
+            record.add_optimizer_step(metrics, layout.rank, outcome, config.optimizer.clip_grad)
             skipped = count_skipped(skipped, outcome, config.train.max_skipped_steps, parts.store.saved_step)
     version = state.weight_version + 1
     with phases("sync"):

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 TRAINER_NAMES = frozenset(
     {
-        "generation_batches", "grad_norm", "grad_norm/max", "loss/total", "lr", "policy/entropy", "skipped_steps",
-        "skipped_steps/share", "step", "tokens/generated", "tokens/trained", "tokens_per_s",
+        "generation_batches", "grad_norm", "grad_norm/clipped", "grad_norm/max", "loss/total", "lr", "policy/entropy",
+        "skipped_steps", "skipped_steps/share", "step", "tokens/generated", "tokens/trained", "tokens_per_s",
     }
 )  # fmt: skip
 TRAINER_PREFIXES = (
@@ -115,9 +115,9 @@ def add_gap(metrics: Metrics, rank: int, gap: Gap) -> None:
     metrics.mean("correction/vetoed_share", gap.vetoed, gap.answers)
 
 
-def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
+def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport, clip_grad: float) -> None:
     """One optimizer step, the algorithm's own metrics included; the report holds sums over all ranks already. Of a
-    skipped one nothing but that counts.
+    skipped one nothing but that counts. clip_grad: optimizer.clip_grad.
 
     ValueError, on every rank, where the algorithm gives a metric the name of one of the trainer's.
     """
@@ -132,6 +132,7 @@ def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
         "loss/total": Mean(report.loss, 1),
         "grad_norm": Mean(report.grad_norm, 1),
         "grad_norm/max": Max(report.grad_norm),
+        "grad_norm/clipped": Mean(float(0 < clip_grad < report.grad_norm), 1),  # share of updates
         **report.metrics,
     }
     for name, value in made.items():
