@@ -84,6 +84,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
             config=config,
             layout=layout,
             stream=parts.questions.stream,
+            choice=parts.questions.choice,
             algorithm=parts.algorithm,
             rounds=rounds,
             end_tokens=parts.questions.end_tokens,
@@ -136,6 +137,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         step=step,
         weight_version=version,
         cursor=found.cursor,
+        past=found.past,
         surplus=tuple(s for (draw, _), s in samples.items() if draw in plan.surplus),
         steps_over_gap=over,
     )
