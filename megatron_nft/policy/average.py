@@ -63,24 +63,33 @@ class WeightAverage:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """The model computes with the average inside. Collective over data-parallel ranks."""
+        """The model computes with the average inside. Collective over data-parallel ranks.
+
+        After an error inside, a rank has its own part of the weights again, and not that of others: a collective here
+        would wait for ranks that do not come.
+        """
+        self._bring(back=False)
+        self._gather()
         try:
-            self._bring(back=False)
             yield
         finally:
             self._bring(back=True)
+        self._gather()
 
     @torch.no_grad()
     def _bring(self, *, back: bool) -> None:
-        with cpu.on_cpu():
-            for own in self.ranges:
-                if own.master_is_weight:
-                    held = own.weight.clone()
-                    own.weight.copy_(own.values)
-                    own.values.copy_(held)
-                else:
-                    own.weight.copy_(own.master if back else own.values)
-            if self.divided:
+        for own in self.ranges:
+            if own.master_is_weight:
+                held = own.weight.clone()
+                own.weight.copy_(own.values)
+                own.values.copy_(held)
+            else:
+                own.weight.copy_(own.master if back else own.values)
+
+    def _gather(self) -> None:
+        """Bring every rank's part of the model to the ranks that hold the same parameters."""
+        if self.divided:
+            with cpu.on_cpu():
                 for ddp in self._wrapped:
                     ddp.start_param_sync()
 

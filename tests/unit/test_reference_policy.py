@@ -46,7 +46,7 @@ def test_wrong_answers_are_held_where_the_reference_has_them(ratio, rate, clamp,
 
 
 def test_the_implicit_negative_policy_needs_the_references_own_rate():
-    """Seven arms, two of them right. With its own rate the mixture is exact; with another the push is off by the odds."""
+    """Seven arms, two of them right. Its own rate makes the mixture exact; another puts the push off by the odds."""
     reference = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).softmax(0)
     right = torch.tensor([1.0, 0, 0, 1, 0, 0, 0], dtype=torch.float64)
     rate = (reference * right).sum()
