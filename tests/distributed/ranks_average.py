@@ -127,7 +127,7 @@ def check_average_of_the_masters_in_bf16(ranks: Ranks) -> None:
 
 
 def check_an_error_in_the_pass_leaves_the_weights(ranks: Ranks) -> None:
-    """Each rank's own part, without a collective on the way out: an error of one rank alone must not wait for others."""
+    """Each rank's own part, without a collective on the way out: a rank that fails alone must not wait for others."""
     for name in ("DP4", "DP4, optimizer whole"):
         policy = make(ranks, **LAYOUTS[name])
         step(policy)
