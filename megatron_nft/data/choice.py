@@ -37,6 +37,7 @@ class Past:
     rates: tuple[float, ...] = ()  # correct rates of the last KEPT_RATES of them, in [0, 1], newest last
 
     def with_rate(self, rate: float) -> Past:
+        """After one more group, of this correct rate in [0, 1]."""
         return Past(self.asked + 1, (*self.rates, rate)[-KEPT_RATES:])
 
 

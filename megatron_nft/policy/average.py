@@ -38,6 +38,7 @@ class AveragedRange:
 
     @property
     def master_is_weight(self) -> bool:
+        """Whether the optimizer updates the model's own elements, as it does in fp32."""
         return self.master.data_ptr() == self.weight.data_ptr()
 
 
