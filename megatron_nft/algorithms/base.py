@@ -69,6 +69,12 @@ class AlgorithmSettings(Section):
             )
         return self
 
+    @property
+    def average_decay(self) -> float | None:
+        """Decay per optimizer update of the moving average of the weights that R is taken against (policy/average.py);
+        None where there is no average."""
+        return None
+
     def denominator(self, *, tokens: int, answers: int) -> float:
         """What the loss of an optimizer step with so many trained response tokens and answers is divided by."""
         counts = {"tokens": tokens, "answers": answers}

@@ -22,6 +22,10 @@ class DataConfig(Section):
     """What to do with prompts that are longer: drop and count them, or refuse to start."""
     shuffle: bool = True
     """Draw the questions in a new order each epoch, which follows from `seed`; false keeps the order of the files."""
+    choose: str | None = None
+    """What may skip drawn questions, from how they were answered before: skip_solved (a question whose last two groups
+    were all right is skipped with probability 0.75, or P as skip_solved:P), or the dotted path of a function of your
+    own (docs/extending.md). null asks every question that is drawn."""
 
 
 class ServerConfig(Section):

@@ -78,6 +78,8 @@ class Config(Section):
                 f"data.max_prompt_tokens ({self.data.max_prompt_tokens}) + "
                 f"rollout.max_response_tokens ({self.rollout.max_response_tokens}) = {longest}{padded}"
             )
+        if self.algorithm.average_decay is not None:
+            self.policy.check_average()
         self.algorithm.check_response_limit(self.rollout.max_response_tokens)
         if not self.rollout.uses_servers and self.sync.transport not in ("auto", "tensor"):
             raise ValueError(f"sync.transport={self.sync.transport} needs rollout.engine sglang or vllm, not embedded")

@@ -11,6 +11,7 @@ logits      logprob_chunk_tokens C x V/tp: the head's output e, its fp32 copy 4,
             the fp32 gradient of the output weight 4 h V/tp and its e-byte copy; and T h e each for the hidden states
             (whole, also under sequence parallel) and their gradient. In bf16 on a GPU (policy/logprobs_triton.py): half
             as many logits, in fp32, and their gradient e; the weight's gradient e h V/tp alone; and T h 4 more
+average     algorithm.reference=ema: 4 bytes per parameter of the optimizer's share
 engine      `engine.py`. With rollout.server.memory_saver its working memory alone stays in the training phase, and at
             sleep_level kv_cache its weights
 """
@@ -36,6 +37,7 @@ PARTS = (
     "weights",
     "gradients",
     "optimizer",
+    "average weights",
     "activations",
     "logits chunk",
     "packed attention",
@@ -138,11 +140,14 @@ def resident(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: C
     params += local_expert_params(spec, layout.tp, layout.pp, layout.ep)
     quantized = local_layer_matrices(spec, layout.tp, layout.pp, layout.ep)
     fp8_copies = 2 * quantized if config.policy.fp8.recipe != "none" else 0
-    return {
+    parts = {
         "weights": params * element_bytes(config) + fp8_copies,
         "gradients": params * 4,
         "optimizer": 0 if layout.offload else optimizer_bytes(spec, config, layout, cluster, stage),
     }
+    if config.algorithm.average_decay is not None:
+        parts["average weights"] = 4 * optimizer_shard(spec, config, layout, cluster, stage)
+    return parts
 
 
 def engine_beside_trainer(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> EngineMemory:

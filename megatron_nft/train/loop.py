@@ -24,6 +24,7 @@ from megatron_nft.train.manifest import folder_of
 from megatron_nft.train.parts import Parts
 from megatron_nft.train.replicas import (
     compute_behaviour_logprobs,
+    compute_reference_logprobs,
     gap_of_all_ranks,
     micro_batch_progress,
     pack_for_policy,
@@ -84,6 +85,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
             config=config,
             layout=layout,
             stream=parts.questions.stream,
+            choice=parts.questions.choice,
             algorithm=parts.algorithm,
             rounds=rounds,
             end_tokens=parts.questions.end_tokens,
@@ -106,6 +108,8 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         fresh, entropy = compute_behaviour_logprobs(
             policy, samples, config.rollout.temperature, parts.life, with_entropy=bool(entropy_due)
         )
+        trained = [s for s in samples.values() if s.draw not in plan.surplus]
+        compute_reference_logprobs(policy, trained, config.rollout.temperature, parts.life)
         if layout.is_replica_leader:
             metrics.add("policy/entropy", entropy)
         measured = fresh or list(samples.values())  # surplus alone: as measured when it was generated
@@ -134,6 +138,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         step=step,
         weight_version=version,
         cursor=found.cursor,
+        past=found.past,
         surplus=tuple(s for (draw, _), s in samples.items() if draw in plan.surplus),
         steps_over_gap=over,
     )

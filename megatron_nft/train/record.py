@@ -30,7 +30,7 @@ TRAINER_NAMES = frozenset(
 )  # fmt: skip
 TRAINER_PREFIXES = (
     "accuracy/", "age/", "answers/", "correct_rate/", "correction/", "entropy/", "eval/", "gap/",
-    "groups/", "length/", "memory/", "seconds/",
+    "groups/", "length/", "memory/", "questions/", "seconds/",
     "sync/", "verdict/",
 )  # fmt: skip
 """Names of the trainer's own metrics, which an algorithm's must not be added to."""
@@ -75,6 +75,12 @@ def add_groups(metrics: Metrics, rank: int, facts: Sequence[GroupFacts]) -> None
         metrics.sum(f"groups/{fate}", fates[fate])
     metrics.sum("groups/dropped", len(facts) - fates["kept"])
     metrics.sum("groups/fresh", fates["kept"])
+
+
+def add_choice(metrics: Metrics, rank: int, *, asked: int, skipped: int) -> None:
+    """questions/skipped_share: what `data.choose` skipped, as a share of the draws of a generation batch."""
+    if rank == 0:
+        metrics.mean("questions/skipped_share", skipped, asked + skipped)
 
 
 def add_plan(metrics: Metrics, rank: int, kept: Sequence[GroupFacts], plan: StepPlan, step: int) -> None:

@@ -92,6 +92,20 @@ def test_static_memory_by_hand(tmp_path):
     assert parts["optimizer"] == 12 * -(-params // 16)
 
 
+def test_a_moving_average_takes_4_bytes_and_a_forward_pass(tmp_path):
+    config = settings(
+        tmp_path,
+        QWEN_7B,
+        policy={"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        algorithm={"reference": "ema"},
+    )
+    done = plan(config, *H100_4, "--json")
+    found = json.loads(done.stdout)["plan"]
+    parts = found["memory"][0]["phases"]["train"]["parts_bytes"]
+    assert parts["average weights"] == parts["optimizer"] / 3, "4 bytes beside Adam's 12"
+    assert "reference log-probs" in done.stdout
+
+
 def test_fitting_run_says_so(tmp_path):
     done = plan(settings_7b(tmp_path), *H100_4)
     assert done.returncode == 0
