@@ -67,7 +67,7 @@ class Rollout:
     finish_reason: str  # stop | length
     weight_version: int  # version under which the answer was finished
     text: str  # response_ids decoded, special tokens left out
-    weight_version_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) where a sync fell inside
+    weight_version_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) where several made it
     verdict: Verdict | None = None
     reward: float | None = None  # in [0, 1], of a grader that gives numbers; None: 1 for `correct`, else 0
     extracted: str | None = None  # what the grader read as the answer
@@ -77,6 +77,11 @@ class Rollout:
     verify_s: float = 0.0
     ignored: bool = False  # left out of the loss (truncated=drop, graders disagree)
     trainer_logprobs: np.ndarray | None = None  # float32 [R], behaviour policy, by the trainer
+
+    @property
+    def version_spans(self) -> tuple[tuple[int, int, int], ...]:
+        """(version, start, end) of every token, also where the whole answer has one version."""
+        return self.weight_version_spans or ((self.weight_version, 0, len(self.response_ids)),)
 
     @property
     def correct(self) -> bool:

@@ -12,7 +12,7 @@ Legend: T tokens of a packed micro-batch, P and R prompt and response tokens, K 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -40,10 +40,11 @@ class AlgorithmSettings(Section):
     behaviour: Literal["recomputed", "engine"] = "recomputed"
     """Whose log-probs the ratio R is taken against: those that the trainer computes before the first update, or those
     that the engine reported with the answer."""
-    correction: Literal["none", "truncate", "mask"] = "none"
+    correction: Literal["none", "truncate", "mask"] | None = None
     """Weight of each token's loss for the gap between engine and trainer, w = pi_trainer / pi_engine without gradient:
     none, w brought into the bounds, or w inside the bounds and 0 outside. Tokens of weight 0 still count in
-    `loss_divisor`."""
+    `loss_divisor`. null: truncate where rollout.mode lets answers go on under other weights and behaviour is
+    recomputed, else none."""
     correction_level: Literal["token", "sequence"] = "token"
     """One w per token, or one per answer, the geometric mean of its tokens' w."""
     correction_low: Annotated[float, Field(ge=0)] = 0.0
@@ -62,7 +63,7 @@ class AlgorithmSettings(Section):
         high = self.correction_high
         if high is not None and self.correction_low > high:
             raise ValueError(f"correction_low ({self.correction_low}) must not be above correction_high ({high})")
-        if self.behaviour == "engine" and self.correction != "none":
+        if self.behaviour == "engine" and self.correction not in (None, "none"):
             raise ValueError(
                 f"behaviour=engine takes the ratio against the engine itself, which correction={self.correction} would "
                 "weight a second time: use behaviour=recomputed, or correction=none"
@@ -74,6 +75,13 @@ class AlgorithmSettings(Section):
         """Decay per optimizer update of the moving average of the weights that R is taken against (policy/average.py);
         None where there is no average."""
         return None
+
+    def with_correction_for(self, mode: str) -> Self:
+        """These settings, with a `correction` that fits the mode of the rollouts (rollout.mode) where none is set."""
+        if self.correction is not None:
+            return self
+        fresh = mode == "synchronous" or self.behaviour == "engine"
+        return self.model_copy(update={"correction": "none" if fresh else "truncate"})
 
     def denominator(self, *, tokens: int, answers: int) -> float:
         """What the loss of an optimizer step with so many trained response tokens and answers is divided by."""

@@ -25,7 +25,7 @@ class DataConfig(Section):
     choose: str | None = None
     """What may skip drawn questions, from how they were answered before: skip_solved (a question whose last two groups
     were all right is skipped with probability 0.75, or P as skip_solved:P), or the dotted path of a function of your
-    own (docs/extending.md). null asks every question that is drawn."""
+    own (docs/extending.md). null asks every question that is drawn. With rollout.mode=synchronous."""
 
 
 class ServerConfig(Section):
@@ -122,13 +122,20 @@ class RolloutConfig(Section):
     engine: Annotated[str, AfterValidator(known_engine)] = "embedded"
     """What generates the answers: embedded (transformers in the trainer's own processes, for small models), sglang or
     vllm (servers)."""
+    mode: Literal["synchronous", "streaming", "overlapped"] = "synchronous"
+    """synchronous: all questions of a batch are answered to their end. streaming: generation ends when the step's
+    groups are known; answers under way go on in the next step, from the tokens that they have. overlapped: servers
+    answer while the trainer trains, and sync.in_flight says what a weight sync does to answers under way. docs/nft.md
+    says what that does to the ratio."""
     answers_per_question: Annotated[int, Field(ge=2)] = 16
     """Answers sampled for each question: the size of a group."""
     questions_per_batch: PositiveInt = 1536
     """Questions sampled per generation batch. Batches are generated until a step has `train.questions_per_step` groups
-    that are neither all right nor all wrong."""
+    that are neither all right nor all wrong. The other modes have no batches: they sample as many questions as
+    max_staleness allows to be open."""
     max_generation_batches: PositiveInt = 10
-    """Most generation batches per step; when they do not fill a step, the run ends with an error."""
+    """Most generation batches per step, in the other modes as many questions; when they do not fill a step, the run
+    ends with an error."""
     max_response_tokens: PositiveInt = 3584
     """Tokens after which an answer is cut off."""
     stop_token_ids: list[NonNegativeInt] = Field(default=[])
@@ -144,7 +151,8 @@ class RolloutConfig(Section):
     """Permit top_p < 1 or top_k in training, although the likelihood ratio is then biased."""
     max_staleness: NonNegativeInt = 1
     """Training steps for which groups beyond a full step are kept to be trained later; 0 throws them away, as the
-    published runs do. docs/nft.md says what stale groups change."""
+    published runs do. In the other modes: most weight syncs between the first token of an answer and its
+    training, at least 1. docs/nft.md says what stale groups change."""
     embedded_batch_tokens: PositiveInt = 65536
     """Size of one batch of the embedded engine: rows x tokens of the longest possible row. Lower it where memory is
     short."""
@@ -166,6 +174,26 @@ class RolloutConfig(Section):
             )
         if self.top_k == 0 or self.top_k < -1:
             raise ValueError(f"top_k={self.top_k}: must be -1 (all tokens) or at least 1")
+        return self
+
+    @model_validator(mode="after")
+    def _mode(self) -> RolloutConfig:
+        if self.mode != "synchronous" and self.max_staleness < 1:
+            raise ValueError(
+                f"max_staleness={self.max_staleness} with mode={self.mode}: its answers may go on under the weights of "
+                "the next step, so that they are trained one step after they began; set max_staleness to at least 1, "
+                "or mode=synchronous"
+            )
+        if self.mode == "overlapped" and not self.uses_servers:
+            raise ValueError(
+                "mode=overlapped with engine=embedded: it generates in the trainer's own processes, which cannot train "
+                "meanwhile; use engine=sglang or vllm, or mode=streaming"
+            )
+        if self.mode == "overlapped" and self.server.memory_saver:
+            raise ValueError(
+                "mode=overlapped with server.memory_saver: an engine without its memory cannot generate while the "
+                "trainer trains; leave memory_saver off, or use mode=streaming"
+            )
         return self
 
     @model_validator(mode="after")

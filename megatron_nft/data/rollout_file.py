@@ -3,7 +3,8 @@
     run_dir/rollouts/step_000012/rank_00000.parquet
 
 A file is complete or absent (files.py), so readers of a run in progress see whole files only. A surplus group appears
-with fate `surplus` in the step that generated it and with its final fate in the step that trains it.
+with fate `surplus` in the step that generated it and with its final fate in the step that trains it. Where answers
+outlive a step (rollout.mode), a group appears once, in the step that trains or drops it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from megatron_nft.files import replacing
 from megatron_nft.types import Prompt, Rollout, RolloutGroup
 
-FATES = ("trained", "surplus", "all_correct", "all_wrong", "too_few", "ignored", "untrained")
+FATES = ("trained", "surplus", "all_correct", "all_wrong", "too_few", "too_old", "ignored", "untrained")
 """What became of an answer; `ignored` is an answer left out of a group that was otherwise used, `untrained` one of a
 group that could have been trained in a step that failed for want of such groups."""
 
@@ -50,12 +51,13 @@ SCHEMA = pa.schema(
         pa.field("verify_s", pa.float32(), nullable=False),
         pa.field("correct_rate", pa.float32(), nullable=False),  # of the group, in [0, 1]
         pa.field("weight_version", pa.int32(), nullable=False),
+        pa.field("weight_version_spans", pa.list_(pa.list_(pa.int32()))),  # [version, start, end] of each; null: one
         pa.field("fate", pa.string(), nullable=False),
     ],
     metadata={"megatron_nft.rollouts": "1"},
 )
 
-_ADDED = ("reason", "reason_kind", "prompt_opens_thinking", "reward")
+_ADDED = ("reason", "reason_kind", "prompt_opens_thinking", "reward", "weight_version_spans")
 """Columns that files of earlier versions lack; they read as null there."""
 
 _STEP_FOLDER = re.compile(r"step_(\d+)$")
@@ -158,6 +160,7 @@ def _row(group: RolloutGroup, rollout: Rollout, fate: str, step: int) -> dict[st
         "verify_s": rollout.verify_s,
         "correct_rate": group.correct_rate,
         "weight_version": rollout.weight_version,
+        "weight_version_spans": rollout.weight_version_spans or None,
         "fate": "ignored" if rollout.ignored else fate,
     }
 

@@ -76,14 +76,14 @@ def ask_and_grade(
     arrive, `on_wait` as engine.OnWait says, and while verdicts are waited for. Where the engine fails, the questions
     that it had finished come before its EngineError is raised.
     """
-    questions = [_OpenQuestion(prompt, {}) for prompt in prompts]
+    questions = [_OpenQuestion({}) for _ in prompts]
     answered: deque[int] = deque()  # questions with all answers, waiting for verdicts
     failure: EngineError | None = None
     try:
         for number, sample, completion in engine.generate(requests, sampling, on_wait):
-            text = cast(str, tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True))  # of one answer
             grade = grade_truncated or completion.finish_reason != "length"
-            questions[number].add(sample, completion, text, verifier if grade else None)
+            asked = verifier if grade else None
+            questions[number].answers[sample] = GradingAnswer.begin(completion, prompts[number], tokenizer, asked)
             if on_answer is not None:
                 on_answer(completion)
             if len(questions[number].answers) == requests[number].num_samples:
@@ -102,42 +102,53 @@ def ask_and_grade(
         raise failure
 
 
+@dataclass(frozen=True, slots=True)
+class GradingAnswer:
+    """One answer of an engine whose verdict may be under way."""
+
+    completion: Completion
+    text: str  # the tokens decoded, special tokens left out
+    verdict: Future[Graded] | None  # None for one that was not given to the verifier
+
+    @classmethod
+    def begin(
+        cls, completion: Completion, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, verifier: Verifier | None
+    ) -> GradingAnswer:
+        """Give an answer to the verifier, where there is one."""
+        text = cast(str, tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True))  # of one answer
+        if verifier is None:
+            return cls(completion, text, None)
+        opens = prompt.opens_thinking
+        verdict = verifier.submit(text, prompt.answer, prompt.data_source, prompt.extra, prompt_opens_thinking=opens)
+        return cls(completion, text, verdict)
+
+    @property
+    def is_graded(self) -> bool:
+        return self.verdict is None or self.verdict.done()
+
+    def result(self) -> GradedAnswer:
+        """The answer with its verdict, which is waited for."""
+        return GradedAnswer(self.completion, self.text, None if self.verdict is None else self.verdict.result())
+
+
 @dataclass(slots=True)
 class _OpenQuestion:
     """A question whose answers are arriving."""
 
-    prompt: Prompt
-    answers: dict[int, tuple[Completion, str, Future[Graded] | None]]  # by sample
-
-    def add(self, sample: int, completion: Completion, text: str, verifier: Verifier | None) -> None:
-        verdict = None
-        if verifier is not None:
-            prompt = self.prompt
-            verdict = verifier.submit(
-                text,
-                prompt.answer,
-                prompt.data_source,
-                prompt.extra,
-                prompt_opens_thinking=prompt.opens_thinking,
-            )
-        self.answers[sample] = (completion, text, verdict)
+    answers: dict[int, GradingAnswer]  # by sample
 
     @property
     def is_graded(self) -> bool:
-        return all(verdict is None or verdict.done() for _, _, verdict in self.answers.values())
+        return all(answer.is_graded for answer in self.answers.values())
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the verdicts, at most `timeout_s` seconds; whether all are there."""
-        futures = [verdict for _, _, verdict in self.answers.values() if verdict is not None]
+        futures = [answer.verdict for answer in self.answers.values() if answer.verdict is not None]
         return not wait(futures, timeout_s).not_done
 
     def close(self) -> list[GradedAnswer]:
         """The answers by sample; waits for verdicts that are not there yet, and lets go of the token ids."""
-        taken = [self.answers.pop(sample) for sample in sorted(self.answers)]
-        return [
-            GradedAnswer(completion, text, None if verdict is None else verdict.result())
-            for completion, text, verdict in taken
-        ]
+        return [self.answers.pop(sample).result() for sample in sorted(self.answers)]
 
 
 def training_sampling(config: Config, stop_token_ids: Sequence[int] = ()) -> SamplingParams:
@@ -194,12 +205,12 @@ def generate_groups(
         on_wait=on_wait,
     ):
         draw, prompt = draws[number]
-        rollouts = [_rollout(draw, i, answer, config.algorithm.truncated) for i, answer in enumerate(answers)]
+        rollouts = [to_rollout(draw, i, answer, config.algorithm.truncated) for i, answer in enumerate(answers)]
         groups[number] = RolloutGroup(draw, prompt, rollouts, step)
     return [groups[number] for number in range(len(draws))], time.perf_counter() - last_answer
 
 
-def _rollout(draw: int, sample: int, answer: GradedAnswer, truncated: str) -> Rollout:
+def to_rollout(draw: int, sample: int, answer: GradedAnswer, truncated: str) -> Rollout:
     """Return an answer as a rollout. truncated: algorithm.truncated, for an answer that was not graded."""
     completion, graded = answer.completion, answer.graded
     rollout = Rollout(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import queue
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from megatron_nft.engines.completions import Aborted, BadAnswer, check_completion, check_version
+from megatron_nft.engines.completions import Aborted, BadAnswer, Stopped, check_completion, check_version
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
 from megatron_nft.engines.reasons import reason
 from megatron_nft.engines.targets import Target, Targets
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Answers = queue.SimpleQueue[tuple[int, int, Completion | BaseException]]
 """(number of the request, number of the sample, the answer or why there is none)"""
 
+Wanted = Callable[[], bool]
+
+ABORT_TIMEOUT_S = 10.0
 BACKOFF_S = 0.5  # before the second try, doubled for each further one
 RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
 
@@ -56,7 +59,12 @@ class Asker(ABC):
 
     @abstractmethod
     def _completion(self, answer: Any) -> Completion:
-        """The sample in a server's answer. Aborted, or BadAnswer (KeyError, TypeError, ... count as that too)."""
+        """The sample in a server's answer, `stopped` where the server was told to abort it. BadAnswer (KeyError,
+        TypeError, ... count as that too)."""
+
+    @abstractmethod
+    def _abort_call(self) -> tuple[str, dict[str, Any]]:
+        """Path and JSON body that make a server give up all requests, and answer each with what it has of it."""
 
     @abstractmethod
     async def _version(self, client: httpx.AsyncClient, url: str) -> int:
@@ -77,7 +85,7 @@ class Asker(ABC):
         async def work() -> None:
             for number, sample in samples:
                 try:
-                    answers.put((number, sample, await self._ask(number, requests[number], sampling)))
+                    answers.put((number, sample, await self.ask(number, requests[number], sampling)))
                 except Exception as e:
                     answers.put((number, sample, e))
 
@@ -90,26 +98,34 @@ class Asker(ABC):
         finally:
             watching.cancel()
 
-    async def _ask(self, number: int, request: Request, sampling: SamplingParams) -> Completion:
-        """One sample of request `number`, from whichever server. EngineError once the tries are used up."""
+    async def ask(
+        self, number: int, request: Request, sampling: SamplingParams, wanted: Wanted | None = None
+    ) -> Completion:
+        """One sample of request `number`, from whichever server. EngineError once the tries are used up.
+
+        wanted: takes an answer that a server gave up as it is, too, and is asked before each try whether the answer is
+        still wanted (Stopped where it is not).
+        """
         path, body = self._generate_call(request, sampling)
         problems: list[str] = []
         for attempt in range(self._config.max_retries + 1):
             if attempt:
                 await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
-            target = await self._server_for(number, problems)
+            target = await self._server_for(number, problems, wanted)
             asked_version = self.weight_version
             target.in_flight += 1
             try:
                 completion = self._parse(await self._post_for_long(target, path, body))
+                if completion.finish_reason == "stopped" and wanted is None:
+                    raise Aborted
             except TimeoutError:
                 limit = self._config.stall_timeout_s
                 problems.append(f"{target.url}: no progress for {limit:g} s (rollout.server.stall_timeout_s)")
             except (httpx.TransportError, BadAnswer) as e:
                 target.down = True
                 problems.append(f"{target.url}: {reason(e)}")
-            except Aborted as e:
-                problems.append(f"{target.url}: aborted ({e})")
+            except Aborted:
+                problems.append(f"{target.url}: aborted")
             else:
                 target.answered += 1
                 try:
@@ -126,21 +142,46 @@ class Asker(ABC):
                 target.in_flight -= 1
         raise EngineError(self._describe(problems))
 
-    async def _server_for(self, number: int, problems: list[str]) -> Target:
+    async def begin(self, num_in_flight: int) -> None:
+        """See `targets.Targets.begin`."""
+        await self._targets.begin(num_in_flight)
+
+    async def watch(self) -> None:
+        """Watch the servers until cancelled: see watch.py."""
+        await self._watch.run()
+
+    def take_moved(self) -> bool:
+        """Whether any server has made progress since the last call. Any thread may call it."""
+        return self._watch.take_moved()
+
+    async def abort_all(self) -> None:
+        """Tell the servers to give up all requests. One that does not answer is left to the watch."""
+        path, body = self._abort_call()
+        calls = (self._client.post(url + path, json=body, timeout=ABORT_TIMEOUT_S) for url in self._targets.busy)
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, httpx.HTTPError):
+                raise outcome
+
+    async def _server_for(self, number: int, problems: list[str], wanted: Wanted | None) -> Target:
         """The server for a sample of request `number`; where none is up, the first that comes back.
 
-        EngineError where none does within rollout.server.start_timeout_s, or none is started again.
+        EngineError where none does within rollout.server.start_timeout_s, or none is started again. Stopped where the
+        answer is not `wanted` any more.
         """
         clock = asyncio.get_running_loop().time
         start = clock()
-        while (target := await self._targets.pick(number)) is None:
+        while True:
+            target = await self._targets.pick(number)
+            if wanted is not None and not wanted():
+                raise Stopped
+            if target is not None:
+                return target
             waited_s = clock() - start
             given_up = self.group is not None and self.group.given_up
             if given_up or waited_s > self._patience_s:
                 problems.append(f"no server was up with the weights that are wanted, after {waited_s:.0f} s")
                 raise EngineError(self._describe(problems))
             self._watch.note()  # there is a bound
-        return target
 
     async def _post_for_long(self, target: Target, path: str, body: dict[str, Any]) -> Any:
         """See `_post`. TimeoutError once the server is given up; until then an answer may take as long as it takes."""

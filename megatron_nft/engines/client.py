@@ -23,6 +23,7 @@ from megatron_nft.engines.completions import BadAnswer
 from megatron_nft.engines.engine import WAIT_S, Completion, EngineError, OnWait, Request, SamplingParams
 from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.reasons import reason
+from megatron_nft.engines.streams import HttpStream
 from megatron_nft.engines.targets import RequestRouter, Targets
 from megatron_nft.engines.transports import locate, server_transport
 from megatron_nft.engines.watch import Watch
@@ -151,6 +152,13 @@ class HttpEngine(Asker):
                 yield number, sample, completion
         finally:
             asking.cancel()  # the servers see the connections close and drop those requests
+
+    is_deterministic = False
+
+    def stream(self, sampling: SamplingParams) -> HttpStream:
+        """See `engine.Engine.stream`."""
+        self._is_helped = True
+        return HttpStream(self, self._submit, sampling, self._config.max_in_flight)
 
     def _next(self, answers: Answers, on_wait: OnWait | None) -> tuple[int, int, Completion | BaseException]:
         while True:

@@ -9,14 +9,24 @@ a thread of its own, the embedded engine decodes between two answers.
 
 Leaving the loop early (an exception, Ctrl-C) abandons what is under way. So that this need not wait for the next
 answer, and a caller with other duties can see to them meanwhile, `generate` calls its `on_wait` between two answers.
+
+A stream takes answers one by one, while others are under way, and can stop them all: what was generated is handed back,
+and goes on later, perhaps under other weights, as the prefix of a new request.
+
+    with engine.stream(sampling) as stream:
+        stream.add([AnswerRequest(number, prompt_ids, seed_key, prefix), ...])
+        for number, completion in stream.advance().ended:
+            ...
+        for number, completion in stream.stop():  # finish_reason "stopped" where it has not ended
+            ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,9 +96,50 @@ class Completion:
 
     token_ids: np.ndarray  # int32 [R], end token included where it was produced
     logprobs: np.ndarray  # float32 [R], at the sampling temperature, before any top-p or top-k cut
-    finish_reason: str  # stop | length
+    finish_reason: str  # stop | length | stopped (by us: it has not ended, and may have no tokens yet)
     weight_version: int  # version under which the answer ended
     weight_version_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) where an update fell inside
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRequest:
+    """One answer of a stream: from its beginning, or from what there is of it."""
+
+    number: int  # the caller's
+    prompt_ids: np.ndarray  # int32 [P]
+    seed_key: tuple[int, ...]  # with the position it fixes each token's random number, where the engine allows it
+    prefix: Completion | None = None  # goes on from here; its tokens count in SamplingParams.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What a stream has to tell after a while."""
+
+    ended: list[tuple[int, Completion]]  # (number of the request, the whole answer with its prefix)
+    moved: bool  # whether the engine has made progress
+    begun: list[tuple[int, Completion]] = field(default_factory=list)
+    """Answers that go on, as far as they are known: where a server gave them up, for a weight sync for example."""
+
+
+class AnswerStream(Protocol):
+    """Answers under way in an engine, which come and go one by one. Leaving its `with` block abandons them."""
+
+    def add(self, requests: Sequence[AnswerRequest]) -> None:
+        """Start answers as soon as there is room for them, in the order in which they were added."""
+        ...
+
+    def advance(self, *, at_once: bool = False) -> Advance:
+        """Go on for a fixed number of tokens (the embedded engine) or a fixed time (servers), or tell `at_once` what
+        there is to tell. EngineError where an answer cannot be had."""
+        ...
+
+    def stop(self) -> list[tuple[int, Completion]]:
+        """End all answers, and hand back each that has a token; those that end at that moment as they ended."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class Ranks(Protocol):
@@ -135,6 +186,14 @@ class Engine(Protocol):
         also brings the weights to the servers that `left_behind` names.
         """
         ...
+
+    def stream(self, sampling: SamplingParams) -> AnswerStream:
+        """Answers one by one, under the version that the engine has; one stream at a time."""
+        ...
+
+    is_deterministic: bool
+    """Whether the same requests, added between the same calls of `advance`, end at the same calls with the same tokens.
+    """
 
     def left_behind(self) -> list[str]:
         """URLs of servers that work without the wanted weights, as far as this rank has asked them: they died and were

@@ -29,7 +29,8 @@ def create_engine(config: Config, layout: Ranks) -> Engine:
         log_dir=config.run_dir / "engines",
         layout=layout,
         load_weights=False,
-        allow_version_change=config.sync.in_flight != "finish",
+        # A request that is held during a sync was asked for under the old weights.
+        allow_version_change=config.sync.in_flight != "finish" or config.rollout.mode == "overlapped",
     )
 
 

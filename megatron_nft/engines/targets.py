@@ -107,6 +107,13 @@ class Targets:
     def __iter__(self) -> Iterator[Target]:
         return iter(self._targets)
 
+    @property
+    def busy(self) -> list[str]:
+        """URLs of servers that may have requests of ours."""
+        if self._router is not None:
+            return [*self._urls, *self._far]
+        return [target.url for target in self._targets if target.in_flight]
+
     def note_new_weights(self) -> None:
         """Take note that weights were brought: who lacks them now, the next look says. Any thread may call it."""
         self._num_weights += 1

@@ -5,6 +5,7 @@
         megatron/            weights, optimizer, scheduler, RNG (torch_dist, any layout can read it), a file per rank
         surplus/             groups that wait for the next step, one file per replica
         questions/           how questions were answered before (data.choose)
+        waiting/             groups and unfinished answers that go on in the next step (rollout.mode), a file per rank
 
 A folder is filled as `step_000020.partial`. When the files of all ranks are on disk, so is the manifest, and the folder
 is renamed; only then are older ones removed. With a group for it, all of this happens in a thread beside the training,
@@ -31,10 +32,12 @@ from megatron_nft.files import publish_folder, sha256_of_file, write_atomically
 from megatron_nft.train.background import Background
 from megatron_nft.train.choosing import write_past
 from megatron_nft.train.manifest import FORMAT, Manifest, complete_steps, folder_of, size_and_digest, what_is_missing
+from megatron_nft.train.waiting_file import write_waiting
 from megatron_nft.types import TrainingSample
 
 if TYPE_CHECKING:
     from megatron_nft.policy.checkpoint import Snapshot, WrittenPart
+    from megatron_nft.train.buffer import OpenGroup
 
 CLOSE_TIMEOUT_S = 60.0
 """How long a run that ends with an error waits for the other ranks' part of a save: they may be gone."""
@@ -53,6 +56,7 @@ class RunState:
     cursor: int = 0  # next draw of the prompt stream
     surplus: tuple[TrainingSample, ...] = field(default=(), repr=False)  # held by this rank's replica
     past: Mapping[int, Past] = field(default_factory=dict, repr=False)  # of questions by Prompt.index, for data.choose
+    waiting: tuple[OpenGroup, ...] = field(default=(), repr=False)  # owned by this rank
     steps_over_gap: int = 0  # steps in a row, up to this one, whose mean gap was above algorithm.gap_limit
     unwritten: dict[str, Any] | None = field(default=None, repr=False)  # Manifest.figures
 
@@ -132,7 +136,9 @@ class CheckpointStore:
         partial, what = final.with_suffix(".partial"), self._what(state)
         try:
             run_everywhere(lambda: self._make(partial), group, CheckpointError, what)
-            own = run_everywhere(lambda: self._write_own(partial, snapshot, surplus), group, CheckpointError, what)
+            own = run_everywhere(
+                lambda: self._write_own(partial, snapshot, surplus, state.waiting), group, CheckpointError, what
+            )
             parts = gather_objects(own, group)
             run_everywhere(lambda: self._finish(partial, final, state, snapshot, parts), group, CheckpointError, what)
         except CheckpointError:
@@ -152,7 +158,11 @@ class CheckpointStore:
                 (partial / folder).mkdir(parents=True)
 
     def _write_own(
-        self, partial: Path, snapshot: Snapshot, surplus: Sequence[TrainingSample] | None
+        self,
+        partial: Path,
+        snapshot: Snapshot,
+        surplus: Sequence[TrainingSample] | None,
+        waiting: Sequence[OpenGroup],
     ) -> tuple[WrittenPart, dict[str, dict[str, Any]]]:
         """Write this rank's files, each on disk for good. Returns what the first rank needs of them: Megatron's part,
         and size and SHA-256 by path."""
@@ -162,6 +172,11 @@ class CheckpointStore:
             if surplus is not None:
                 path = partial / "surplus" / f"rank_{self._rank:05d}.parquet"
                 write_samples(path, surplus)
+                files[str(path.relative_to(partial))] = size_and_digest(path)
+            if waiting:
+                path = partial / "waiting" / f"rank_{self._rank:05d}.parquet"
+                path.parent.mkdir(exist_ok=True)
+                write_waiting(path, waiting)
                 files[str(path.relative_to(partial))] = size_and_digest(path)
             return part, files
         finally:

@@ -6,6 +6,7 @@ replica that trains them. What every rank must agree on is computed by each from
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from megatron_nft.metrics import Metrics
 from megatron_nft.policy.policy import StepReport
 from megatron_nft.train import record
 from megatron_nft.train.checkpoints import RunState
-from megatron_nft.train.collect import Ask, collect, generate, write_step
+from megatron_nft.train.collect import Ask, Collected, collect, generate, write_step
 from megatron_nft.train.correction import corrected, steps_over_limit
 from megatron_nft.train.held_out import evaluate_held_out
 from megatron_nft.train.lifecycle import Interrupted
@@ -32,6 +33,7 @@ from megatron_nft.train.replicas import (
 )
 from megatron_nft.train.rounds import Rounds
 from megatron_nft.train.schedule import optimizer_steps, plan_step
+from megatron_nft.train.streaming import Producer, StreamInterrupted
 from megatron_nft.train.sync import readmit, release_engine, sync_weights
 from megatron_nft.weights.export_hf import save_hf
 
@@ -47,13 +49,14 @@ def train(parts: Parts, state: RunState) -> RunState:
     """
     num_steps = parts.config.train.num_steps
     parts.life.phases.step = state.step
+    producer = open_producer(parts, state) if parts.config.rollout.mode == "overlapped" else None
     try:
         if parts.recorder.has_unwritten:
             finish_step(parts, state)
         while state.step < num_steps:
             metrics = parts.recorder.start_step()
             with parts.profiler.step(state.step + 1):
-                state = train_step(parts, state, metrics)
+                state = train_step(parts, state, metrics, producer)
             parts.engine.note_good_step()
             parts.recorder.end_step(metrics)
             finish_step(parts, state)
@@ -63,33 +66,31 @@ def train(parts: Parts, state: RunState) -> RunState:
             if signum := largest(parts.life.stop.signum, parts.layout.world_gloo):
                 raise Interrupted(signum)
     except Interrupted as interrupted:
-        save_and_say(parts, state, interrupted)
+        newer = interrupted.state if isinstance(interrupted, StreamInterrupted) else None
+        if producer is not None and newer is None:
+            producer.stop()
+            newer = producer.hold(state)
+        save_and_say(parts, newer or state, interrupted, again=newer is not None)
         raise
+    finally:
+        if producer is not None:
+            producer.close()
     wait_for_checkpoint(parts)
     if parts.config.checkpoint.export_hf:
         export(parts)
     return state
 
 
-def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
-    """One step: returns the state after it. Until the optimizer starts, nothing that is saved has changed."""
+def train_step(parts: Parts, state: RunState, metrics: Metrics, producer: Producer | None = None) -> RunState:
+    """One step: returns the state after it. Until the optimizer starts, nothing that is saved has changed.
+
+    producer: that of rollout.mode=overlapped.
+    """
     config, layout, policy, phases = parts.config, parts.layout, parts.policy, parts.life.phases
+    algorithm = config.algorithm.with_correction_for(config.rollout.mode)
     step = phases.step = state.step + 1
     with phases("generate"):
-        rounds = open_rounds(parts, state)
-        found = collect(
-            ask_engine(parts, state, metrics, rounds),
-            state,
-            step,
-            metrics,
-            config=config,
-            layout=layout,
-            stream=parts.questions.stream,
-            choice=parts.questions.choice,
-            algorithm=parts.algorithm,
-            rounds=rounds,
-            end_tokens=parts.questions.end_tokens,
-        )
+        found = generate_step(parts, state, metrics, producer)
         release_engine(parts.engine, layout)
     with phases("exchange"):
         plan = plan_step(
@@ -113,17 +114,17 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         if layout.is_replica_leader:
             metrics.add("policy/entropy", entropy)
         measured = fresh or list(samples.values())  # surplus alone: as measured when it was generated
-        gap = gap_of_all_ranks(measured, config.algorithm, layout)
+        gap = gap_of_all_ranks(measured, algorithm, layout)
         record.add_gap(metrics, layout.rank, gap)
-        over = steps_over_limit(state.steps_over_gap, gap, config.algorithm, parts.store.saved_step)
+        over = steps_over_limit(state.steps_over_gap, gap, algorithm, parts.store.saved_step)
     with phases("write"):
         write_step(config.run_dir, step, found, plan, fresh, layout)
     with phases("train"):
         total, skipped = config.train.num_epochs * len(plan.optimizer_steps), 0
         updates = optimizer_steps(plan, samples, config.train.num_epochs, layout.dp.rank, seed=(config.seed, step))
         for number, (mine, tokens, answers) in enumerate(updates, start=1):
-            denominator = config.algorithm.denominator(tokens=tokens, answers=answers)
-            batches = pack_for_policy(corrected(mine, config.algorithm), policy)
+            denominator = algorithm.denominator(tokens=tokens, answers=answers)
+            batches = pack_for_policy(corrected(mine, algorithm), policy)
             with micro_batch_progress(policy, parts.life, f"update {number} of {total}", len(batches)):
                 outcome = policy.train_step(batches, parts.algorithm, denominator, config.rollout.temperature)
             record.add_optimizer_step(metrics, layout.rank, outcome, config.optimizer.clip_grad)
@@ -134,13 +135,57 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics) -> RunState:
         receipt = sync_weights(parts.sync, parts.engine, policy, questions.stream, questions.tokenizer, version)
         record.add_sync(metrics, receipt)
     record.add_plan(metrics, layout.rank, found.kept, plan, step)
-    return RunState(
+    after = RunState(
         step=step,
         weight_version=version,
         cursor=found.cursor,
         past=found.past,
         surplus=tuple(s for (draw, _), s in samples.items() if draw in plan.surplus),
+        waiting=found.waiting,
         steps_over_gap=over,
+    )
+    return after if producer is None else producer.hold(after)
+
+
+def open_producer(parts: Parts, state: RunState) -> Producer:
+    """What generates from `state` on, where answers outlive a step. Collective."""
+    questions = parts.questions
+    return Producer(
+        state,
+        engine=parts.engine,
+        verifier=parts.verifier,
+        tokenizer=questions.tokenizer,
+        config=parts.config,
+        layout=parts.layout,
+        stream=questions.stream,
+        algorithm=parts.algorithm,
+        end_tokens=questions.end_tokens,
+    )
+
+
+def generate_step(parts: Parts, state: RunState, metrics: Metrics, producer: Producer | None) -> Collected:
+    """The answers of the step after `state`, in the mode of the settings. Collective.
+
+    producer: where it goes on while the trainer trains.
+    """
+    rounds, config, questions = open_rounds(parts, state), parts.config, parts.questions
+    if producer is not None:
+        return producer.collect(state, metrics, rounds)
+    if config.rollout.mode == "streaming":
+        with closing(open_producer(parts, state)) as of_this_step:
+            return of_this_step.collect(state, metrics, rounds)
+    return collect(
+        ask_engine(parts, state, metrics, rounds),
+        state,
+        state.step + 1,
+        metrics,
+        config=config,
+        layout=parts.layout,
+        stream=questions.stream,
+        choice=questions.choice,
+        algorithm=parts.algorithm,
+        rounds=rounds,
+        end_tokens=questions.end_tokens,
     )
 
 
@@ -219,9 +264,12 @@ def finish_step(parts: Parts, state: RunState) -> None:
             parts.life.console.say(f"{share}: {note}")
 
 
-def save(parts: Parts, state: RunState) -> None:
-    """Save a checkpoint of `state`, unless there is one or one is being written. Collective."""
-    if state.step in (parts.store.saved_step, parts.store.pending_step):
+def save(parts: Parts, state: RunState, *, again: bool = False) -> None:
+    """Save a checkpoint of `state`, unless there is one of its step or one is being written. Collective.
+
+    again: also then, in its place, since answers were generated after it.
+    """
+    if state.step in (parts.store.saved_step, parts.store.pending_step) and not again:
         return
     wait_for_checkpoint(parts)
     with parts.life.phases("checkpoint"):
@@ -237,12 +285,12 @@ def wait_for_checkpoint(parts: Parts) -> None:
             parts.store.wait()
 
 
-def save_and_say(parts: Parts, state: RunState, interrupted: Interrupted) -> None:
-    """Save the last complete step after a stop signal, and say what was saved. Collective."""
+def save_and_say(parts: Parts, state: RunState, interrupted: Interrupted, *, again: bool) -> None:
+    """Save the last complete step after a stop signal, and say what was saved. Collective. again: see `save`."""
     if not state.step:
         parts.life.console.say(f"{interrupted} before the first step was complete; nothing to save")
         return
-    save(parts, state)
+    save(parts, state, again=again)
     wait_for_checkpoint(parts)
     folder = folder_of(parts.config.run_dir, state.step)
     parts.life.console.say(f"{interrupted}: step {state.step} is saved in {folder}; run the same command to go on")

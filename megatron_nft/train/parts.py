@@ -40,6 +40,7 @@ from megatron_nft.train.memory import PhaseMemory, check_memory, keep_room
 from megatron_nft.train.profile import Profiler
 from megatron_nft.train.recorder import Recorder
 from megatron_nft.train.sync import sync_weights
+from megatron_nft.train.waiting_file import read_waiting
 from megatron_nft.verify import VerifierPool
 from megatron_nft.weights.import_hf import load_hf
 from megatron_nft.weights.sync import WeightSync
@@ -107,7 +108,7 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
     store = CheckpointStore(
         config.run_dir, config.checkpoint.keep, _identity(config, spec, layout), layout.world_gloo, background
     )
-    state = restore(config, spec, layout, policy, store, say)
+    state = restore(config, spec, layout, policy, store, questions.stream, say)
     with Closer(life.phases) as closer:
         closer.add(store)
         sinks = _open_sinks(config, first_step=state.step + 1 if state.step else 0) if layout.rank == 0 else []
@@ -197,11 +198,12 @@ def restore(
     layout: ParallelLayout,
     policy: Policy,
     store: CheckpointStore,
+    stream: PromptStream,
     say: Callable[[str], None],
 ) -> RunState:
     """The newest whole checkpoint into `policy`, or the Hugging Face weights at step 0. Collective.
 
-    ValueError where there is a checkpoint and checkpoint.resume is never.
+    ValueError where there is a checkpoint and checkpoint.resume is never, or one of another rollout.mode.
     """
     steps = store.steps()
     if steps and config.checkpoint.resume == "never":
@@ -220,7 +222,14 @@ def restore(
         policy.reload_master_weights()
         return RunState()
     folder, manifest = found
-    surplus = read_surplus(folder)
+    surplus, streams = read_surplus(folder), config.rollout.mode != "synchronous"
+    waiting = read_waiting(folder, stream.prompt, layout.rank, layout.world_size)
+    if surplus if streams else any((folder / "waiting").glob("*")):
+        kept, other = ("surplus groups", "synchronous") if streams else ("unfinished answers", "streaming")
+        raise ValueError(
+            f"{folder} holds {kept} of rollout.mode={other}, which rollout.mode={config.rollout.mode} cannot go on "
+            f"with: set rollout.mode={other}, or choose another run_dir"
+        )
     draws = sorted({s.draw for s in surplus})
     mine = {d for i, d in enumerate(draws) if i % layout.dp.size == layout.dp.rank}
     say(f"going on from {folder} (step {manifest.step}, {len(draws)} surplus groups)")
@@ -230,6 +239,7 @@ def restore(
         cursor=manifest.cursor,
         surplus=tuple(s for s in surplus if s.draw in mine),
         past={} if config.data.choose is None else read_past(folder),
+        waiting=tuple(waiting),
         steps_over_gap=manifest.steps_over_gap,
         unwritten=manifest.figures,
     )

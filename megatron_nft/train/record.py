@@ -21,6 +21,7 @@ from megatron_nft.types import ReasonKind, RolloutGroup, Verdict
 
 if TYPE_CHECKING:
     from megatron_nft.policy.policy import StepReport
+    from megatron_nft.train.buffer import OpenGroup
 
 TRAINER_NAMES = frozenset(
     {
@@ -37,9 +38,11 @@ TRAINER_PREFIXES = (
 HISTOGRAM_BINS = 11  # correct rates 0, 0.1, …, 1 sit in bins of their own
 
 
-def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s: float) -> None:
+def add_rollouts(
+    metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s: float, tokens_generated: int | None = None
+) -> None:
     """Accuracy, verdicts, lengths, correct-rate histogram, over all answers of this generation batch; over none where
-    nothing is generated."""
+    nothing is generated. tokens_generated: where it is not the answers' own."""
     answers = [r for g in groups for r in g.rollouts]
     n = len(answers)
     lengths = [len(r.response_ids) for r in answers]
@@ -55,7 +58,7 @@ def add_rollouts(metrics: Metrics, groups: Sequence[RolloutGroup], verify_wait_s
     metrics.max("length/max", max(lengths, default=-math.inf))
     metrics.mean("length/truncated", sum(r.finish_reason == "length" for r in answers), n)
     metrics.mean("answers/ignored", sum(r.ignored for r in answers), n)
-    metrics.sum("tokens/generated", sum(lengths))
+    metrics.sum("tokens/generated", sum(lengths) if tokens_generated is None else tokens_generated)
     rates = np.array([g.correct_rate for g in groups])
     bins = np.minimum((rates * HISTOGRAM_BINS).astype(int), HISTOGRAM_BINS - 1)
     metrics.histogram("correct_rate/hist", np.bincount(bins, minlength=HISTOGRAM_BINS).tolist())
@@ -71,7 +74,7 @@ def add_groups(metrics: Metrics, rank: int, facts: Sequence[GroupFacts]) -> None
     fates = Counter(f.fate for f in facts)
     metrics.sum("generation_batches", bool(facts))
     metrics.sum("groups/generated", len(facts))
-    for fate in ("all_correct", "all_wrong", "too_few"):
+    for fate in ("all_correct", "all_wrong", "too_few", "too_old"):
         metrics.sum(f"groups/{fate}", fates[fate])
     metrics.sum("groups/dropped", len(facts) - fates["kept"])
     metrics.sum("groups/fresh", fates["kept"])
@@ -81,6 +84,14 @@ def add_choice(metrics: Metrics, rank: int, *, asked: int, skipped: int) -> None
     """questions/skipped_share: what `data.choose` skipped, as a share of the draws of a generation batch."""
     if rank == 0:
         metrics.mean("questions/skipped_share", skipped, asked + skipped)
+
+
+def add_stream(metrics: Metrics, groups: Sequence[RolloutGroup], waiting: Sequence[OpenGroup]) -> None:
+    """What of the answers that leave the buffer went on after a weight sync, and what stays in it."""
+    answers = [r for g in groups for r in g.rollouts]
+    metrics.mean("answers/continued", sum(len(r.version_spans) > 1 for r in answers), len(answers))
+    metrics.sum("answers/under_way", sum(len(group.begun) for group in waiting))
+    metrics.sum("groups/waiting", len(waiting))
 
 
 def add_plan(metrics: Metrics, rank: int, kept: Sequence[GroupFacts], plan: StepPlan, step: int) -> None:
@@ -94,8 +105,8 @@ def add_plan(metrics: Metrics, rank: int, kept: Sequence[GroupFacts], plan: Step
     metrics.sum("groups/stale_dropped", len(plan.stale))
     metrics.mean("groups/staleness", sum(step - f.step for f in trained), len(trained))
     metrics.sum("tokens/trained", sum(plan.response_tokens))
-    for facts in trained:
-        age, tokens = step - facts.step, sum(n for _, _, n in facts.samples)
+    for version, tokens in (made for facts in trained for made in facts.made_by):
+        age = step - 1 - version  # version 0 generates step 1
         metrics.mean("age/mean", age * tokens, tokens)  # of trained tokens, in weight syncs
         metrics.max("age/max", age)
 

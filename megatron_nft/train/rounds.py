@@ -17,13 +17,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from megatron_nft.distributed import NumbersUnderWay, gather_objects
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+T = TypeVar("T")
 
 PERIOD_S = 1.0
 MAX_TRIES = 3  # to bring the weights to a server that came back, in one phase of generation
@@ -81,6 +83,20 @@ class Rounds:
         self._over = bool(self._signum)
         return self._signum
 
+    def meet(self, told: T, moved: bool) -> list[T]:
+        """What every rank tells, in rank order, in a round that all take part in at once. Collective.
+
+        moved: whether this rank's engine has made progress. Interrupted, on every rank, after a stop signal on any.
+        """
+        with self._life.phases.waiting():
+            ranks = gather_objects((told, self._life.stop.signum, moved, self._in_want()), self._group)
+        if any(rank[2] for rank in ranks):
+            self._life.phases.progress()
+        if signum := max(rank[1] for rank in ranks):
+            raise Interrupted(signum)
+        self._bring_weights([urls for _, _, _, urls in ranks])
+        return [rank[0] for rank in ranks]
+
     def _start(self, *, done: bool) -> None:
         wants_weights = bool(self._in_want())
         self._under_way = NumbersUnderWay([done, self._life.stop.signum, self._moved, wants_weights], self._group)
@@ -97,11 +113,14 @@ class Rounds:
         if any(moved):
             self._life.phases.progress()
         if any(want_weights) and not self._over and self._readmit is not None:
-            named = gather_objects(self._in_want(), self._group)
-            urls = sorted({url for of_rank in named for url in of_rank})
-            self._tries.update(urls)
-            if urls:
-                self._readmit(urls)
+            self._bring_weights(gather_objects(self._in_want(), self._group))
+
+    def _bring_weights(self, wanted: Sequence[Sequence[str]]) -> None:
+        """To the servers that any rank names, the same on every rank. Collective."""
+        urls = sorted({url for of_rank in wanted for url in of_rank})
+        self._tries.update(urls)
+        if urls and self._readmit is not None:
+            self._readmit(urls)
 
     def _in_want(self) -> list[str]:
         """Servers without the weights that may have them. The tries are the same on every rank."""

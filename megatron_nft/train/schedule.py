@@ -26,9 +26,15 @@ class GroupFacts:
 
     draw: int
     holder: int  # rank that holds its samples
-    fate: str  # kept | all_correct | all_wrong | too_few
-    step: int  # training step in which it was generated
+    fate: str  # kept | all_correct | all_wrong | too_few | too_old
+    step: int  # training step in which its first token was generated
     samples: tuple[tuple[int, int, int], ...] = ()  # (sample_index, tokens, response tokens) of each sample
+    versions: tuple[tuple[int, int], ...] = ()  # as `made_by`; empty where all are of the step's version
+
+    @property
+    def made_by(self) -> tuple[tuple[int, int], ...]:
+        """(weight version, response tokens of the samples that it made). Version 0 generates step 1."""
+        return self.versions or ((self.step - 1, sum(tokens for _, _, tokens in self.samples)),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import yaml
 from megatron_nft.data.synthetic import write_model, write_task
 
 TESTS = Path(__file__).resolve().parents[1]
+BENCHMARKS = TESTS.parent / "benchmarks"  # its server that only waits brings a grader
 HALTING = Path(__file__).with_name("halting")
 START_TIMEOUT_S = 900
 KEYS = {name: f"secret-{name}" for name in ("WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY")}
@@ -81,7 +82,7 @@ class Run:
         marks = self.run_dir.parent / f"{self.run_dir.name}-{halt.replace(' ', '-')}"
         self._go = Path(f"{marks}-go")
         self._marks = [Path(f"{marks}-{rank}") for rank in range(settings["num_processes"])]
-        path = os.pathsep.join(filter(None, (str(HALTING), str(TESTS), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(HALTING), str(TESTS), str(BENCHMARKS), os.environ.get("PYTHONPATH"))))
         env = {**os.environ, **KEYS, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         env |= {"NFT_TEST_HALT": f"{halt} {marks}"} if halt else {}
         with self.log.open("ab") as log:

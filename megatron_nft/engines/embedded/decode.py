@@ -1,11 +1,12 @@
-"""A decoding loop over a transformers model: prompts filled once, answers batched, ended rows removed.
+"""A decoding loop over a transformers model: prompts filled once, answers batched, ended rows removed, others joining.
 
-Legend: Q distinct prompts, B rows (answers under way), L columns (prompt padded on the left, then the answer).
+Legend: Q distinct prompts, B rows (answers under way), L columns (padding on the left, the prompt, then the answer).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,21 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # of transf
         self._buffers = keys.index_select(0, indices), values.index_select(0, indices)
         self._show(self._filled)
 
+    def join(self, other: _GrowingLayer, start: int) -> None:
+        """Takes the rows of `other` too; of its own columns those from `start` on. The shorter get empty columns on the
+        left."""
+        columns = max(self._filled - start, other._filled)
+        both = zip(self._buffers, other._buffers, strict=True)
+        pairs = ((mine[:, :, start : self._filled], theirs[:, :, : other._filled]) for mine, theirs in both)
+        keys, values = (torch.cat([_filled_left(tensor, columns) for tensor in pair]) for pair in pairs)
+        self._buffers = keys, values
+        self._show(columns)
+
+
+def _filled_left(tensor: torch.Tensor, columns: int) -> torch.Tensor:
+    """[B, heads, L, D] -> [B, heads, columns, D] with zeros on the left."""
+    return torch.nn.functional.pad(tensor, (0, 0, columns - tensor.shape[2], 0))
+
 
 def _left_padded(prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 [Q, P] with 0 on the left of shorter prompts, and the number of those per row, int64 [Q]."""
@@ -104,8 +120,152 @@ class _Forward:
         self.cache.batch_select_indices(rows)
         self.padding_B = self.padding_B[rows]
 
+    def join(self, other: _Forward) -> None:
+        """Goes on with the rows of `other` too. Columns that no row needs any more are given back."""
+        unused = int(self.padding_B.min())
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            assert isinstance(mine, _GrowingLayer) and isinstance(theirs, _GrowingLayer)
+            mine.join(theirs, unused)
+        columns = max(self.columns - unused, other.columns)
+        paddings = (self.padding_B + (columns - self.columns), other.padding_B + (columns - other.columns))
+        self.padding_B, self.columns = torch.cat(paddings), columns
+        self.padded = bool(self.padding_B.any())
 
-@torch.inference_mode()
+
+def row_width(prompt_tokens: int, max_tokens: int, limit: int) -> int:
+    """Columns of an answer that takes all of `max_tokens`. ValueError where the model takes no more than `limit`."""
+    if not 0 < prompt_tokens <= limit - max_tokens:
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and max_tokens={max_tokens}: the model takes "
+            f"1 to {limit} tokens in all (max_position_embeddings)"
+        )
+    return prompt_tokens + max_tokens
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What is known of the answers under way, one entry per row."""
+
+    number: np.ndarray  # int64 [B], as the owner numbers them
+    keys: np.ndarray  # uint64 [B], random states
+    length: np.ndarray  # int64 [B], tokens so far
+    token_ids: np.ndarray  # int32 [B, max_tokens]
+    logprobs: np.ndarray  # float32 [B, max_tokens]
+
+    def select(self, rows: np.ndarray) -> _Rows:
+        return _Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def joined(self, other: _Rows) -> _Rows:
+        return _Rows(*(np.concatenate([getattr(r, field.name) for r in (self, other)]) for field in fields(self)))
+
+
+class Batch:
+    """Answers that are decoded together; more may join between two positions, and each leaves when it ends.
+
+    What a row draws hangs on its own random state and position alone, not on the rows beside it.
+    """
+
+    def __init__(self, model: Any, sampling: SamplingParams, stop_token_ids: frozenset[int]) -> None:
+        self._model, self._sampling = model, sampling
+        self._device = next(model.parameters()).device
+        self._stops = np.array(sorted(stop_token_ids), dtype=np.int64)
+        self._rows: _Rows | None = None
+        self._live = np.ones(0, dtype=bool)  # which rows are still under way
+        self._forward: _Forward
+        self._logits: torch.Tensor  # [B, V], of each row's next token
+        self._fed: torch.Tensor | None = None  # int64 [B], drawn and not read by the model yet
+
+    def __len__(self) -> int:
+        """Number of answers under way."""
+        return int(self._live.sum())
+
+    @torch.inference_mode()
+    def add(
+        self,
+        prompts: Sequence[np.ndarray],
+        prompt_of_row: np.ndarray,
+        number: np.ndarray,
+        keys: np.ndarray,
+        prefixes: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    ) -> None:
+        """Begin answers, or go on with some.
+
+        prompts: Q arrays of token ids, prefixes of answers included; prompt_of_row: int64 [B], which of them each
+        answer follows; number: int64 [B], what `step` calls it; keys: uint64 [B], random states (`sampling.row_keys`);
+        prefixes: by row, token ids and log-probs of what there is already; empty where all begin.
+        """
+        self._feed()
+        tokens_QP, padding_Q = _left_padded(prompts)
+        forward = _Forward(self._model, padding_Q.to(self._device))
+        logits = forward(tokens_QP.to(self._device))
+        rows_device = torch.from_numpy(prompt_of_row).to(self._device)
+        forward.select(rows_device)
+        logits = logits[rows_device]
+        size = (len(number), self._sampling.max_tokens)
+        length = np.zeros(len(number), dtype=np.int64)
+        rows = _Rows(number, keys, length, np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.float32))
+        for row, (token_ids, logprobs) in enumerate(prefixes):
+            length[row] = count = len(token_ids)
+            rows.token_ids[row, :count], rows.logprobs[row, :count] = token_ids, logprobs
+        if self._rows is None or not len(self):
+            self._rows, self._forward, self._logits = rows, forward, logits
+            self._live = np.ones(len(number), dtype=bool)
+            return
+        self._forward.join(forward)
+        self._rows, self._logits = self._rows.joined(rows), torch.cat([self._logits, logits])
+        self._live = np.concatenate([self._live, np.ones(len(number), dtype=bool)])
+
+    @torch.inference_mode()
+    def step(self) -> list[Decoded]:
+        """One more token of every answer under way; returns those that it ended."""
+        self._feed()
+        rows = self._rows
+        assert rows is not None, "nothing was added"
+        every = np.arange(len(rows.number))
+        uniform_B = torch.from_numpy(uniforms(rows.keys, rows.length))
+        token_B, logprob_B = draw_tokens(self._logits, uniform_B.to(self._device), self._sampling)
+        token_ids = token_B.cpu().numpy()
+        # A row that has ended is drawn on until it is removed; it has no room then.
+        at = np.minimum(rows.length, self._sampling.max_tokens - 1)
+        rows.token_ids[every, at] = token_ids
+        rows.logprobs[every, at] = logprob_B.cpu().numpy()
+        rows.length += 1
+        stopped = self._live & np.isin(token_ids, self._stops)
+        ended = self._live & (stopped | (rows.length >= self._sampling.max_tokens))
+        found = [self._answer(row, "stop" if stopped[row] else "length") for row in np.flatnonzero(ended).tolist()]
+        self._live &= ~ended
+        self._fed = token_B
+        return found
+
+    def _answer(self, row: int, reason: str) -> Decoded:
+        assert self._rows is not None
+        rows, length = self._rows, int(self._rows.length[row])
+        answer = (rows.token_ids[row, :length].copy(), rows.logprobs[row, :length].copy())
+        return int(rows.number[row]), *answer, reason
+
+    def under_way(self) -> list[Decoded]:
+        """Every answer under way as it stands; its reason is empty."""
+        return [self._answer(row, "") for row in np.flatnonzero(self._live).tolist()]
+
+    def _feed(self) -> None:
+        """Let the model read the tokens that were drawn last. Rows that have ended are removed where it pays."""
+        if self._fed is None or not len(self):
+            self._fed = None
+            return
+        token_B, self._fed = self._fed, None
+        if len(self) < COMPACT_BELOW * len(self._live):
+            kept = np.flatnonzero(self._live)
+            kept_device = torch.from_numpy(kept).to(self._device)
+            self._forward.select(kept_device)
+            assert self._rows is not None
+            token_B, self._rows, self._live = token_B[kept_device], self._rows.select(kept), np.ones(len(kept), bool)
+        self._logits = self._forward(token_B[:, None])
+
+
+Decoded = tuple[int, np.ndarray, np.ndarray, str]
+"""(number of the answer, token ids int32 [R], log-probs float32 [R], stop | length)"""
+
+
 def decode(
     model: Any,
     prompts: Sequence[np.ndarray],
@@ -113,45 +273,14 @@ def decode(
     keys: np.ndarray,
     sampling: SamplingParams,
     stop_token_ids: frozenset[int],
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, str] | None]:
-    """Answers as they end: (row, token ids int32 [R], log-probs float32 [R], stop | length). None after each position.
+) -> Iterator[Decoded | None]:
+    """The answers of one batch as they end, by the numbers of their rows. None after each position.
 
     prompts: Q arrays of token ids; prompt_of_row: int64 [B], which of them each answer belongs to;
     keys: uint64 [B], the rows' random states (`sampling.row_keys`).
     """
-    device = next(model.parameters()).device
-    tokens_QP, padding_Q = _left_padded(prompts)
-    forward = _Forward(model, padding_Q.to(device))
-    logits = forward(tokens_QP.to(device))
-    rows_device = torch.from_numpy(prompt_of_row).to(device)
-    forward.select(rows_device)
-    logits = logits[rows_device]
-
-    num_rows = len(prompt_of_row)
-    stops = np.array(sorted(stop_token_ids), dtype=np.int64)
-    answer_ids = np.zeros((num_rows, sampling.max_tokens), dtype=np.int32)
-    answer_logprobs = np.zeros((num_rows, sampling.max_tokens), dtype=np.float32)
-    rows = np.arange(num_rows)  # of the answers, for each row of the batch
-    live = np.ones(num_rows, dtype=bool)  # which rows of the batch are still under way
-    for position in range(sampling.max_tokens):
-        uniform_B = torch.from_numpy(uniforms(keys[rows], np.full(len(rows), position)))
-        token_B, logprob_B = draw_tokens(logits, uniform_B.to(device), sampling)
-        token_ids = token_B.cpu().numpy()
-        answer_ids[rows, position] = token_ids
-        answer_logprobs[rows, position] = logprob_B.cpu().numpy()
-        stopped = live & np.isin(token_ids, stops)
-        ended = live if position + 1 == sampling.max_tokens else stopped
-        for at in np.flatnonzero(ended):
-            row = int(rows[at])
-            reason = "stop" if stopped[at] else "length"
-            yield row, answer_ids[row, : position + 1].copy(), answer_logprobs[row, : position + 1].copy(), reason
+    batch = Batch(model, sampling, stop_token_ids)
+    batch.add(prompts, prompt_of_row, np.arange(len(prompt_of_row)), keys)
+    while len(batch):
+        yield from batch.step()
         yield None
-        live = live & ~ended
-        num_live = int(live.sum())
-        if num_live == 0:
-            return
-        if num_live < COMPACT_BELOW * len(rows):
-            kept = torch.from_numpy(np.flatnonzero(live)).to(device)
-            forward.select(kept)
-            token_B, rows, live = token_B[kept], rows[live], np.ones(num_live, dtype=bool)
-        logits = forward(token_B[:, None])

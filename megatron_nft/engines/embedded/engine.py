@@ -15,8 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.initialization import no_init_weights
 
-from megatron_nft.engines.embedded.decode import decode
+from megatron_nft.engines.embedded.decode import Batch, decode, row_width
 from megatron_nft.engines.embedded.sampling import row_keys
+from megatron_nft.engines.embedded.stream import EmbeddedStream
 from megatron_nft.engines.embedded.weights import InProcess
 from megatron_nft.engines.engine import Completion, EngineError, OnWait, Request, SamplingParams, WeightUpdateError
 
@@ -164,6 +165,15 @@ class EmbeddedEngine:
                 elif on_wait is not None:
                     on_wait(True)
 
+    is_deterministic = True
+
+    def stream(self, sampling: SamplingParams) -> EmbeddedStream:
+        """See `engine.Engine.stream`."""
+        self._check_ready()
+        batch = Batch(self._model, sampling, self._end_tokens | frozenset(sampling.stop_token_ids))
+        limit = self._model.config.max_position_embeddings
+        return EmbeddedStream(batch, sampling, self.weight_version, batch_tokens=self._batch_tokens, limit=limit)
+
     def _batches(self, requests: Sequence[Request], max_tokens: int) -> Iterator[list[tuple[int, int]]]:
         """(request, sample) of every answer, in batches of at most `batch_tokens` (one answer at the least).
 
@@ -172,12 +182,7 @@ class EmbeddedEngine:
         limit = self._model.config.max_position_embeddings
         rows: list[tuple[int, int]] = []
         for request in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids)):
-            width = len(requests[request].prompt_ids) + max_tokens
-            if width > limit or width == max_tokens:
-                raise ValueError(
-                    f"a prompt of {width - max_tokens} tokens and max_tokens={max_tokens}: the model takes "
-                    f"1 to {limit} tokens in all (max_position_embeddings)"
-                )
+            width = row_width(len(requests[request].prompt_ids), max_tokens, limit)
             for sample in range(requests[request].num_samples):
                 if rows and (len(rows) + 1) * width > self._batch_tokens:
                     yield rows

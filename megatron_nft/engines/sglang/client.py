@@ -12,12 +12,15 @@ import httpx
 import numpy as np
 
 from megatron_nft.engines.client import PROBE_TIMEOUT_S, HttpEngine
-from megatron_nft.engines.completions import Aborted, integer_version
+from megatron_nft.engines.completions import integer_version
 from megatron_nft.engines.engine import Completion, Request, SamplingParams
 from megatron_nft.engines.sglang.weights import SGLangWeightClient
 
 if TYPE_CHECKING:
     from megatron_nft.weights.client import WeightClient
+
+
+REASONS = {"stop": "stop", "length": "length", "abort": "stopped"}
 
 
 class SGLangEngine(HttpEngine):
@@ -36,19 +39,22 @@ class SGLangEngine(HttpEngine):
 
     def _completion(self, answer: Any) -> Completion:
         meta = answer["meta_info"]
-        reason = meta["finish_reason"]["type"]
-        if reason == "abort":
-            raise Aborted(meta["finish_reason"].get("message", ""))
-        if reason not in ("stop", "length"):
-            raise ValueError(f"finish reason {reason!r}")
-        logprobs = np.array([entry[0] for entry in meta["output_token_logprobs"]], dtype=np.float32)
-        token_ids = np.array([entry[1] for entry in meta["output_token_logprobs"]], dtype=np.int32)
-        if token_ids.tolist() != answer["output_ids"]:
+        reason = REASONS[meta["finish_reason"]["type"]]
+        # One that is aborted while it waits for its turn has neither.
+        entries, ids = meta.get("output_token_logprobs"), answer.get("output_ids")
+        if reason == "stopped":
+            entries, ids = entries or [], ids or []
+        logprobs = np.array([entry[0] for entry in entries], dtype=np.float32)
+        token_ids = np.array([entry[1] for entry in entries], dtype=np.int32)
+        if token_ids.tolist() != ids:
             raise ValueError("output_ids and output_token_logprobs are of different tokens")
         spans = tuple((integer_version(s["version"]), s["start"], s["end"]) for s in meta.get("weight_versions") or ())
         return Completion(
             token_ids, logprobs, reason, integer_version(meta["weight_version"]), spans if len(spans) > 1 else ()
         )
+
+    def _abort_call(self) -> tuple[str, dict[str, Any]]:
+        return "/abort_request", {"abort_all": True}
 
     def _prompt_call(self, token_ids: list[int]) -> tuple[str, dict[str, Any]]:
         params = {"max_new_tokens": 0, "temperature": 1.0}

@@ -13,8 +13,8 @@ import httpx
 import numpy as np
 
 from megatron_nft.engines.client import PROBE_TIMEOUT_S, HttpEngine
-from megatron_nft.engines.completions import Aborted, integer_version
-from megatron_nft.engines.engine import Completion, Request, SamplingParams
+from megatron_nft.engines.completions import integer_version
+from megatron_nft.engines.engine import NO_WEIGHTS, Completion, Request, SamplingParams
 from megatron_nft.engines.vllm.command import MODEL_NAME
 from megatron_nft.engines.vllm.weights import VLLMWeightClient
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 PATH = "/inference/v1/generate"
 COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")  # of all requests since the start
+
+
+REASONS = {"stop": "stop", "length": "length", "abort": "stopped"}
 
 
 class VLLMEngine(HttpEngine):
@@ -44,18 +47,18 @@ class VLLMEngine(HttpEngine):
 
     def _completion(self, answer: Any) -> Completion:
         (choice,) = answer["choices"]
-        reason = choice["finish_reason"]
-        if reason == "abort":
-            raise Aborted("by the server")
-        if reason not in ("stop", "length"):
-            raise ValueError(f"finish reason {reason!r}")
-        content = choice["logprobs"]["content"]
-        token_ids = np.array(choice["token_ids"], dtype=np.int32)
+        reason = REASONS[choice["finish_reason"]]
+        content = choice["logprobs"]["content"] if choice["logprobs"] or reason != "stopped" else []
+        token_ids = np.array(choice["token_ids"] or [], dtype=np.int32)
         if token_ids.tolist() != [entry["token_id"] for entry in content]:
             raise ValueError("token_ids and logprobs are of different tokens")
         logprobs = np.array([entry["logprob"] for entry in content], dtype=np.float32)
-        spans = tuple((integer_version(s["version"]), s["start"], s["end"]) for s in choice["weight_versions"])
-        return Completion(token_ids, logprobs, reason, spans[-1][0], spans if len(spans) > 1 else ())
+        spans = tuple((integer_version(s["version"]), s["start"], s["end"]) for s in choice["weight_versions"] or ())
+        last = spans[-1][0] if spans or len(token_ids) else NO_WEIGHTS
+        return Completion(token_ids, logprobs, reason, last, spans if len(spans) > 1 else ())
+
+    def _abort_call(self) -> tuple[str, dict[str, Any]]:
+        return "/abort_requests", {}
 
     def _prompt_call(self, token_ids: list[int]) -> tuple[str, dict[str, Any]]:
         params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}

@@ -16,7 +16,7 @@ from megatron_nft.weights.transport import HFReference, Reference, WeightSyncErr
 from megatron_nft.weights.transports.broadcast_group import Rendezvous
 
 PAUSE_MODE = {"finish": "wait", "abort": "abort", "continue": "keep"}
-"""sync.in_flight -> vLLM's mode. `keep` freezes requests; their KV caches of the old weights are used further."""
+"""sync.in_flight -> vLLM's mode. `keep` freezes requests; `end` makes them compute their KV caches anew."""
 
 
 class VLLMWeightClient(HttpWeightClient):
@@ -74,7 +74,9 @@ class VLLMWeightClient(HttpWeightClient):
 
     def end(self, version: int) -> None:
         self._call("nft_end")
-        self._post("/reset_prefix_cache", {})
+        # Requests that were frozen give their keys and values back too, and compute them anew: while they hold them the
+        # cache cannot be reset, and new requests would find prefixes of the old weights in it.
+        self._post("/reset_prefix_cache?reset_running_requests=true", {})
         self._post("/update_weight_version", {"new_version": str(version)})
 
     def checksums(self) -> dict[str, dict[int, str]] | None:
