@@ -83,8 +83,8 @@ class Config(Section):
         self.algorithm.check_response_limit(self.rollout.max_response_tokens)
         if self.data.choose is not None and self.rollout.mode != "synchronous":
             raise ValueError(
-                f"data.choose={self.data.choose} with rollout.mode={self.rollout.mode}: questions start before a step is "
-                "complete there, and what may skip them counts complete steps; use rollout.mode=synchronous"
+                f"data.choose={self.data.choose} with rollout.mode={self.rollout.mode}: questions start before a step "
+                "is complete there, and what may skip them counts complete steps; use rollout.mode=synchronous"
             )
         if not self.rollout.uses_servers and self.sync.transport not in ("auto", "tensor"):
             raise ValueError(f"sync.transport={self.sync.transport} needs rollout.engine sglang or vllm, not embedded")

@@ -14,6 +14,8 @@ logits      logprob_chunk_tokens C x V/tp: the head's output e, its fp32 copy 4,
 average     algorithm.reference=ema: 4 bytes per parameter of the optimizer's share
 engine      `engine.py`. With rollout.server.memory_saver its working memory alone stays in the training phase, and at
             sleep_level kv_cache its weights
+copies      what a rank writes of its parameters into a checkpoint (weights e, Adam's state and master weights 12), over
+            the same ranks as the optimizer; in host memory, which on a CPU is the device's
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ PARTS = (
     "gradients",
     "optimizer",
     "average weights",
+    "checkpoint copies",
     "activations",
     "logits chunk",
     "packed attention",
@@ -92,6 +95,17 @@ def optimizer_shard(spec: ModelSpec, config: Config, layout: LayoutSettings, clu
 def optimizer_bytes(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int) -> int:
     """Bytes of Adam's state on one rank of `stage`."""
     return optimizer_shard(spec, config, layout, cluster, stage) * (12 if config.policy.precision == "bf16" else 8)
+
+
+def checkpoint_copy_bytes(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int) -> int:
+    """Bytes of host memory from which a rank of `stage` writes checkpoints beside the training; 0 where it does not."""
+    if not config.checkpoint.asynchronous:
+        return 0
+    written = optimizer_shard(spec, config, layout, cluster, stage)
+    if spec.tied and 0 < stage == layout.pp - 1:  # the first stage writes the embedding that both keep
+        ranks = layout.dp(cluster) if config.policy.use_distributed_optimizer else 1
+        written -= spec.padded_vocab_size(layout.tp) * spec.hidden_size // layout.tp // ranks
+    return written * (element_bytes(config) + 12)
 
 
 def in_flight_layers(spec: ModelSpec, layout: LayoutSettings, stage: int, num_micro_batches: int) -> int:
@@ -191,6 +205,8 @@ def trainer_memory(
             "generate": {},
         }
         always = resident(spec, config, layout, cluster, stage) | {"reserve": cluster.chip.reserve_bytes}
+        if cluster.chip.name == "cpu":
+            always["checkpoint copies"] = checkpoint_copy_bytes(spec, config, layout, cluster, stage)
         devices.append(
             DeviceMemory(
                 role=f"pipeline stage {stage}" if layout.pp > 1 else "every device",
@@ -211,9 +227,9 @@ def engine_device(spec: ModelSpec, config: Config, layout: LayoutSettings, clust
     return DeviceMemory("engine nodes", cluster.chip.memory_bytes, {"sync": held | bucket, "generate": held})
 
 
-def host_bytes_per_node(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> int:
-    """Bytes of optimizer state in the host memory of one node; 0 without offload."""
-    if not layout.offload:
-        return 0
-    largest = max(optimizer_bytes(spec, config, layout, cluster, stage) for stage in range(layout.pp))
-    return largest * cluster.devices_per_node
+def host_bytes_per_node(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> dict[str, int]:
+    """Bytes by part in the host memory of a node with the fullest ranks, for as long as the run lasts."""
+    stages, ranks = range(layout.pp), cluster.devices_per_node
+    offloaded = max(optimizer_bytes(spec, config, layout, cluster, stage) for stage in stages) if layout.offload else 0
+    copies = max(checkpoint_copy_bytes(spec, config, layout, cluster, stage) for stage in stages)
+    return {"optimizer": offloaded * ranks, "checkpoint copies": copies * ranks}
