@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from megatron_nft.config import RolloutConfig
     from megatron_nft.engines.kind import ServerKind
+    from megatron_nft.engines.owners import Owners
 
 
 def start_servers(
@@ -31,11 +32,12 @@ def start_servers(
     weight_version: int,
     address: str = LOOPBACK,
     key: str | None = None,
+    owners: Owners | None = None,
 ) -> ServerGroup:
     """`rollout.server.num_servers` healthy servers on this host, each with a log in `log_dir`. EngineError if not.
 
     address: this host's, at which they are called; they listen there too, unless rollout.server.host says otherwise.
-    key: what they ask of whoever calls them; None for servers that answer anyone.
+    key: what they ask of whoever calls them; None for servers that answer anyone. owners: see `ServerGroup`.
     """
     config, host = rollout.server, os.uname().nodename
     if config.host == "auto":
@@ -67,6 +69,7 @@ def start_servers(
         [server(i) for i in range(config.num_servers)],
         start_timeout_s=start_timeout_s(config, model_path, weight_version),
         max_restarts=config.max_restarts,
+        owners=owners,
     )
     try:
         for url in group.urls:

@@ -18,6 +18,7 @@ from megatron_nft.config import ServerConfig
 from megatron_nft.engines import asking
 from megatron_nft.engines.engine import EngineError, Request, SamplingParams, WeightVersionError
 from megatron_nft.engines.sglang.client import SGLangEngine
+from megatron_nft.engines.target import State
 from megatron_nft.engines.targets import Targets
 
 
@@ -440,7 +441,7 @@ def test_what_lost_servers_cannot_take_goes_to_other_hosts_alike():
 
     async def place(num_down):
         targets = Targets(["a", "b"], None, None, None, far=["w", "x", "y", "z"])
-        targets._has_weights = lambda url: asyncio.sleep(0)  # those down stay so
+        targets._state = lambda url: asyncio.sleep(0, State.SILENT)  # those down stay so
         await targets.begin(64)
         for target in list(targets)[:num_down]:
             target.down = True
