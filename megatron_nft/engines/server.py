@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -132,14 +132,21 @@ class ServerGroup:
     """The servers that this process started, and the thread that starts them again when they die."""
 
     def __init__(
-        self, servers: Sequence[Server], *, start_timeout_s: float, max_restarts: int, owners: Owners | None = None
+        self,
+        servers: Sequence[Server],
+        *,
+        start_timeout_s: float,
+        max_restarts: int,
+        owners: Owners | None = None,
+        on_return: Callable[[str], None] | None = None,
     ) -> None:
         """Starts all servers at once and waits for them; on failure none is left. EngineError says which and why.
 
-        owners: where ranks that this process does not hear otherwise say what they see.
+        owners: where ranks that this process does not hear otherwise say what they see. on_return: called with the URL
+        of a server that was started again and answers, once more where it raises EngineError or httpx.HTTPError.
         """
         self.servers = list(servers)
-        self._owners = owners
+        self._owners, self._on_return = owners, on_return
         self._max_restarts = max_restarts
         self._closed, self._held = threading.Event(), threading.Event()
         self._watch: threading.Thread | None = None
@@ -187,6 +194,8 @@ class ServerGroup:
                 for server in self.servers if not self._held.is_set() else ():
                     if server.exit_code() is not None and server.starts < server.starts_allowed:
                         self._start_again(server)
+            if self._on_return is not None:
+                self._receive(self._on_return)
 
     def _start_again(self, server: Server) -> None:
         try:
@@ -194,6 +203,14 @@ class ServerGroup:
         except OSError as e:  # no process or no log: the next look tries again
             server.starts += 1
             server.deaths.append(f"{server.name} could not be started: {e}")
+
+    def _receive(self, on_return: Callable[[str], None]) -> None:
+        for server in self.servers:
+            if server.starts > 1 and not server.has_answered and server.exit_code() is None and server.is_healthy():
+                try:
+                    on_return(server.url)
+                except (EngineError, httpx.HTTPError):
+                    server.has_answered = False
 
     def _hear(self, owners: Owners) -> None:
         with contextlib.suppress(OSError):  # of the folder: the next look tries again

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_nft.engines import keys
 from megatron_nft.engines.addresses import ALL_INTERFACES, LOOPBACK
-from megatron_nft.engines.engine import DTYPES, EngineError
+from megatron_nft.engines.engine import DTYPES, NO_WEIGHTS, EngineError
 from megatron_nft.engines.host import find_python, one_host_problem
 from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.server import Server, ServerGroup
@@ -65,17 +65,22 @@ def start_servers(
             key=key,
         )
 
+    def set_version(url: str) -> None:
+        kind.set_version(url, weight_version, key)
+
     group = ServerGroup(
         [server(i) for i in range(config.num_servers)],
         start_timeout_s=start_timeout_s(config, model_path, weight_version),
         max_restarts=config.max_restarts,
         owners=owners,
+        # Where a weight sync brings the weights, it may have done so already.
+        on_return=set_version if weight_version != NO_WEIGHTS else None,
     )
     try:
         for url in group.urls:
             if key is not None:
                 keys.check_closed(url)
-            kind.set_version(url, weight_version, key)
+            set_version(url)
     except BaseException:
         group.close()
         raise

@@ -18,7 +18,7 @@ from megatron_nft.engines.engine import Request, SamplingParams
 from megatron_nft.train.lifecycle import Lifecycle, Phases, StopSignals
 from megatron_nft.train.rounds import Rounds
 
-BACK_S = 400
+BACK_S = 1500
 
 
 def kill(url: str) -> None:
