@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import torch.distributed as dist
 from processes import wait_until
-from ranks_sync import PROBE_IDS, Ranks, Session, World, check_start, run_checks  # noqa: F401  check_start is run too
+from ranks_sync import (
+    PROBE_IDS,
+    REQUESTS,
+    Ranks,
+    Session,
+    World,
+    ask,
+    check_start,  # noqa: F401  it is run too
+    run_checks,
+)
+from under_way import requests_under_way
 
+from megatron_nft.config import ServerConfig
 from megatron_nft.console import Console
 from megatron_nft.engines.engine import Request, SamplingParams
+from megatron_nft.engines.sglang.client import SGLangEngine
 from megatron_nft.train.lifecycle import Lifecycle, Phases, StopSignals
 from megatron_nft.train.rounds import Rounds
+from megatron_nft.weights.import_hf import load_hf
 
 BACK_S = 1500
 
@@ -53,6 +68,29 @@ def assert_all_have(session: Session, receipt, model: int) -> None:
         assert np.abs(found - World.probes[model][1]).max() < 1e-4
 
 
+def check_one_gets_the_weights_and_the_other_is_spared(ranks: Ranks) -> None:
+    """Over shared memory, files and a group, with answers under way on the other one, which keeps its weights."""
+    for transport in ("tensor", "disk", "distributed"):
+        with Session(ranks, transport=transport) as session, ThreadPoolExecutor(1) as thread:
+            assert_all_have(session, session.push(0), 0)
+            answers, other = [], SGLangEngine(World.urls[:1], ServerConfig(), weight_version=World.version)
+            if ranks.rank == 0:
+                asking = thread.submit(ask, SimpleNamespace(engine=other), answers)
+                wait_until(lambda: requests_under_way("sglang", World.urls[:1]) > 0, 100, "requests at the server")
+            dist.barrier()
+            load_hf(World.chunks, World.models[1], World.spec, World.layout)
+            receipt = session.sync.sync(World.chunks, World.version, World.probes[1], only=World.urls[1:])
+            assert_one_has(session, receipt, transport, 1)
+            if ranks.rank == 0:
+                assert len(answers) < REQUESTS, "the sync did not wait for them"
+                asking.result(600)
+                assert len(answers) == REQUESTS and all(not c.weight_version_spans for c in answers)
+                found = session.engine.prompt_logprobs(PROBE_IDS, url=World.urls[0])
+                assert np.abs(found - World.probes[0][1]).max() < 1e-4
+            other.close()
+            assert_all_have(session, session.push(1), 1)
+
+
 def check_one_that_came_back_between_two_syncs_over_a_group(ranks: Ranks) -> None:
     """While the trainer trains: at the next sync it answers every call, but its group is gone."""
     with Session(ranks, transport="distributed") as session:
@@ -73,8 +111,16 @@ def check_one_that_came_back_in_a_phase_over_shared_memory(ranks: Ranks) -> None
     come_back_in_a_phase(ranks, "tensor", 1)
 
 
-def check_one_that_came_back_in_a_phase_over_files(ranks: Ranks) -> None:
-    come_back_in_a_phase(ranks, "disk", 0)
+def assert_one_has(session: Session, receipt, transport: str, model: int) -> None:
+    """The second server alone, by a receipt that stands beside that of the whole sync."""
+    assert receipt.version == World.version and receipt.transport == transport
+    assert receipt.engines == World.urls[1:] and receipt.behind == {}
+    assert receipt.engine_checked == len(receipt.checksums) and receipt.probe_difference < 1e-4
+    found = session.engine.prompt_logprobs(PROBE_IDS, url=World.urls[1])
+    assert np.abs(found - World.probes[model][1]).max() < 1e-4
+    dist.barrier()
+    name = f"version_{World.version:06d}_again_1.json"
+    assert [path.name for path in (session.run_dir / "sync").glob("*_again_*")].count(name) == 1
 
 
 def come_back_in_a_phase(ranks: Ranks, transport: str, model: int) -> None:
@@ -89,7 +135,7 @@ def come_back_in_a_phase(ranks: Ranks, transport: str, model: int) -> None:
             receipts.append(session.sync.sync(World.chunks, World.version, World.probes[model], only=urls))
             spared.append(first.answered - before)
 
-        life = Lifecycle(Phases(ranks.rank, ranks.scratch / transport, 900.0), StopSignals(), Console(ranks.rank))
+        life = Lifecycle(Phases(ranks.rank, ranks.scratch / transport, 1500.0), StopSignals(), Console(ranks.rank))
         try:
             rounds = Rounds(life, dist.group.WORLD, session.engine.left_behind, readmit)
             if ranks.rank == 0:
@@ -98,13 +144,9 @@ def come_back_in_a_phase(ranks: Ranks, transport: str, model: int) -> None:
         finally:
             life.close()
         (receipt,) = receipts
-        assert receipt.version == World.version and receipt.transport == transport
-        assert receipt.engines == World.urls[1:] and receipt.behind == {}
-        assert receipt.engine_checked == len(receipt.checksums) and receipt.probe_difference < 1e-4
+        assert_one_has(session, receipt, transport, model)
         if ranks.rank == 0:
             assert spared[0] > 0, "the other server went on answering"
-            name = f"version_{World.version:06d}_again_1.json"
-            assert [path.name for path in (session.run_dir / "sync").glob("*_again_*")].count(name) == 1
         assert_all_have(session, session.push(1 - model), 1 - model)
 
 
