@@ -93,10 +93,10 @@ class ServerConfig(Section):
     what the first weight sync brings."""
     stall_timeout_s: PositiveFloat = 120.0
     """Seconds that a server may work on no request at all while answers are under way. These are then asked elsewhere,
-    and a server that the run started is started again. An answer may take as long as it takes."""
+    and a server that the run or its engine nodes started is started again. An answer may take as long as it takes."""
     max_restarts: NonNegativeInt = 2
-    """How often a server that the run started and that died or hangs is started again between two complete training
-    steps. On nodes of their own (engines.serve), over the whole job."""
+    """How often a server that the run or its engine nodes started and that died or hangs is started again between two
+    complete training steps."""
 
 
 def _check_router_lets_sleep(server: ServerConfig) -> None:

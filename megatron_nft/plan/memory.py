@@ -14,8 +14,8 @@ logits      logprob_chunk_tokens C x V/tp: the head's output e, its fp32 copy 4,
 average     algorithm.reference=ema: 4 bytes per parameter of the optimizer's share
 engine      `engine.py`. With rollout.server.memory_saver its working memory alone stays in the training phase, and at
             sleep_level kv_cache its weights
-copies      what a rank writes of its parameters into a checkpoint (weights e, Adam's state and master weights 12), over
-            the same ranks as the optimizer; in host memory, which on a CPU is the device's
+copies      what a rank writes of its parameters into a checkpoint (weights e, Adam's state and master weights 12, the
+            average 4), over the same ranks as the optimizer; in host memory, which on a CPU is the device's
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def checkpoint_copy_bytes(spec: ModelSpec, config: Config, layout: LayoutSetting
     if spec.tied and 0 < stage == layout.pp - 1:  # the first stage writes the embedding that both keep
         ranks = layout.dp(cluster) if config.policy.use_distributed_optimizer else 1
         written -= spec.padded_vocab_size(layout.tp) * spec.hidden_size // layout.tp // ranks
-    return written * (element_bytes(config) + 12)
+    average = 0 if config.algorithm.average_decay is None else 4
+    return written * (element_bytes(config) + 12 + average)
 
 
 def in_flight_layers(spec: ModelSpec, layout: LayoutSettings, stage: int, num_micro_batches: int) -> int:

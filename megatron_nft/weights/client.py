@@ -41,6 +41,10 @@ class WeightClient(Protocol):
         """Take note of what `facts` returned, on whichever rank it was asked. Comes before all that follows."""
         ...
 
+    def version(self) -> int:
+        """Ask for the weight version; one that is not a number of ours is -1, as for a server that has just started."""
+        ...
+
     def pause(self, in_flight: str) -> None:
         """Hold new requests, and treat those under way as `sync.in_flight` says."""
         ...

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_nft.engines.completions import integer_version
 from megatron_nft.engines.sglang.shards import EngineReference, engine_name
 from megatron_nft.engines.weight_client import HttpWeightClient
 from megatron_nft.weights.buckets import Bucket
@@ -44,6 +45,9 @@ class SGLangWeightClient(HttpWeightClient):
         gpus = tuple(str(first + rank * step) for rank in range(size)) if device == "cuda" else ()
         dtype, quantization = info.get("dtype", "auto"), info.get("quantization")
         return ServerFacts(size, dtype, quantization, plain, device, sessions, gpus)
+
+    def version(self) -> int:
+        return integer_version(self._get("/model_info")["weight_version"])
 
     def pause(self, in_flight: str) -> None:
         self._is_open = False

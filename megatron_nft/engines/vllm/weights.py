@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_nft.engines.completions import integer_version
 from megatron_nft.engines.vllm.command import WORKER_FOLDERS
 from megatron_nft.engines.weight_client import HttpWeightClient
 from megatron_nft.weights.buckets import Bucket
@@ -46,6 +47,9 @@ class VLLMWeightClient(HttpWeightClient):
         return ServerFacts(
             first["tp_size"], first["dtype"], first["quantization"], first["plain"], first["device"], gpus=gpus
         )
+
+    def version(self) -> int:
+        return integer_version(self._get("/weight_info")["weight_version"])
 
     def pause(self, in_flight: str) -> None:
         self._post(f"/pause?mode={PAUSE_MODE[in_flight]}", {})

@@ -2,7 +2,8 @@
 
 A broadcast blocks every engine until all have it, so two leaders must never broadcast at the same time: leaders take
 turns, stage by stage. An engine that is lost breaks the group for all: the group is then made anew without it and the
-whole stream is sent again (`must_resend`).
+whole stream is sent again (`must_resend`). One that died and came back between two syncs answers every call, but is in
+no group any more: it is told by its weight version, which is not the one that it was left with.
 """
 
 from __future__ import annotations
@@ -56,26 +57,36 @@ class DistributedTransport(ServerTransport):
         self._group: BroadcastGroup | None = None
         self._group_name = ""
         self._members: list[str] = []  # URLs
+        self._left_with: dict[str, int] = {}  # URL -> version
         self._has_turn = False
         self._leaders = layout.stage_leaders
 
     def begin(self, version: int) -> None:
         """Open the sessions and, at the first sync or after a loss, the groups. No rank leaves before the others."""
         errors: list[Exception] = []
+        restarted: list[str] = []
         with _collected(errors):
             super().begin(version)
+            restarted = [url for url in self._each(self._if_restarted) if url is not None]
         self.must_resend = False
-        for lost in gather_objects(self.lost, self._layout.world_gloo):
+        found = gather_objects((self.lost, restarted), self._layout.world_gloo)
+        for lost, _ in found:
             self.lost |= lost
         if not self.engines():
             raise none_left(self.lost)  # on every rank
+        must_join = any(urls for _, urls in found) or self._group is None or self._members != self.engines()
         for leader in self._leaders:  # one group at a time: an engine that waits for one cannot join another
-            if self._layout.rank == leader and (self._group is None or self._members != self.engines()):
+            if self._layout.rank == leader and must_join:
                 with _collected(errors):
                     self._join_engines()
             dist.barrier(group=self._layout.world_gloo)
         if errors:
             raise errors[0]
+
+    def _if_restarted(self, server: WeightClient) -> str | None:
+        """Return the URL of a server that has not the version that the last sync left it with."""
+        left_with = self._left_with.get(server.url)
+        return server.url if left_with is not None and server.version() != left_with else None
 
     def _join_engines(self) -> None:
         """Make this leader's group with every engine that is not lost; one that is lost meanwhile is left out."""
@@ -143,6 +154,10 @@ class DistributedTransport(ServerTransport):
         if self._layout.pp.rank + 1 < self._layout.pp.size:
             dist.send(torch.zeros(1), dst=self._leaders[self._layout.pp.rank + 1], group=self._layout.world_gloo)
         self._has_turn = False
+
+    def resume(self, version: int) -> None:
+        super().resume(version)
+        self._left_with |= dict.fromkeys(self.engines(), version)
 
     def _leave(self, wait_s: float = 0.0) -> None:
         if self._group is None:
