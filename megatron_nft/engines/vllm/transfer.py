@@ -6,8 +6,9 @@
     /finish_weight_update           what has come is processed for the kernels
     /weight_checker                 SHA-256 of each worker's own parameters, fused and cut as vLLM keeps them
 
-vLLM has them since 0.29. Each of its ranks looks for its own GPU among the handles of a bucket, so all trainer ranks
-of the host share theirs (`ServerFacts.finds_gpu`). It is in one group at a time, so one rank sends (`one_sender`).
+vLLM has them since 0.29; what is used here is the same in 0.33. Each of its ranks looks for its own GPU among the
+handles of a bucket, so all trainer ranks of the host share theirs (`ServerFacts.finds_gpu`). It is in one group at a
+time, so one rank sends (`one_sender`).
 Over HTTP vLLM takes handles only as a pickle, and only with VLLM_ALLOW_INSECURE_SERIALIZATION=1.
 """
 
