@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,9 +66,9 @@ class UpdateCalls(Protocol):
 def refusal(url: str) -> WeightSyncError:
     """The error of a server that was started for neither way."""
     return WeightSyncError(
-        f"{url} cannot take weights: start vLLM with VLLM_SERVER_DEV_MODE=1 and, on a GPU, {OWN_TRANSFER['ipc']} and "
-        f"VLLM_ALLOW_INSECURE_SERIALIZATION=1 (sync.transport=tensor) or {OWN_TRANSFER['nccl']} "
-        "(sync.transport=distributed); or, on a CPU too, with the folders "
+        f"{url} cannot take weights: start vLLM with VLLM_SERVER_DEV_MODE=1 and, on a GPU, with "
+        f"{shlex.quote(OWN_TRANSFER['ipc'])} and VLLM_ALLOW_INSECURE_SERIALIZATION=1 for sync.transport=tensor, or "
+        f"with {shlex.quote(OWN_TRANSFER['nccl'])} for distributed; on a CPU, with the folders "
         f"{' and '.join(map(str, WORKER_FOLDERS))} on its PYTHONPATH and "
         "--worker-extension-cls nft_vllm_extension.WeightReceiver"
     )
