@@ -44,7 +44,7 @@ setup(
             # 2.20.2 is out; 2.17 is what megatron-core 0.19 is released with, and 0.16 asks for below 2.12
             "transformer-engine[pytorch]>=2.9,!=2.12.*,<2.18; python_version >= '3.12'",
         ],
-        "nemo-run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # a later leptonai does not import
+        "nemo-run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # nemo-run does not import with 0.47.1, the newest
         "wandb": ["wandb>=0.17,<1"],
         "dev": [
             "pytest>=8",
