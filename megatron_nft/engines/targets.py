@@ -59,8 +59,8 @@ class Targets:
     @property
     def busy(self) -> list[str]:
         """URLs of servers that may have requests of ours."""
-        if self._router is not None:
-            return [*self._urls, *self._far]
+        if self.routed is not None:
+            return [target.url for target in self.routed.servers]
         return [target.url for target in self._targets if target.in_flight]
 
     def note_new_weights(self) -> None:

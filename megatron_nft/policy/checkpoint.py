@@ -151,7 +151,9 @@ def _pieces_to_write(policy: Policy) -> tuple[list[Piece], dict[str, Any]]:
 def _average_pieces(policy: Policy, described: dict[torch.Tensor, ShardedBase]) -> Iterator[Piece]:
     """Of the moving average of the weights, if there is one; stored as a further state of the optimizer."""
     average = policy.average
-    for own in average.ranges if average is not None else ():
+    if average is None:
+        return
+    for own in average.ranges:
         sharded = described[own.parameter]
         yield from range_pieces(sharded, own.values, own.start, f"{STATE}average.", divided=average.divided)
 

@@ -51,8 +51,8 @@ class Profiler:
         if not self._active:
             return nullcontext()
         if self._tool == "nsys":
-            return torch.cuda.nvtx.range(phase)  # type: ignore[no-any-return,no-untyped-call]
-        return torch.profiler.record_function(phase)  # type: ignore[return-value]
+            return torch.cuda.nvtx.range(phase)
+        return torch.profiler.record_function(phase)
 
     @contextmanager
     def _trace(self, name: Path) -> Iterator[None]:
@@ -79,6 +79,6 @@ class Profiler:
         torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)  # torch's documented way
         try:
             yield
-            torch.cuda.memory._dump_snapshot(f"{name}.memory.pickle")
+            torch.cuda.memory._dump_snapshot(f"{name}.memory.pickle")  # type: ignore[no-untyped-call]
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)

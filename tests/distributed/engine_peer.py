@@ -100,9 +100,11 @@ class Shard:
     def _mine(self, heads: int) -> list[int]:
         return list(range(self.rank * heads // self.size, (self.rank + 1) * heads // self.size))
 
+    def tensors(self) -> dict[str, np.ndarray]:
+        return {n: np.concatenate([parts[i] for i in sorted(parts)]) for n, parts in self.parts.items()}
+
     def checksums(self) -> dict[str, str]:
-        whole = {n: np.concatenate([parts[i] for i in sorted(parts)]) for n, parts in self.parts.items()}
-        return {n: hashlib.sha256(t.tobytes()).hexdigest()[:16] for n, t in whole.items()}
+        return {n: hashlib.sha256(t.tobytes()).hexdigest()[:16] for n, t in self.tensors().items()}
 
 
 class Handler(BaseHTTPRequestHandler):

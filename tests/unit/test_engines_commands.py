@@ -95,6 +95,19 @@ def test_vllm_on_a_gpu(monkeypatch):
     assert environment["VLLM_BATCH_INVARIANT"] == "1"
 
 
+def test_vllm_takes_weights_by_our_extension_on_a_cpu_and_by_its_own_calls_on_a_gpu():
+    own, ours = '--weight-transfer-config={"backend": "ipc"}', f"--worker-extension-cls={vllm.EXTENSION}"
+    pickles = "VLLM_ALLOW_INSECURE_SERIALIZATION"  # only where handles of GPU memory come
+    on_cpu, on_gpu = command(vllm, "cpu"), command(vllm, "cuda")
+    assert ours in on_cpu and own not in on_cpu
+    assert own in on_gpu and ours not in on_gpu
+    assert pickles not in vllm.environment(ServerConfig(), device="cpu", gpu=0)
+    assert vllm.environment(ServerConfig(), device="cuda", gpu=0)[pickles] == "1"
+    named = {"extra_args": [f"--worker-extension-cls={vllm.EXTENSION}"]}
+    assert command(vllm, "cuda", **named).count(ours) == 1 and own not in command(vllm, "cuda", **named)
+    assert pickles not in vllm.environment(ServerConfig(**named), device="cuda", gpu=0)
+
+
 @pytest.mark.parametrize("module", [sglang, vllm])
 def test_weights_that_a_sync_brings_are_not_read_first(module):
     """A run's servers start at version -1; those of an evaluation at 0, and what is quantized starts as it goes on."""
