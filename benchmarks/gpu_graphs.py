@@ -1,28 +1,23 @@
-"""Where torch.compile and CUDA graphs pay: the training step with and without, decoding with and without.
+"""Where torch.compile pays in the training step, and what CUDA graphs could save there.
 
 Training runs no CUDA graphs: packed micro-batches differ in their numbers of tokens and segments. What graphs could
-save there is bounded by `waits for the host`, the share of a step in which the GPU has nothing to do. Decoding is
-measured in SGLang, whose graphs are on by default (rollout.server.cuda_graphs).
+save is bounded by `waits for the host`, the share of a step in which the GPU has nothing to do. gpu_decoding.py
+measures the graphs of the engine.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 from gpu_common import ROOT, Results, free_memory, median_ms, spec_7b
 from gpu_policies import likelihood_loss, make_config, make_samples, packed, random_policy
-from gpu_servers import config_for, dummy, folder_7b, running
 from gpu_task import SHAPE, start_model
 
-from megatron_nft.engines.engine import Request, SamplingParams
 from megatron_nft.policy import parallel
 from megatron_nft.policy.family import read_family
 
 TOKENS, LAYERS = 16384, 8
-RESPONSE = 256
 
 
 def busy_us(intervals: Iterable[tuple[float, float]]) -> float:
@@ -69,22 +64,10 @@ def training(spec, recipe: str, compiled: bool) -> dict:
     return {"ms": ms, "tokens/s": 1e3 * TOKENS / ms, "busy ms": busy, "waits for the host": max(0.0, 1 - busy / ms)}
 
 
-def decoding(engine, batch: int) -> dict:
-    rng = np.random.default_rng(batch)
-    requests = [Request(rng.integers(10, 250, 64).astype(np.int32), 1, (i,)) for i in range(batch)]
-    engine.weight_version = 0
-    list(engine.generate(requests[:8], SamplingParams(16)))
-    started = time.perf_counter()
-    tokens = sum(len(c.token_ids) for _, _, c in engine.generate(requests, SamplingParams(RESPONSE)))
-    seconds = time.perf_counter() - started
-    return {"answers": batch, "tokens/s": tokens / seconds}
-
-
 def main() -> None:
     results = Results(
         "graphs",
-        f"Training: one micro-batch of {TOKENS} tokens, {LAYERS} layers of Qwen2.5-7B's shape (V 32768) and the 113M "
-        f"model. Decoding: 28 layers of Qwen2.5-7B's shape, answers of {RESPONSE} tokens.",
+        f"One micro-batch of {TOKENS} tokens, {LAYERS} layers of Qwen2.5-7B's shape (V 32768) and the 113M model.",
     )
     small = read_family(start_model(ROOT / "runs" / "gpu" / "start"))
     for name, spec in (("7B layers", spec_7b(LAYERS, vocab_size=32768)), (f"113M, {SHAPE['layers']} layers", small)):
@@ -93,19 +76,6 @@ def main() -> None:
                 row = f"{name}, {'bf16' if recipe == 'none' else recipe}" + ("" if compiled else ", compile=false")
                 results.measure(row, lambda s=spec, r=recipe, c=compiled: training(s, r, c))
                 free_memory()
-    folder = folder_7b()
-    for graphs in (True, False):
-        rows = {f"decoding, batch {n}, CUDA graphs {'on' if graphs else 'off'}": n for n in (16, 256)}
-        if all(results.get(row) for row in rows):
-            continue
-        server = dummy(max_running_requests=256, cuda_graphs=graphs)
-        server["extra_args"] = [*server["extra_args"], "--weight-version=0"]
-        config = config_for(folder, server=server)
-        started = time.perf_counter()
-        with running(config, parallel.initialize(config.policy, seed=1)) as engine:
-            start_s = time.perf_counter() - started
-            for row, batch in rows.items():
-                results.measure(row, lambda b=batch, s=start_s: {"start s": s, **decoding(engine, b)})
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ class TrainingSample:
     step: int = 0  # training step in which it was generated
     reward: float | None = None  # Rollout.reward
     weights: np.ndarray | None = None  # float32 [R], of each token's loss; None: 1
+    reference_logprobs: np.ndarray | None = None  # float32 [R], that R is taken against; None: behaviour's
 
     @property
     def response_length(self) -> int:

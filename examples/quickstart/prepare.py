@@ -1,19 +1,20 @@
 """Makes the quick start's questions and a tiny Qwen2 model, trained by supervised steps until it is right at times.
 
-    python examples/quickstart/prepare.py OUT [--seed S] [--target 0.35]
+    python examples/quickstart/prepare.py OUT [--seed S] [--steps N]
 
 OUT/task/train.jsonl, OUT/task/held_out.jsonl   questions with boxed answers
 OUT/model                                        the warmed-up model, a Hugging Face folder
 
-The warm-up is plain supervised training with transformers and torch; NFT starts from its result. It stops when the
-model, sampled at temperature 1, gives the right answer to `--target` of 300 questions that are neither trained later
-nor held out.
+The warm-up is plain supervised training with transformers and torch; NFT starts from its result. It takes a fixed
+number of steps: one that stopped at an accuracy would stop at another step where rounding differs. What the model,
+sampled at temperature 1, gets right of 1,000 questions that are neither trained later nor held out is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,26 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_nft.data.synthetic import Problem, problems, sft_batches, write_model, write_task
+from megatron_nft.data.synthetic import Worked, problems, sft_batches, write_model, write_task
 from megatron_nft.engines.embedded.engine import EmbeddedEngine
 from megatron_nft.engines.engine import Request, SamplingParams
 
-NUM_TRAIN, NUM_HELD_OUT, NUM_CHECK = 20_000, 500, 300
+NUM_TRAIN, NUM_HELD_OUT, NUM_CHECK = 20_000, 4_000, 1_000
+NUM_STEPS = 1_000
 BATCH_SIZE, LR, LR_RAMP_STEPS = 64, 3e-3, 50
-CHECK_EVERY = 20
 MAX_RESPONSE_TOKENS = 16
 
 
-def sampled_accuracy(model, tokenizer, questions: list[Problem], seed: int) -> float:
+IsRight = Callable[[str, str], bool]
+"""Whether a response is right, given the reference answer."""
+
+
+def boxes_the_answer(response: str, answer: str) -> bool:
+    """Whether a response ends in a box that holds the reference answer and nothing else."""
+    return response.rpartition("\\boxed{")[2] == answer + "}"
+
+
+def sampled_accuracy(model, tokenizer, questions: Sequence[Worked], seed: int, is_right: IsRight) -> float:
     """Share of `questions` answered right by one sample each, end token required."""
     engine = EmbeddedEngine(model, batch_tokens=65536, weight_version=0)
     encode = tokenizer([p.question for p in questions])["input_ids"]
@@ -39,23 +49,28 @@ def sampled_accuracy(model, tokenizer, questions: list[Problem], seed: int) -> f
     right = 0
     for i, _, answer in engine.generate(requests, SamplingParams(MAX_RESPONSE_TOKENS)):
         text = tokenizer.decode(answer.token_ids.tolist(), skip_special_tokens=True)
-        boxed = text.rpartition("\\boxed{")[2]
-        right += answer.finish_reason == "stop" and boxed == questions[i].answer + "}"
-    model.train().requires_grad_(True)
+        right += answer.finish_reason == "stop" and is_right(text, questions[i].answer)
     return right / len(questions)
 
 
-def warm_up(folder: Path, train: list[Problem], check: list[Problem], seed: int, target: float, max_steps: int) -> None:
-    """Supervised steps on worked solutions until sampled accuracy on `check` reaches `target`."""
+def warm_up(
+    folder: Path,
+    train: Sequence[Worked],
+    check: Sequence[Worked],
+    seed: int,
+    steps: int = NUM_STEPS,
+    is_right: IsRight = boxes_the_answer,
+) -> None:
+    """Take supervised steps on worked solutions and print the sampled accuracy on `check`."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.99))
-    started, accuracy = time.perf_counter(), 0.0
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task("supervised warm-up", total=target, note="")
-        for step, (ids, mask) in enumerate(sft_batches(tokenizer, train, BATCH_SIZE, seed), start=1):
+    started = time.perf_counter()
+    batches = sft_batches(tokenizer, train, BATCH_SIZE, seed)
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as progress:
+        for step in progress.track(range(1, steps + 1), description="supervised warm-up"):
+            ids, mask = next(batches)
             for group in optimizer.param_groups:
                 group["lr"] = LR * min(1.0, step / LR_RAMP_STEPS)
             ids_BL = torch.from_numpy(ids)
@@ -67,26 +82,18 @@ def warm_up(folder: Path, train: list[Problem], check: list[Problem], seed: int,
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            if step % CHECK_EVERY == 0:
-                accuracy = sampled_accuracy(model, tokenizer, check, seed)
-                note = f"step {step}, sampled accuracy {accuracy:.1%}"
-                progress.update(bar, completed=min(accuracy, target), note=note)
-                if accuracy >= target:
-                    break
-            if step >= max_steps:
-                raise SystemExit(f"warm-up: accuracy {accuracy:.1%} after {step} steps, below the target {target:.0%}")
     model.eval().save_pretrained(folder)
     seconds = time.perf_counter() - started
-    print(f"warm-up: sampled accuracy {accuracy:.1%} after {step} supervised steps, {seconds:.0f} s")
+    accuracy = sampled_accuracy(model, tokenizer, check, seed, is_right)
+    print(f"warm-up: sampled accuracy {accuracy:.1%} after {steps} supervised steps, {seconds:.0f} s")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the model's initial weights and the warm-up")
-    parser.add_argument("--target", type=float, default=0.35, help="sampled accuracy at which the warm-up stops")
-    parser.add_argument("--max-steps", type=int, default=6000)
-    args = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="of the supervised warm-up")
+    args = parser.parse_args(argv)
     write_task(args.out / "task", NUM_TRAIN, NUM_HELD_OUT)
     used = problems(NUM_TRAIN + NUM_HELD_OUT)
     train = used[NUM_HELD_OUT:]
@@ -94,7 +101,7 @@ def main() -> None:
     check = [p for p in problems(NUM_CHECK * 2, seed=1) if p not in known][:NUM_CHECK]
     folder = args.out / "model"
     write_model(folder, seed=args.seed)
-    warm_up(folder, train, check, args.seed, args.target, args.max_steps)
+    warm_up(folder, train, check, args.seed, args.steps)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,12 @@ class AlgorithmSettings(Section):
             )
         return self
 
+    @property
+    def average_decay(self) -> float | None:
+        """Decay per optimizer update of the moving average of the weights that R is taken against (policy/average.py);
+        None where there is no average."""
+        return None
+
     def with_correction_for(self, mode: str) -> Self:
         """These settings, with a `correction` that fits the mode of the rollouts (rollout.mode) where none is set."""
         if self.correction is not None:

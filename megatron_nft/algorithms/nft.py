@@ -195,6 +195,29 @@ class NFTSettings(LikelihoodSettings):
     """Weight of the wrong answers' term; with 0 they are not trained."""
     clamp: PositiveFloat = 1.0
     """NFT's epsilon: lower clamp of (1 - r R) / (1 - r), straight-through."""
+    reference: Literal["behaviour", "ema"] = "behaviour"
+    """The policy that R is taken against: that of `behaviour`, or the one whose weights are the exponential moving
+    average of the trained weights, as it is at the start of the step."""
+    reference_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """reference=ema: share of the average that each optimizer update keeps. The average is reference_decay /
+    (1 - reference_decay) updates old; 0 follows the weights at once."""
+
+    @property
+    def average_decay(self) -> float | None:
+        """`reference_decay` where there is an average."""
+        return self.reference_decay if self.reference == "ema" else None
+
+    @model_validator(mode="after")
+    def _reference(self) -> NFTSettings:
+        if self.reference == "behaviour":
+            return self
+        if self.behaviour == "engine":
+            raise ValueError("reference=ema and behaviour=engine both say what R is taken against: leave one out")
+        if not self.negative_weight:
+            raise ValueError(
+                "reference=ema acts on the wrong answers alone, and negative_weight=0 does not train them: leave it out"
+            )
+        return self
 
 
 class Likelihood(Algorithm):

@@ -132,6 +132,19 @@ class PolicyConfig(Section):
             )
         return self
 
+    def check_average(self) -> None:
+        """ValueError where no moving average of the weights can be kept (algorithm.reference=ema)."""
+        if self.fp8.recipe != "none":
+            raise ValueError(
+                f"algorithm.reference=ema does not go with policy.fp8.recipe={self.fp8.recipe}: a pass with the "
+                "average would change the scales of the trained weights; use fp8.recipe=none"
+            )
+        if self.optimizer_offload:
+            raise ValueError(
+                "algorithm.reference=ema does not go with policy.optimizer_offload=true: the average is kept beside "
+                "the optimizer's masters, which are on the host then; use optimizer_offload=false"
+            )
+
     def data_parallel_size(self, world_size: int) -> int:
         """Number of replicas that `world_size` processes make: world_size / (TP x PP).
 

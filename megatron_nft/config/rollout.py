@@ -22,6 +22,10 @@ class DataConfig(Section):
     """What to do with prompts that are longer: drop and count them, or refuse to start."""
     shuffle: bool = True
     """Draw the questions in a new order each epoch, which follows from `seed`; false keeps the order of the files."""
+    choose: str | None = None
+    """What may skip drawn questions, from how they were answered before: skip_solved (a question whose last two groups
+    were all right is skipped with probability 0.75, or P as skip_solved:P), or the dotted path of a function of your
+    own (docs/extending.md). null asks every question that is drawn. With rollout.mode=synchronous."""
 
 
 class ServerConfig(Section):
@@ -89,10 +93,10 @@ class ServerConfig(Section):
     what the first weight sync brings."""
     stall_timeout_s: PositiveFloat = 120.0
     """Seconds that a server may work on no request at all while answers are under way. These are then asked elsewhere,
-    and a server that the run started is started again. An answer may take as long as it takes."""
+    and a server that the run or its engine nodes started is started again. An answer may take as long as it takes."""
     max_restarts: NonNegativeInt = 2
-    """How often a server that the run started and that died or hangs is started again between two complete training
-    steps. On nodes of their own (engines.serve), over the whole job."""
+    """How often a server that the run or its engine nodes started and that died or hangs is started again between two
+    complete training steps."""
 
 
 def _check_router_lets_sleep(server: ServerConfig) -> None:

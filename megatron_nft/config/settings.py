@@ -78,7 +78,14 @@ class Config(Section):
                 f"data.max_prompt_tokens ({self.data.max_prompt_tokens}) + "
                 f"rollout.max_response_tokens ({self.rollout.max_response_tokens}) = {longest}{padded}"
             )
+        if self.algorithm.average_decay is not None:
+            self.policy.check_average()
         self.algorithm.check_response_limit(self.rollout.max_response_tokens)
+        if self.data.choose is not None and self.rollout.mode != "synchronous":
+            raise ValueError(
+                f"data.choose={self.data.choose} with rollout.mode={self.rollout.mode}: questions start before a step "
+                "is complete there, and what may skip them counts complete steps; use rollout.mode=synchronous"
+            )
         if not self.rollout.uses_servers and self.sync.transport not in ("auto", "tensor"):
             raise ValueError(f"sync.transport={self.sync.transport} needs rollout.engine sglang or vllm, not embedded")
         return self

@@ -18,6 +18,12 @@ class StallTimeouts(Section):
     generate: PositiveFloat | None = None
     """Generation. A server that works on answers is progress; `rollout.server.stall_timeout_s` finds one that hangs,
     and `rollout.server.start_timeout_s` bounds the wait for one that is started again."""
+    exchange: PositiveFloat | None = None
+    """Samples on their way to the ranks that train them, as a whole."""
+    logprobs: PositiveFloat | None = None
+    """The trainer's log-probs before the update; a micro-batch is progress."""
+    write: PositiveFloat | None = None
+    """Rollout files, as a whole."""
     train: PositiveFloat | None = None
     """The optimizer steps; a micro-batch is progress."""
     sync: PositiveFloat | None = None
@@ -34,6 +40,9 @@ class StallTimeouts(Section):
         own = {
             "start": self.start,
             "generate": self.generate,
+            "exchange": self.exchange,
+            "logprobs": self.logprobs,
+            "write": self.write,
             "train": self.train,
             "sync": self.sync,
             "checkpoint": self.checkpoint,
@@ -63,10 +72,34 @@ class TrainConfig(Section):
     run ends with a line that names the rank for which the others wait. Raise it where a phase really takes longer."""
     stall_timeout_by_phase: StallTimeouts = StallTimeouts()
     """The same for single phases."""
+    heartbeat_s: PositiveFloat = 5.0
+    """Seconds between two signs of life of a rank: in run_dir/ranks, and over the network in a run on several hosts. A
+    thread of its own gives them, whatever the rank is doing."""
+    heartbeat_timeout_s: PositiveFloat = 60.0
+    """Seconds without a sign of life of a rank after which the others take it for lost, with its host, and end with a
+    line that names host, rank and phase. It has nothing to do with the length of a phase: raise it only where processes
+    are stopped for so long (a debugger, a host that is paused)."""
     collective_timeout_s: PositiveFloat = 7200.0
-    """Seconds that a rank waits in a collective for the others. Then it ends and names the phase: another rank is gone,
-    or its host cannot be reached. Ranks that generate meet about once a second, so that it need not be longer than some
+    """Seconds that a rank waits in a collective for the others, if they give signs of life. Then it ends and names the
+    phase and who is late. Ranks that generate meet about once a second, so that it need not be longer than some
     generate more than others."""
+
+    profile: Literal["torch", "nsys", "memory"] | None = None
+    """Profile `profile_steps` on `profile_ranks`: torch writes traces for Perfetto, nsys marks what Nsight Systems
+    records, memory writes snapshots of the GPU's allocations. docs/profiling.md says how each is read; null: none."""
+    profile_steps: list[PositiveInt] = Field(default=[3])
+    """Training steps that are profiled."""
+    profile_ranks: list[NonNegativeInt] = Field(default=[0])
+    """Ranks that are profiled."""
+
+    @model_validator(mode="after")
+    def _beats_before_it_is_lost(self) -> TrainConfig:
+        if self.heartbeat_timeout_s < 4 * self.heartbeat_s:
+            raise ValueError(
+                f"heartbeat_timeout_s ({self.heartbeat_timeout_s:g}) must be at least four times heartbeat_s "
+                f"({self.heartbeat_s:g}): one late sign of life is no loss"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:

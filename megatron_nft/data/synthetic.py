@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -26,6 +26,19 @@ BOXED = r"\boxed{"
 VOCAB_MULTIPLE = 8  # rows of the embedding are padded to this, so that TP 2, 4 and 8 divide them
 MAX_RESPONSE_TOKENS = 16  # the longest solution, 198-10=\boxed{188} and the end token, has 13
 _DATA_SOURCE = "steps3"
+
+
+class Worked(Protocol):
+    """A question with its reference answer and a worked solution, without the end token."""
+
+    @property
+    def question(self) -> str: ...
+
+    @property
+    def answer(self) -> str: ...
+
+    @property
+    def solution(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +155,7 @@ def write_model(
     return Path(folder)
 
 
-def sft_samples(tokenizer: PreTrainedTokenizerBase, drawn: list[Problem]) -> list[tuple[np.ndarray, np.ndarray]]:
+def sft_samples(tokenizer: PreTrainedTokenizerBase, drawn: Sequence[Worked]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return (prompt ids int32 [P], solution ids int32 [R] with EOS) of each; prompts as `PromptStream` does."""
     prompts = tokenizer([p.question for p in drawn])["input_ids"]
     solutions = tokenizer([p.solution for p in drawn], add_special_tokens=False)["input_ids"]
@@ -154,7 +167,7 @@ def sft_samples(tokenizer: PreTrainedTokenizerBase, drawn: list[Problem]) -> lis
 
 
 def sft_batches(
-    tokenizer: PreTrainedTokenizerBase, drawn: list[Problem], batch_size: int, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase, drawn: Sequence[Worked], batch_size: int, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield batches for a supervised warm-up, without end: (token ids int64 [B, L], mask float32 [B, L]), padded right.
 

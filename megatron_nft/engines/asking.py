@@ -17,7 +17,8 @@ import httpx
 from megatron_nft.engines.completions import Aborted, BadAnswer, Stopped, check_completion, check_version
 from megatron_nft.engines.engine import Completion, EngineError, Request, SamplingParams, WeightVersionError
 from megatron_nft.engines.reasons import reason
-from megatron_nft.engines.targets import Target, Targets
+from megatron_nft.engines.target import State, Target
+from megatron_nft.engines.targets import Targets
 from megatron_nft.engines.watch import Watch
 
 if TYPE_CHECKING:
@@ -212,14 +213,16 @@ class Asker(ABC):
         check_completion(completion)
         return completion
 
-    async def _has_wanted_weights(self, url: str) -> bool | None:
-        """See `targets.WeightsQuery`."""
+    async def _state(self, url: str) -> State:
+        """See `target.StateQuery`."""
         try:
             version = await self._version(self._client, url)
             await self._progress(self._client, url)  # one that hangs may still say its version
+        except httpx.ConnectError:
+            return State.GONE
         except (httpx.HTTPError, KeyError, ValueError):
-            return None
-        return version == self.weight_version
+            return State.SILENT
+        return State.READY if version == self.weight_version else State.BEHIND
 
     def _describe(self, problems: Sequence[str]) -> str:
         text = f"no answer after {len(problems)} tries (rollout.server.max_retries): {'; '.join(problems)}"

@@ -7,6 +7,7 @@ and the connections outlive a single call.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from abc import abstractmethod
@@ -23,14 +24,16 @@ from megatron_nft.engines.completions import BadAnswer
 from megatron_nft.engines.engine import WAIT_S, Completion, EngineError, OnWait, Request, SamplingParams
 from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.reasons import reason
+from megatron_nft.engines.routed import RequestRouter
 from megatron_nft.engines.streams import HttpStream
-from megatron_nft.engines.targets import RequestRouter, Targets
+from megatron_nft.engines.targets import Targets
 from megatron_nft.engines.transports import locate, server_transport
 from megatron_nft.engines.watch import Watch
 from megatron_nft.processes import allow_open_files
 
 if TYPE_CHECKING:
     from megatron_nft.config import Config, ServerConfig
+    from megatron_nft.engines.owners import Owners
     from megatron_nft.engines.server import ServerGroup
     from megatron_nft.engines.sleep import SleepingServers
     from megatron_nft.policy.family import ModelSpec
@@ -60,6 +63,7 @@ class HttpEngine(Asker):
         weight_version: int,
         allow_version_change: bool = False,
         group: ServerGroup | None = None,
+        owners: Owners | None = None,
         sleeping: SleepingServers | None = None,
         all_urls: Sequence[str] = (),
         local_urls: Sequence[str] | None = None,
@@ -72,7 +76,8 @@ class HttpEngine(Asker):
         """allow_version_change: an answer may begin under `weight_version` and end under a newer one.
 
         group: servers that this process started, ended with the engine. sleeping: the same servers, where they share
-        the trainer's GPU (rollout.server.memory_saver). router: requests go to it. first, far: see `targets.Targets`.
+        the trainer's GPU (rollout.server.memory_saver). owners: where whoever started the other servers is told of
+        them. router: requests go to it. first, far: see `targets.Targets`.
         local_urls: those of `all_urls` on this host, where that is known; else it is found out for the weight sync.
         key: what the servers and the router ask for, see `keys`. patience_s: for a server that is started again.
         """
@@ -80,7 +85,7 @@ class HttpEngine(Asker):
             raise ValueError("an engine client needs at least one server URL")
         self.urls, self.all_urls = list(urls), list(all_urls or urls)
         self._local_urls = local_urls
-        self.group = group
+        self.group, self._owners = group, owners
         self._weight_version = weight_version
         self.memory_released = False
         self._sleeping = sleeping
@@ -101,7 +106,7 @@ class HttpEngine(Asker):
                 max_connections=None, max_keepalive_connections=config.max_in_flight, keepalive_expiry=KEEP_ALIVE_S
             ),
         )
-        self._targets = Targets(urls, router, self._client, self._has_wanted_weights, first, far)
+        self._targets = Targets(urls, router, self._client, self._state, first, far)
         self._watch = Watch(self._targets, self._target_progress, config.stall_timeout_s, self._end_hanging)
 
     # ---- what an engine kind fills in, beside the methods of `Asker`
@@ -210,6 +215,11 @@ class HttpEngine(Asker):
         """See `engine.Engine.note_good_step`."""
         if self.group is not None:
             self.group.renew()
+        if self._router is not None:
+            self._router.renew()
+        if self._owners is not None:
+            with contextlib.suppress(OSError):  # of a shared folder: the next step is told again
+                self._owners.tell_good_step()
 
     def open_transport(self, config: Config, spec: ModelSpec, layout: ParallelLayout, ledger: Ledger) -> Transport:
         """See `engine.Engine.open_transport`. Weights go to the servers of every rank."""
@@ -266,16 +276,23 @@ class HttpEngine(Asker):
             return await self._post(url, path, body)
 
     async def _target_progress(self, url: str) -> float:
-        """See `watch.ProgressQuery`. A router works if any server of its host does."""
-        urls = self.urls if self._router is not None and url == self._router.url.rstrip("/") else [url]
-        asked = (self._progress(self._client, each.rstrip("/")) for each in urls)
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        signs = [sign for sign in found if not isinstance(sign, BaseException)]
-        if not signs and isinstance(found[0], BaseException):
-            raise found[0]
-        return sum(signs)
+        """See `watch.ProgressQuery`. A router works if it answers; whether its servers do is asked of each of them."""
+        routed = self._targets.routed
+        if routed is None or url != routed.target.url:
+            return await self._progress(self._client, url)
+        await routed.check()
+        return self._loop.time()
 
-    def _end_hanging(self, url: str) -> None:
-        """End a server that hangs, if this process started it; it is then started again like one that died."""
-        if self.group is not None:
-            self.group.end_hanging(url, f"made no progress for {self._config.stall_timeout_s:g} s")
+    def _end_hanging(self, url: str) -> bool:
+        """Have a server that hangs ended by whoever started it; it is then started again like one that died."""
+        quiet_s = self._config.stall_timeout_s
+        if self.group is not None and self.group.end_hanging(url, quiet_s):
+            return True
+        with contextlib.suppress(OSError):  # it gets no requests in any case
+            if (routed := self._targets.routed) is not None and url == routed.target.url:
+                routed.end_hanging(quiet_s)
+            elif self._owners is not None:
+                self._owners.tell_hanging(url, quiet_s)
+            else:
+                return False
+        return True

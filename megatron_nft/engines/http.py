@@ -15,11 +15,12 @@ from megatron_nft.engines.discovery import wait_for_engines
 from megatron_nft.engines.engine import NO_WEIGHTS, Engine, EngineError, OpenOptions
 from megatron_nft.engines.host import find_python
 from megatron_nft.engines.kind import ServerKind
+from megatron_nft.engines.owners import Owners
 from megatron_nft.engines.patience import start_timeout_s
+from megatron_nft.engines.routed import RequestRouter
 from megatron_nft.engines.server import ServerGroup
 from megatron_nft.engines.sleep import SleepingServers
 from megatron_nft.engines.start import start_servers
-from megatron_nft.engines.targets import RequestRouter
 from megatron_nft.engines.versions import installed_version
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
     version = 0 if options.load_weights else NO_WEIGHTS
     patience_s = start_timeout_s(config, model_path, version)
     given = _given_urls(config, patience_s)
+    owners = _owners(config, given, options.log_dir, is_first_rank=hosts.rank == 0)
     urls, group, problem = given, None, ""
     address = LOOPBACK if given else hosts.address(config)
     key = _given_key(config) if given else None
@@ -108,6 +110,7 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
                 weight_version=version,
                 address=address,
                 key=key,
+                owners=owners,
             )
             urls = group.urls
         except (EngineError, OSError) as e:  # OSError: rollout.server.host is no address of this host
@@ -126,6 +129,7 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
         weight_version=version,
         allow_version_change=options.allow_version_change,
         group=group,
+        owners=owners,
         sleeping=_sleeping(kind, config, group, patience_s),
         all_urls=list(dict.fromkeys(url for urls in started for url in urls)),
         local_urls=None if given else asked,
@@ -145,6 +149,13 @@ def _given_urls(server: ServerConfig, timeout_s: float) -> list[str]:
     if server.urls or server.registry is None:
         return list(server.urls)
     return wait_for_engines(server.registry, server.registry_nodes, timeout_s)
+
+
+def _owners(server: ServerConfig, given: list[str], log_dir: Path, *, is_first_rank: bool) -> Owners | None:
+    """Where whoever started the servers is told of them; None where neither the run nor its engine nodes did."""
+    if not given:
+        return Owners(log_dir)  # a rank: `note_good_step` tells it of steps
+    return None if server.urls or server.registry is None else Owners(server.registry, tells_steps=is_first_rank)
 
 
 def _given_key(server: ServerConfig) -> str | None:
@@ -171,10 +182,10 @@ def _open_router(
     """The router of this host, started by the host's first rank. Collective."""
     if kind.router is None:
         raise EngineError(f"rollout.server.router: {kind.name} has no router")
-    router, problem = None, ""
+    router, problem, owners = None, "", Owners(log_dir)
     if hosts.is_first:
         try:
-            router = kind.router.start(find_python(kind.name, config.python), config, log_dir, key)
+            router = kind.router.start(find_python(kind.name, config.python), config, log_dir, key, owners)
         except EngineError as e:
             problem = str(e)
     try:
@@ -183,7 +194,7 @@ def _open_router(
         if router is not None:
             router.close()
         raise
-    return router or kind.router(urls[hosts.first_rank][0], key)
+    return router or kind.router(urls[hosts.first_rank][0], key, owners)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from megatron_nft.engines.client import HttpEngine
 from megatron_nft.engines.engine import Engine, OpenOptions
+from megatron_nft.engines.routed import RequestRouter
 from megatron_nft.engines.sleep import MemoryCalls
-from megatron_nft.engines.targets import RequestRouter
 
 if TYPE_CHECKING:
     from megatron_nft.config import RolloutConfig, ServerConfig

@@ -2,10 +2,11 @@
 
     python -m megatron_nft.engines.serve --registry FOLDER --config FILE … [key=value …]
 
-Starts `rollout.server.num_servers` servers, announces them in FOLDER (discovery.py), starts dead ones again, and ends
-them all when FOLDER/stop appears or on SIGTERM. With `rollout.server.host=auto` they listen on the node's address
-(addresses.node_address), or on loopback where nothing gives one. Beyond loopback they ask for the key in FOLDER/key,
-which the first node makes. Exit status: 0 told to stop, 1 servers that do not come up or died too often.
+Starts `rollout.server.num_servers` servers, announces them in FOLDER (discovery.py), starts dead ones again and those
+that ranks say to hang (owners.py), and ends them all when FOLDER/stop appears or on SIGTERM. With
+`rollout.server.host=auto` they listen on the node's address (addresses.node_address), or on loopback where nothing
+gives one. Beyond loopback they ask for the key in FOLDER/key, which the first node makes. Exit status: 0 told to stop,
+1 servers that do not come up or died too often.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from megatron_nft.engines.discovery import register
 from megatron_nft.engines.engine import NO_WEIGHTS, EngineError
 from megatron_nft.engines.http import HttpEngineKind
 from megatron_nft.engines.open import engine_kind
+from megatron_nft.engines.owners import Owners
 from megatron_nft.engines.server import ServerGroup
 from megatron_nft.engines.start import start_servers
 
@@ -51,6 +53,7 @@ def start(config: Config, node: str, registry: Path) -> ServerGroup:
         weight_version=NO_WEIGHTS,
         address=address or os.uname().nodename,
         key=None if is_local(host) else keys.common_key(registry / keys.FILE),
+        owners=Owners(registry),
     )
 
 

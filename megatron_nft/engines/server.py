@@ -4,26 +4,28 @@ A server runs below a supervisor (supervisor.py) in a session of its own. Invari
 - when the process that started a server is gone, however it ended, the server and all it started end within seconds;
 - only processes below our own supervisors are ended, by id;
 - a server that died or hangs is started again on the same port, at most `max_restarts` times between two calls of
-  `renew`, and then has no current weights;
+  `renew`, and then has no current weights. That it hangs, those say who ask it (owners.py);
 - a server does not inherit what makes this process a rank of a job (processes.clean_environment).
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
 
 from megatron_nft.engines import keys, supervisor
 from megatron_nft.engines.engine import EngineError
+from megatron_nft.engines.owners import Owners
 from megatron_nft.processes import clean_environment, free_port
 
 LOG_TAIL_LINES = 30
@@ -52,7 +54,7 @@ class Server:
         self.name, self.log_path = name, log_path
         self.port = free_port(host)
         self.url = f"http://{address or host}:{self.port}"
-        self.starts = 0
+        self.starts, self.started_at = 0, 0.0  # on time.monotonic
         self.has_answered = False  # since its last start, when asked for its health
         self.starts_allowed = 1
         self.deaths: list[str] = []  # for error messages: exit code and end of the log, each time it died
@@ -75,7 +77,7 @@ class Server:
                 env=clean_environment() | self._environment,
                 start_new_session=True,
             )
-        self.starts += 1
+        self.starts, self.started_at = self.starts + 1, time.monotonic()
         self.has_answered = False
 
     def exit_code(self) -> int | None:
@@ -129,19 +131,34 @@ class Server:
 class ServerGroup:
     """The servers that this process started, and the thread that starts them again when they die."""
 
-    def __init__(self, servers: Sequence[Server], *, start_timeout_s: float, max_restarts: int) -> None:
-        """Starts all servers at once and waits for them; on failure none is left. EngineError says which and why."""
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        *,
+        start_timeout_s: float,
+        max_restarts: int,
+        owners: Owners | None = None,
+        on_return: Callable[[str], None] | None = None,
+    ) -> None:
+        """Starts all servers at once and waits for them; on failure none is left. EngineError says which and why.
+
+        owners: where ranks that this process does not hear otherwise say what they see. on_return: called with the URL
+        of a server that was started again and answers, once more where it raises EngineError or httpx.HTTPError.
+        """
         self.servers = list(servers)
+        self._owners, self._on_return = owners, on_return
         self._max_restarts = max_restarts
         self._closed, self._held = threading.Event(), threading.Event()
         self._watch: threading.Thread | None = None
-        self._hanging: dict[str, str] = {}  # URL -> what it does
+        self._hanging: dict[str, float] = {}  # URL -> seconds without progress
         self._starting = threading.Lock()
         self._noting = threading.Lock()  # both the watch and a caller of `failures` note deaths
         self.renew()
         atexit.register(self.close)
         try:
             for server in self.servers:
+                if owners is not None:
+                    owners.take_hanging(server.url)  # of an earlier run
                 server.start()
             for server in self.servers:
                 server.wait_healthy(start_timeout_s)
@@ -169,12 +186,16 @@ class ServerGroup:
 
     def _revive(self) -> None:
         while not self._closed.wait(1.0):
+            if self._owners is not None:
+                self._hear(self._owners)
             self._end_those_that_hang()
             self._note_deaths()
             with self._starting:
                 for server in self.servers if not self._held.is_set() else ():
                     if server.exit_code() is not None and server.starts < server.starts_allowed:
                         self._start_again(server)
+            if self._on_return is not None:
+                self._receive(self._on_return)
 
     def _start_again(self, server: Server) -> None:
         try:
@@ -183,17 +204,43 @@ class ServerGroup:
             server.starts += 1
             server.deaths.append(f"{server.name} could not be started: {e}")
 
+    def _receive(self, on_return: Callable[[str], None]) -> None:
+        for server in self.servers:
+            if server.starts > 1 and not server.has_answered and server.exit_code() is None and server.is_healthy():
+                try:
+                    on_return(server.url)
+                except (EngineError, httpx.HTTPError):
+                    server.has_answered = False
+
+    def _hear(self, owners: Owners) -> None:
+        with contextlib.suppress(OSError):  # of the folder: the next look tries again
+            for server in self.servers:
+                quiet_s = owners.take_hanging(server.url)
+                if quiet_s is not None:
+                    self.end_hanging(server.url, quiet_s)
+            if owners.hear_good_step():
+                self.renew()
+
     def _end_those_that_hang(self) -> None:
         for server in self.servers:
-            what = self._hanging.pop(server.url, None)
-            if what is not None and server.exit_code() is None:
-                with self._noting:
-                    server.deaths.append(f"{server.name} {what}, and was ended{server.log_tail()}")
-                server.stop()
+            quiet_s = self._hanging.pop(server.url, None)
+            # Several ranks may say it, some of them after it was started again.
+            if quiet_s is None or server.exit_code() is not None or time.monotonic() - server.started_at < quiet_s:
+                continue
+            what = f"made no progress for {quiet_s:g} s (rollout.server.stall_timeout_s), and was ended"
+            with self._noting:
+                server.deaths.append(f"{server.name} {what}{server.log_tail()}")
+            server.stop()
 
-    def end_hanging(self, url: str, what: str) -> None:
-        """End the server at `url`, if it is one of these; it is then treated like one that died. what: it does."""
-        self._hanging[url] = what
+    def end_hanging(self, url: str, quiet_s: float) -> bool:
+        """End the server at `url`, which made no progress for `quiet_s` seconds; it is then treated like one that died.
+
+        Whether it is one of these.
+        """
+        if url not in self.urls:
+            return False
+        self._hanging[url] = quiet_s
+        return True
 
     def renew(self) -> None:
         """From here on every server may be started again `max_restarts` times. Those that were given up stay so."""

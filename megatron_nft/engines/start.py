@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_nft.engines import keys
 from megatron_nft.engines.addresses import ALL_INTERFACES, LOOPBACK
-from megatron_nft.engines.engine import DTYPES, EngineError
+from megatron_nft.engines.engine import DTYPES, NO_WEIGHTS, EngineError
 from megatron_nft.engines.host import find_python, one_host_problem
 from megatron_nft.engines.patience import start_timeout_s
 from megatron_nft.engines.server import Server, ServerGroup
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from megatron_nft.config import RolloutConfig
     from megatron_nft.engines.kind import ServerKind
+    from megatron_nft.engines.owners import Owners
 
 
 def start_servers(
@@ -31,11 +32,12 @@ def start_servers(
     weight_version: int,
     address: str = LOOPBACK,
     key: str | None = None,
+    owners: Owners | None = None,
 ) -> ServerGroup:
     """`rollout.server.num_servers` healthy servers on this host, each with a log in `log_dir`. EngineError if not.
 
     address: this host's, at which they are called; they listen there too, unless rollout.server.host says otherwise.
-    key: what they ask of whoever calls them; None for servers that answer anyone.
+    key: what they ask of whoever calls them; None for servers that answer anyone. owners: see `ServerGroup`.
     """
     config, host = rollout.server, os.uname().nodename
     if config.host == "auto":
@@ -63,16 +65,22 @@ def start_servers(
             key=key,
         )
 
+    def set_version(url: str) -> None:
+        kind.set_version(url, weight_version, key)
+
     group = ServerGroup(
         [server(i) for i in range(config.num_servers)],
         start_timeout_s=start_timeout_s(config, model_path, weight_version),
         max_restarts=config.max_restarts,
+        owners=owners,
+        # Where a weight sync brings the weights, it may have done so already.
+        on_return=set_version if weight_version != NO_WEIGHTS else None,
     )
     try:
         for url in group.urls:
             if key is not None:
                 keys.check_closed(url)
-            kind.set_version(url, weight_version, key)
+            set_version(url)
     except BaseException:
         group.close()
         raise

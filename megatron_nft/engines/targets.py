@@ -11,67 +11,15 @@ Every answer is a request of its own. Rules, in this order:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from collections.abc import Iterator, Sequence
 
 import httpx
 
-from megatron_nft.engines.engine import EngineError
-
-if TYPE_CHECKING:
-    from megatron_nft.config import ServerConfig
-
-
-class RequestRouter(Protocol):
-    """A process in front of the servers of one host, which spreads requests over them."""
-
-    url: str
-
-    def __init__(self, url: str, key: str | None) -> None:
-        """A router that another rank started. key: what the servers ask for, see `keys`."""
-
-    @classmethod
-    def start(cls, python: Path, config: ServerConfig, log_dir: Path, key: str | None) -> Self:
-        """Start a router without servers on this machine. EngineError if it does not come up."""
-        ...
-
-    async def admit(self, client: httpx.AsyncClient, urls: Collection[str]) -> None:
-        """Make `urls` the only servers that get requests. httpx.HTTPError or EngineError where that fails."""
-        ...
-
-    def close(self) -> None:
-        """End the router if this rank started it. May be called twice."""
-        ...
-
-
-class WeightsQuery(Protocol):
-    """Asks a server whether it has the weights that answers must come from; None where it does not work."""
-
-    async def __call__(self, url: str) -> bool | None: ...
-
+from megatron_nft.engines.routed import RequestRouter, Routed
+from megatron_nft.engines.target import State, StateQuery, Target
 
 KEEP = 1.25
 LOOK_AGAIN_S = 1.0  # where no server is up
-
-
-@dataclass(slots=True, eq=False)
-class Target:
-    """A server, or the router in front of all of them."""
-
-    url: str
-    near: bool = True  # of this rank's host, or given to all ranks
-    in_flight: int = 0  # answers asked for and not there yet
-    answered: int = 0
-    down: bool = False  # failed us; asked for its health and version before it gets another request
-    waits: set[asyncio.Timeout] = field(default_factory=set)  # one for each request under way
-
-    def give_up(self) -> None:
-        """End all requests under way with a TimeoutError, and send no more."""
-        self.down = True
-        for wait in self.waits:
-            wait.reschedule(0.0)
 
 
 class Targets:
@@ -82,7 +30,7 @@ class Targets:
         urls: Sequence[str],
         router: RequestRouter | None,
         client: httpx.AsyncClient,
-        has_weights: WeightsQuery,
+        state: StateQuery,
         first: int = 0,
         far: Sequence[str] = (),
     ) -> None:
@@ -90,11 +38,12 @@ class Targets:
 
         far: servers of other hosts, in the order in which they are turned to.
         """
-        self._urls = [url.rstrip("/") for url in urls]
-        self._far = [url.rstrip("/") for url in far]
-        self._router, self._client, self._has_weights = router, client, has_weights
-        near = [Target(router.url.rstrip("/"))] if router else [Target(url) for url in self._urls]
-        self._targets = near + ([] if router else [Target(url, near=False) for url in self._far])
+        urls, far = [url.rstrip("/") for url in urls], [url.rstrip("/") for url in far]
+        self._state = state
+        self.routed = Routed(router, urls, far, client, self.state) if router else None
+        """The servers behind the router, where there is one."""
+        near = [self.routed.target] if self.routed else [Target(url) for url in urls]
+        self._targets = near + ([] if self.routed else [Target(url, near=False) for url in far])
         self._num_near = len(near)
         self._looking = asyncio.Lock()
         self._next = first % len(near)
@@ -110,8 +59,8 @@ class Targets:
     @property
     def busy(self) -> list[str]:
         """URLs of servers that may have requests of ours."""
-        if self._router is not None:
-            return [*self._urls, *self._far]
+        if self.routed is not None:
+            return [target.url for target in self.routed.servers]
         return [target.url for target in self._targets if target.in_flight]
 
     def note_new_weights(self) -> None:
@@ -126,8 +75,8 @@ class Targets:
         """
         self._share = max(1, num_in_flight // self._num_near)
         self._of_question = {}
-        if self._router is not None:
-            self._targets[0].down = True  # it may have servers that came back without the weights
+        if self.routed is not None:
+            self.routed.target.down = True  # it may have servers that came back without the weights
         await self.look_at_those_down()
 
     async def pick(self, question: int | None = None) -> Target | None:
@@ -162,7 +111,7 @@ class Targets:
     @property
     def exhausted(self) -> bool:
         """Whether no server is left that might have the weights. A router may yet find one that came back."""
-        return self._router is None and all(t.down for t in self._targets)
+        return self.routed is None and all(t.down for t in self._targets)
 
     async def _look_once(self) -> None:
         """Look at servers when all are down. Of the requests that wait for one, only one at a time looks."""
@@ -175,42 +124,27 @@ class Targets:
 
     async def look_at_those_down(self) -> None:
         """Give requests again to servers that work again and have the wanted weights."""
-        if self._router is not None:
-            await self._refresh_router(self._router, self._targets[0])
-        else:
+        if self.routed is None:
             await asyncio.gather(*(self._look(t) for t in self._targets if t.down))
+        elif self.routed.target.down:
+            await self.routed.refresh()
 
     async def look(self, target: Target) -> None:
         """Look at one of those down, while answers are under way."""
-        if self._router is not None:
+        if self.routed is not None:
             await self._look_once()
         else:
             await self._look(target)
 
     async def _look(self, target: Target) -> None:
-        target.down = not await self._is_ready(target.url)
+        target.down = await self.state(target.url) is not State.READY
 
-    async def _is_ready(self, url: str) -> bool:
+    async def state(self, url: str) -> State:
+        """Ask a server for its state, and take note of one that is `behind`."""
         num_weights = self._num_weights
-        ready = await self._has_weights(url)
-        if ready is False and num_weights == self._num_weights:  # else weights have come since it was asked
+        state = await self._state(url)
+        if state is State.BEHIND and num_weights == self._num_weights:  # else weights have come since it was asked
             self.behind.add(url)
         else:
             self.behind.discard(url)
-        return bool(ready)
-
-    async def _refresh_router(self, router: RequestRouter, target: Target) -> None:
-        """Give the router the servers that have the wanted weights: of this host, else of the others."""
-        if not target.down:
-            return
-        found: list[str] = []
-        for urls in (self._urls, self._far):
-            ready = await asyncio.gather(*(self._is_ready(url) for url in urls))
-            found = [url for url, is_ready in zip(urls, ready, strict=True) if is_ready]
-            if found:
-                break
-        try:
-            await router.admit(self._client, found)
-        except (httpx.HTTPError, EngineError, KeyError, ValueError):
-            return  # the next try looks again
-        target.down = not found
+        return state

@@ -3,6 +3,10 @@
 An answer may take as long as it takes: no limit stands on a request. What counts is that the server moves: an answer
 came from it, or its own sign of progress (`ProgressQuery`) changed. A server that does neither for
 `rollout.server.stall_timeout_s` is given up: its requests end with a TimeoutError and are made elsewhere.
+
+Of a server behind a router nobody knows which requests it has. It is withdrawn from the router instead, and its
+requests end as soon as whoever started it has ended it; where nobody will, all requests through the router are made
+again.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from typing import Protocol
 
 import httpx
 
-from megatron_nft.engines.targets import Target, Targets
+from megatron_nft.engines.routed import Routed
+from megatron_nft.engines.target import State, Target
+from megatron_nft.engines.targets import Targets
 
 LOOKS_PER_TIMEOUT = 8
 MAX_PERIOD_S, MIN_PERIOD_S = 10.0, 0.2
@@ -33,12 +39,13 @@ class Watch:
     """Looks at all servers as long as `run` runs, on the client's event loop."""
 
     def __init__(
-        self, targets: Targets, progress: ProgressQuery, stall_timeout_s: float, on_stall: Callable[[str], None]
+        self, targets: Targets, progress: ProgressQuery, stall_timeout_s: float, on_stall: Callable[[str], bool]
     ) -> None:
-        """on_stall: called with the URL of a server that was given up."""
+        """on_stall: called with the URL of a server that was given up; whether that server will be ended."""
         self._targets, self._progress, self._on_stall = targets, progress, on_stall
         self._timeout_s = stall_timeout_s
         self._period_s = min(MAX_PERIOD_S, max(MIN_PERIOD_S, stall_timeout_s / LOOKS_PER_TIMEOUT))
+        self._patience_s = max(self._timeout_s, self._period_s)  # for a server's answer to one question
         self._moved = False
 
     def note(self) -> None:
@@ -55,6 +62,9 @@ class Watch:
         async with asyncio.TaskGroup() as tasks:
             for target in self._targets:
                 tasks.create_task(self._watch(target))
+            if (routed := self._targets.routed) is not None:
+                for server in routed.servers:
+                    tasks.create_task(self._watch_routed(routed, server))
 
     async def _watch(self, target: Target) -> None:
         clock = asyncio.get_running_loop().time
@@ -64,7 +74,7 @@ class Watch:
             await asyncio.sleep(min(self._period_s, LOOK_AT_DEAD_S) if target.down else self._period_s)
             if target.down:
                 await self._targets.look(target)
-            if target.down or not target.in_flight:
+            if not target.in_flight:
                 moved_at = clock()
                 continue
             answered, sign = seen
@@ -77,9 +87,37 @@ class Watch:
                 target.give_up()
                 self._on_stall(target.url)
 
+    async def _watch_routed(self, routed: Routed, server: Target) -> None:
+        clock = asyncio.get_running_loop().time
+        moved_at, state = clock(), State.READY
+        may_have_requests = not server.down
+        while True:
+            works = state is State.READY
+            await asyncio.sleep(self._period_s if works else min(self._period_s, LOOK_AT_DEAD_S))
+            if not routed.is_watched(server):
+                moved_at, state, may_have_requests = clock(), State.READY, not server.down
+                continue
+            state = await self._state(server.url)
+            await routed.heed(server, state)
+            if state is not State.SILENT:
+                moved_at, may_have_requests = clock(), state is State.READY
+            elif may_have_requests and clock() - moved_at >= self._timeout_s:
+                may_have_requests = False
+                await routed.withdraw(server)
+                if not self._on_stall(server.url):
+                    routed.target.give_up()
+            if state is State.READY:
+                self.note()
+
+    async def _state(self, url: str) -> State:
+        try:
+            return await asyncio.wait_for(self._targets.state(url), self._patience_s)
+        except TimeoutError:
+            return State.SILENT
+
     async def _sign(self, url: str, last: float | None) -> float | None:
         """The server's sign of progress; `last` where it gives none."""
         try:
-            return await asyncio.wait_for(self._progress(url), max(self._timeout_s, self._period_s))
+            return await asyncio.wait_for(self._progress(url), self._patience_s)
         except (httpx.HTTPError, KeyError, ValueError, TimeoutError):
             return last

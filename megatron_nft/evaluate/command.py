@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
     from megatron_nft.evaluate import evaluation
     from megatron_nft.evaluate.model_folder import inspect_model
     from megatron_nft.evaluate.summary import settings_rows, to_text
-    from megatron_nft.evaluate.tasks import load_tasks, make_prompts
+    from megatron_nft.evaluate.tasks import by_max_tokens, load_tasks, make_prompts
 
     _check_numbers(args)
     tasks = load_tasks(
@@ -124,6 +124,8 @@ def _run(args: argparse.Namespace) -> int:
     prompts = {t.name: make_prompts(t, tokenizer, args.system_prompt) for t in tasks}
     identity = _identify(args.model)
     preset, sampling = _sampling(args, identity.num_parameters)
+    for task in tasks:
+        by_max_tokens(prompts[task.name], sampling, identity.max_positions)  # refuses what has no room
     protocol = _protocol(args, config, tasks, preset, sampling, tokenizer, identity)
     for key, value in settings_rows(protocol):
         print(f"{key}: {value}")

@@ -89,8 +89,6 @@ def run_tasks(
     open_parts: Callable[[], AbstractContextManager[Parts]],
 ) -> dict[str, list[QuestionResult]]:
     """Return all answers by benchmark. What is missing is asked, and each question is written as it finishes."""
-    for task in tasks:  # before the engine starts
-        by_max_tokens(prompts[task.name], sampling, max_positions)
     files = {t.name: AnswerFile(answer_path(out, t.name), len(t.questions), t.samples) for t in tasks}
     total = sum(len(t.questions) * t.samples for t in tasks)
     done = sum(len(files[t.name].done) * t.samples for t in tasks)

@@ -11,8 +11,11 @@ logits      logprob_chunk_tokens C x V/tp: the head's output e, its fp32 copy 4,
             the fp32 gradient of the output weight 4 h V/tp and its e-byte copy; and T h e each for the hidden states
             (whole, also under sequence parallel) and their gradient. In bf16 on a GPU (policy/logprobs_triton.py): half
             as many logits, in fp32, and their gradient e; the weight's gradient e h V/tp alone; and T h 4 more
+average     algorithm.reference=ema: 4 bytes per parameter of the optimizer's share
 engine      `engine.py`. With rollout.server.memory_saver its working memory alone stays in the training phase, and at
             sleep_level kv_cache its weights
+copies      what a rank writes of its parameters into a checkpoint (weights e, Adam's state and master weights 12, the
+            average 4), over the same ranks as the optimizer; in host memory, which on a CPU is the device's
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ PARTS = (
     "weights",
     "gradients",
     "optimizer",
+    "average weights",
+    "checkpoint copies",
     "activations",
     "logits chunk",
     "packed attention",
@@ -92,6 +97,18 @@ def optimizer_bytes(spec: ModelSpec, config: Config, layout: LayoutSettings, clu
     return optimizer_shard(spec, config, layout, cluster, stage) * (12 if config.policy.precision == "bf16" else 8)
 
 
+def checkpoint_copy_bytes(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int) -> int:
+    """Bytes of host memory from which a rank of `stage` writes checkpoints beside the training; 0 where it does not."""
+    if not config.checkpoint.asynchronous:
+        return 0
+    written = optimizer_shard(spec, config, layout, cluster, stage)
+    if spec.tied and 0 < stage == layout.pp - 1:  # the first stage writes the embedding that both keep
+        ranks = layout.dp(cluster) if config.policy.use_distributed_optimizer else 1
+        written -= spec.padded_vocab_size(layout.tp) * spec.hidden_size // layout.tp // ranks
+    average = 0 if config.algorithm.average_decay is None else 4
+    return written * (element_bytes(config) + 12 + average)
+
+
 def in_flight_layers(spec: ModelSpec, layout: LayoutSettings, stage: int, num_micro_batches: int) -> int:
     """Layers x micro-batches whose activations stage `stage` keeps at its fullest."""
     pp, vpp = layout.pp, layout.vpp
@@ -138,11 +155,14 @@ def resident(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: C
     params += local_expert_params(spec, layout.tp, layout.pp, layout.ep)
     quantized = local_layer_matrices(spec, layout.tp, layout.pp, layout.ep)
     fp8_copies = 2 * quantized if config.policy.fp8.recipe != "none" else 0
-    return {
+    parts = {
         "weights": params * element_bytes(config) + fp8_copies,
         "gradients": params * 4,
         "optimizer": 0 if layout.offload else optimizer_bytes(spec, config, layout, cluster, stage),
     }
+    if config.algorithm.average_decay is not None:
+        parts["average weights"] = 4 * optimizer_shard(spec, config, layout, cluster, stage)
+    return parts
 
 
 def engine_beside_trainer(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> EngineMemory:
@@ -186,6 +206,8 @@ def trainer_memory(
             "generate": {},
         }
         always = resident(spec, config, layout, cluster, stage) | {"reserve": cluster.chip.reserve_bytes}
+        if cluster.chip.name == "cpu":
+            always["checkpoint copies"] = checkpoint_copy_bytes(spec, config, layout, cluster, stage)
         devices.append(
             DeviceMemory(
                 role=f"pipeline stage {stage}" if layout.pp > 1 else "every device",
@@ -206,9 +228,9 @@ def engine_device(spec: ModelSpec, config: Config, layout: LayoutSettings, clust
     return DeviceMemory("engine nodes", cluster.chip.memory_bytes, {"sync": held | bucket, "generate": held})
 
 
-def host_bytes_per_node(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> int:
-    """Bytes of optimizer state in the host memory of one node; 0 without offload."""
-    if not layout.offload:
-        return 0
-    largest = max(optimizer_bytes(spec, config, layout, cluster, stage) for stage in range(layout.pp))
-    return largest * cluster.devices_per_node
+def host_bytes_per_node(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> dict[str, int]:
+    """Bytes by part in the host memory of a node with the fullest ranks, for as long as the run lasts."""
+    stages, ranks = range(layout.pp), cluster.devices_per_node
+    offloaded = max(optimizer_bytes(spec, config, layout, cluster, stage) for stage in stages) if layout.offload else 0
+    copies = max(checkpoint_copy_bytes(spec, config, layout, cluster, stage) for stage in stages)
+    return {"optimizer": offloaded * ranks, "checkpoint copies": copies * ranks}

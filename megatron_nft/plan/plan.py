@@ -35,7 +35,7 @@ class Plan:
     num_micro_batches: int = 0
     engine: EngineMemory | None = None
     sync_bytes: int = 0
-    host_bytes_per_node: int = 0
+    host_bytes_per_node: dict[str, int] = field(default_factory=dict)
     trained_tokens: int = 0
 
     @property

@@ -113,8 +113,9 @@ def as_text(
         shown = {d.role: d for d in [plan.fullest, *(d for d in plan.devices if d.role == "engine nodes")]}
         for device in shown.values():
             lines += ["", *_memory_table(device)]
-        if plan.host_bytes_per_node:
-            lines.append(f"  host memory per node for the optimizer: {size(plan.host_bytes_per_node)}")
+        host = [f"{part} {size(nbytes)}" for part, nbytes in plan.host_bytes_per_node.items() if nbytes]
+        if host and cluster.chip.name != "cpu":  # whose memory is the host's, and in the table
+            lines.append(f"  host memory per node: {', '.join(host)}")
         lines += ["", *_time_table(plan, work), "", *_choices(spec, config, cluster, work, plan)]
     lines.append("")
     if plan.fits:

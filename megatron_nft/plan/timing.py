@@ -5,7 +5,7 @@ question and answer, W devices, D = TP x PP devices of one replica.
 
     linear forward       2 N FLOPs per token (Kaplan et al., arXiv 2001.08361, section 2.1)
     attention forward    2 q l L FLOPs per token, causal (4 q l L without the mask; Narayanan et al., arXiv 2104.04473)
-    behaviour log-probs  one forward
+    behaviour log-probs  one forward; reference log-probs (algorithm.reference=ema) one of what is trained
     training             forward + 2 x forward for the backward; full recompute one forward more, selective the MLPs'
     tensor parallel      per layer, micro-batch and pass 4 collectives of T h e (tp-1)/tp bytes; 2 passes, and one pass
                          again with full recompute (Korthikanti et al., arXiv 2205.05198)
@@ -237,6 +237,9 @@ def step_times(
         "optimizer": work.optimizer_steps * _optimizer_s(spec, config, layout, cluster),
         "weight sync": sync_s(spec, config, layout, cluster),
     }
+    if config.algorithm.average_decay is not None:
+        scored = work.trained_tokens / work.num_epochs
+        times["reference log-probs"] = _compute_s(spec, config, layout, cluster, scored, 1.0, work)
     if config.rollout.server.memory_saver and config.rollout.uses_servers:
         times["engine sleep and wake"] = ENGINE_SWITCH_S
     return times

@@ -21,7 +21,7 @@ writes. What is done in another way than there:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
@@ -44,9 +44,6 @@ from megatron_nft.policy.checkpoint_optimizer import fill_adam_state, separate_s
 from megatron_nft.policy.checkpoint_pieces import (
     STATE,
     Piece,
-    distributed_parts,
-    divided_parameters,
-    own_ranges,
     range_pieces,
     sharded_by_parameter,
     whole_piece,
@@ -56,6 +53,7 @@ from megatron_nft.policy.checkpoint_state import CONTENT, EXTRA_STATE, sharded_m
 from megatron_nft.policy.checkpoint_writer import StoredTensor, WrittenFile, pack_common, write_index, write_pieces
 from megatron_nft.policy.fp8_history import fp8_history
 from megatron_nft.policy.optimizer import optimizer_parts
+from megatron_nft.policy.own_ranges import distributed_parts, divided_parameters, own_ranges
 from megatron_nft.policy.policy import Policy
 
 
@@ -133,11 +131,12 @@ def _pieces_to_write(policy: Policy) -> tuple[list[Piece], dict[str, Any]]:
     models = sharded_models(policy)
     described = sharded_by_parameter(models)
     pieces: list[Piece] = []
-    for own in own_ranges(policy):
+    for own in own_ranges(policy.optimizer):
         sharded = described[own.parameter]
         for name, values in own.states().items():
             pieces += range_pieces(sharded, values, own.start, f"{STATE}{name}.")
         pieces += range_pieces(sharded, own.weight, own.start)
+    pieces += _average_pieces(policy, described)
     rest, common = save_preprocess(undivided_state(policy, models, loading=False), validate_access_integrity=False)
     pieces += [whole_piece(sharded) for sharded in nested_values(rest)]
     common |= {
@@ -149,8 +148,20 @@ def _pieces_to_write(policy: Policy) -> tuple[list[Piece], dict[str, Any]]:
     return [piece for piece in pieces if piece.main], common
 
 
+def _average_pieces(policy: Policy, described: dict[torch.Tensor, ShardedBase]) -> Iterator[Piece]:
+    """Of the moving average of the weights, if there is one; stored as a further state of the optimizer."""
+    average = policy.average
+    if average is None:
+        return
+    for own in average.ranges:
+        sharded = described[own.parameter]
+        yield from range_pieces(sharded, own.values, own.start, f"{STATE}average.", divided=average.divided)
+
+
 def load_sharded(policy: Policy, folder: Path | str) -> dict[str, str]:
     """Load `folder` into `policy`, all ranks together.
+
+    A moving average of the weights that the files do not hold starts at the weights that they hold.
 
     Returns the SHA-256, by file name, of the files that this rank has read from the first byte to the last: its own,
     if the layout is the one that saved. What is in none of the ranks' answers was read in parts.
@@ -164,7 +175,7 @@ def load_sharded(policy: Policy, folder: Path | str) -> dict[str, str]:
     with cpu.on_cpu():
         fill_adam_state(policy)
         models = sharded_models(policy)
-        if distributed_parts(policy):
+        if distributed_parts(policy.optimizer):
             policy.optimizer.load_state_dict(common["optimizer"])
         with HashingReader(stored) as reader:
             loaded = run_everywhere(
@@ -172,9 +183,11 @@ def load_sharded(policy: Policy, folder: Path | str) -> dict[str, str]:
             )
             digests = reader.digests()
         _restore_rest(policy, loaded)
-        if distributed_parts(policy):
+        if distributed_parts(policy.optimizer):
             for ddp in policy.wrapped:
                 ddp.start_param_sync()  # every rank has read its own part of the weights
+        if policy.average is not None and not _holds_average(stored):
+            policy.average.restart()
     return digests
 
 
@@ -203,13 +216,15 @@ def _read(
     """Read what `_pieces_to_write` listed, in its order. Own ranges go to their place; the rest is returned, merged
     with `common`."""
     described = sharded_by_parameter(models)
-    for own in own_ranges(policy):
+    for own in own_ranges(policy.optimizer):
         sharded = described[own.parameter]
         states = {name: torch.empty(values.shape, dtype=values.dtype) for name, values in own.states().items()}
         for name, values in states.items():
             _fill(range_pieces(sharded, values, own.start, f"{STATE}{name}."), stored, reader)
         own.set_states(states)
         _fill(range_pieces(sharded, own.weight, own.start), stored, reader)
+    if _holds_average(stored):
+        _fill(_average_pieces(policy, described), stored, reader)
     state = undivided_state(policy, models, loading=True)
     same_layout = common["layout"] == _layout(policy)
     if not same_layout:
@@ -231,6 +246,10 @@ def _read(
     return common
 
 
+def _holds_average(stored: StoredTensors) -> bool:
+    return any(key.startswith(f"{STATE}average.") for key in stored.shapes)
+
+
 def _fill(pieces: Iterable[Piece], stored: StoredTensors, reader: HashingReader) -> None:
     """Read the pieces' values into their place. ValueError where the checkpoint is of another model."""
     for piece in pieces:
@@ -248,10 +267,10 @@ def _fill(pieces: Iterable[Piece], stored: StoredTensors, reader: HashingReader)
 def _restore_rest(policy: Policy, loaded: dict[str, Any]) -> None:
     """Put into the policy what is not its own ranges: buffers, schedule, RNG, FP8's scales; and all of a model and an
     optimizer that are not divided."""
-    divided = divided_parameters(policy)
+    divided = divided_parameters(policy.optimizer)
     for i, chunk in enumerate(policy.chunks):
         _load_model(chunk, loaded.get(f"model{i}", {}), {name for name, p in chunk.named_parameters() if p in divided})
-    if not distributed_parts(policy):
+    if not distributed_parts(policy.optimizer):
         policy.optimizer.load_state_dict(loaded["optimizer"])
     for part in optimizer_parts(policy.optimizer):
         if isinstance(part.optimizer, HybridDeviceOptimizer):

@@ -24,13 +24,9 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory, is_main_replica
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_nft.policy.optimizer import optimizer_parts
-from megatron_nft.policy.policy import Policy
-
-STATE = "optimizer.state."  # + "param" (fp32 master), "exp_avg" or "exp_avg_sq" + "." + key of the weight
+STATE = "optimizer.state."  # + "param" (fp32 master), "exp_avg", "exp_avg_sq" or "average" + "." + key of the weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,59 +41,18 @@ class Piece:
     padded: bool = False  # whether other layouts have more rows or fewer: those of a vocabulary's padding, all 0
 
 
-@dataclass(frozen=True, slots=True)
-class OwnRange:
-    """The elements `start` to `stop` of a flattened parameter, which this rank's optimizer updates."""
-
-    part: DistributedOptimizer
-    parameter: torch.nn.Parameter
-    start: int
-    stop: int
-
-    def states(self) -> dict[str, Tensor]:
-        """The optimizer's own flat tensors of the range, by name: fp32 master "param", "exp_avg", "exp_avg_sq"."""
-        found = self.part._get_main_param_and_optimizer_states(self.parameter)
-        return {name: tensor for name, tensor in found.items() if name != "step"}
-
-    def set_states(self, states: dict[str, Tensor]) -> None:
-        """Copy `states` into the optimizer's own."""
-        with torch.no_grad():  # in fp32 the master is the weight itself
-            self.part._set_main_param_and_optimizer_states(self.parameter, states)
-
-    @property
-    def weight(self) -> Tensor:
-        """The model's own elements of the range."""
-        return self.parameter.detach().view(-1)[self.start : self.stop]
-
-
-def distributed_parts(policy: Policy) -> list[DistributedOptimizer]:
-    """Optimizers that are divided over data-parallel ranks; empty with policy.use_distributed_optimizer=false."""
-    return [part for part in optimizer_parts(policy.optimizer) if isinstance(part, DistributedOptimizer)]
-
-
-def own_ranges(policy: Policy) -> Iterator[OwnRange]:
-    """This rank's ranges, in an order that depends on the layout alone."""
-    for part in distributed_parts(policy):
-        for buckets_by_dtype in part.gbuf_ranges:
-            for bucket in (bucket for buckets in buckets_by_dtype.values() for bucket in buckets):
-                for parameter, ranges in bucket["param_map"].items():
-                    yield OwnRange(part, parameter, ranges["param"].start, ranges["param"].end)
-
-
-def divided_parameters(policy: Policy) -> set[torch.nn.Parameter]:
-    """Parameters of this rank's model that `own_ranges` of some data-parallel rank cover."""
-    return {p for part in distributed_parts(policy) for buffer in part.buffers for p in buffer.params}
-
-
 def sharded_by_parameter(models: dict[str, Any]) -> dict[Tensor, ShardedBase]:
     """Megatron's description of every parameter's place in the whole model."""
     return {sharded.data: sharded for sharded in nested_values(models) if isinstance(sharded, ShardedBase)}
 
 
-def range_pieces(sharded: ShardedBase, values: Tensor, start: int, prefix: str = "") -> Iterator[Piece]:
+def range_pieces(
+    sharded: ShardedBase, values: Tensor, start: int, prefix: str = "", *, divided: bool = True
+) -> Iterator[Piece]:
     """Pieces of a parameter's flattened elements from `start` on, or of the optimizer's state for them.
 
-    values: [elements]. `prefix` comes before the parameter's key.
+    values: [elements]. `prefix` comes before the parameter's key. divided: whether each data-parallel rank has a
+    range of its own; otherwise the first of them writes.
     """
     for part, first in _parts(sharded):
         low, high = max(start, first), min(start + values.numel(), first + math.prod(part.local_shape))
@@ -112,7 +67,7 @@ def range_pieces(sharded: ShardedBase, values: Tensor, start: int, prefix: str =
                 part.global_shape,
                 part.global_offset[:leading] + tuple(o + i for o, i in inner),
                 values[at : at + count].view((1,) * leading + sizes),
-                is_main_replica((*part.replica_id[:2], 0)),  # the last one counts data-parallel ranks
+                is_main_replica((*part.replica_id[:2], 0) if divided else part.replica_id),  # the last counts DP ranks
                 part.allow_shape_mismatch,
             )
             at += count

@@ -8,8 +8,8 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_nft.policy.checkpoint_pieces import distributed_parts, divided_parameters
 from megatron_nft.policy.fp8_history import fp8_history
+from megatron_nft.policy.own_ranges import distributed_parts, divided_parameters
 from megatron_nft.policy.policy import Policy
 
 EXTRA_STATE = "_extra_state"
@@ -28,12 +28,12 @@ def sharded_models(policy: Policy) -> dict[str, Any]:
 
 def undivided_state(policy: Policy, models: dict[str, Any], *, loading: bool) -> dict[str, Any]:
     """What `own_ranges` leave: a state as Megatron's dist_checkpointing takes it."""
-    divided = divided_parameters(policy)
+    divided = divided_parameters(policy.optimizer)
     undivided = {
         model: {name: sharded for name, sharded in entries.items() if sharded.data not in divided}
         for model, entries in models.items()
     }
-    if distributed_parts(policy):
+    if distributed_parts(policy.optimizer):
         optimizer = _hyper_parameters(policy) if not loading else {}
     else:
         optimizer = policy.optimizer.sharded_state_dict(models, is_loading=loading, metadata=dict(CONTENT))
@@ -43,7 +43,7 @@ def undivided_state(policy: Policy, models: dict[str, Any], *, loading: bool) ->
 
 def _hyper_parameters(policy: Policy) -> dict[Any, Any]:
     """What Megatron's distributed optimizers save beside their tensors."""
-    parts = distributed_parts(policy)
+    parts = distributed_parts(policy.optimizer)
     if len(parts) > 1:
         policy.optimizer._synchronize_steps()
     states = [part.state_dict() | {"param_state_sharding_type": "fully_reshardable"} for part in parts]

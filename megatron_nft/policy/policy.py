@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_nft.config import Config
 from megatron_nft.metrics import Max, Mean
 from megatron_nft.policy import cpu
+from megatron_nft.policy.average import WeightAverage
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.model import PolicyModel, build_chunks, uses_transformer_engine
 from megatron_nft.policy.optimizer import build_optimizer, describe, optimizer_parts
@@ -60,6 +61,8 @@ class Policy:
     ) -> None:
         self.config, self.spec, self.layout = config, spec, layout
         self.wrapped, self.optimizer, self.schedule = wrapped, optimizer, schedule
+        decay = config.algorithm.average_decay
+        self.average = None if decay is None else WeightAverage(wrapped, optimizer, decay)
         self._engine = uses_transformer_engine(config.policy)
         self.on_micro_batch: Callable[[], object] = lambda: None  # called after each forward of a micro-batch
 
@@ -99,9 +102,12 @@ class Policy:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def reload_master_weights(self) -> None:
-        """Copy the model's weights into the optimizer's fp32 masters; needed after weights were loaded."""
+        """Copy the model's weights into the optimizer's fp32 masters; needed after weights were loaded. A moving
+        average starts there."""
         with cpu.on_cpu():
             self.optimizer.reload_model_params()
+        if self.average is not None:
+            self.average.restart()
 
     def compute_logprobs(
         self, micro_batches: list[PackedBatch], temperature: float = 1.0, quantized: bool | None = None
@@ -114,6 +120,15 @@ class Policy:
             quantized = self.config.policy.fp8.logprobs
         found = self._forward(micro_batches, temperature, quantized=quantized, with_entropy=False)
         return [rows[0] for rows in found]
+
+    def compute_average_logprobs(self, micro_batches: list[PackedBatch], temperature: float = 1.0) -> list[np.ndarray]:
+        """`compute_logprobs` by the moving average of the weights; afterwards the model has its weights again.
+
+        Only where the algorithm asks for an average (`AlgorithmSettings.average_decay`).
+        """
+        assert self.average is not None, "no algorithm without average_decay asks for it"
+        with self.average.in_model():
+            return self.compute_logprobs(micro_batches, temperature)
 
     def compute_logprobs_and_entropies(
         self, micro_batches: list[PackedBatch], temperature: float = 1.0
@@ -153,6 +168,8 @@ class Policy:
                     self.schedule.step(1)
                     _clip_gradients(self.optimizer, grad_norm)
                     self.optimizer.step_with_ready_grads()
+                    if self.average is not None:
+                        self.average.update()
         return StepReport(
             loss=totals.loss_sum / denominator,
             grad_norm=grad_norm,

@@ -4,6 +4,7 @@
         manifest.json        step, cursor, weight version, model, layout, and size + SHA-256 of every file
         megatron/            weights, optimizer, scheduler, RNG (torch_dist, any layout can read it), a file per rank
         surplus/             groups that wait for the next step, one file per replica
+        questions/           how questions were answered before (data.choose)
         waiting/             groups and unfinished answers that go on in the next step (rollout.mode), a file per rank
 
 A folder is filled as `step_000020.partial`. When the files of all ranks are on disk, so is the manifest, and the folder
@@ -24,10 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from megatron_nft.data.choice import Past
 from megatron_nft.data.sample_file import read_samples, write_samples
 from megatron_nft.distributed import gather_objects, largest, run_everywhere
 from megatron_nft.files import publish_folder, sha256_of_file, write_atomically
 from megatron_nft.train.background import Background
+from megatron_nft.train.choosing import write_past
 from megatron_nft.train.manifest import FORMAT, Manifest, complete_steps, folder_of, size_and_digest, what_is_missing
 from megatron_nft.train.waiting_file import write_waiting
 from megatron_nft.types import TrainingSample
@@ -52,6 +55,7 @@ class RunState:
     weight_version: int = 0
     cursor: int = 0  # next draw of the prompt stream
     surplus: tuple[TrainingSample, ...] = field(default=(), repr=False)  # held by this rank's replica
+    past: Mapping[int, Past] = field(default_factory=dict, repr=False)  # of questions by Prompt.index, for data.choose
     waiting: tuple[OpenGroup, ...] = field(default=(), repr=False)  # owned by this rank
     steps_over_gap: int = 0  # steps in a row, up to this one, whose mean gap was above algorithm.gap_limit
     unwritten: dict[str, Any] | None = field(default=None, repr=False)  # Manifest.figures
@@ -190,6 +194,7 @@ class CheckpointStore:
         if self._rank != 0:
             return
         snapshot.finish(partial / "megatron", [part for part, _ in parts])
+        write_past(partial, state.past)
         files = {name: facts for _, own in parts for name, facts in own.items()}
         for path in (path for path in partial.rglob("*") if path.is_file()):
             if (name := str(path.relative_to(partial))) not in files:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_nft.algorithms import Algorithm
 from megatron_nft.config import Config
+from megatron_nft.data.choice import Choice, Past
 from megatron_nft.data.grouping import classify
 from megatron_nft.data.prompts import PromptStream
 from megatron_nft.data.rollout_file import rollout_path, write_rollouts
@@ -25,6 +26,7 @@ from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.train import record
 from megatron_nft.train.buffer import OpenGroup
 from megatron_nft.train.checkpoints import RunState
+from megatron_nft.train.choosing import draw_questions, rates_of, remember
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle
 from megatron_nft.train.reasons import Outcomes
 from megatron_nft.train.rounds import Rounds
@@ -53,6 +55,7 @@ class Collected:
     fates: list[str]
     samples: dict[SampleKey, TrainingSample]  # of kept groups that this rank holds, surplus of earlier steps included
     cursor: int
+    past: Mapping[int, Past] = field(default_factory=dict)  # RunState.past after this step, the same on every rank
     waiting: tuple[OpenGroup, ...] = ()  # of this rank: what goes on in the next step
 
 
@@ -67,6 +70,7 @@ def collect(
     stream: PromptStream,
     algorithm: Algorithm,
     rounds: Rounds,
+    choice: Choice | None = None,
     end_tokens: Sequence[EndToken] = (),
 ) -> Collected:
     """Draw questions and `ask` them until enough groups are kept. Collective.
@@ -77,9 +81,10 @@ def collect(
     needed = config.train.questions_per_step
     record.add_rollouts(metrics, [], 0.0)
     record.add_groups(metrics, layout.rank, [])
+    record.add_choice(metrics, layout.rank, asked=0, skipped=0)
     stream.cursor = state.cursor
     held = {(s.draw, s.sample_index): s for s in state.surplus} if layout.is_replica_leader else {}
-    found = Collected([], [], [], held, state.cursor)
+    found = Collected([], [], [], held, state.cursor, state.past)
     found.kept += sorted(
         (f for part in gather_objects(surplus_facts(layout.rank, held), layout.world_gloo) for f in part), key=_draw
     )
@@ -88,7 +93,9 @@ def collect(
     for _ in range(config.rollout.max_generation_batches):
         if len(found.kept) >= needed:
             return found
-        draws = stream.draw(config.rollout.questions_per_batch)
+        count = config.rollout.questions_per_batch
+        draws, skipped = draw_questions(stream, count, choice, state.past, layout.world_gloo)
+        record.add_choice(metrics, layout.rank, asked=count, skipped=skipped)
         groups: list[RolloutGroup] = []
         facts = []
         with suppress(Interrupted):  # all ranks leave together, below
@@ -101,10 +108,12 @@ def collect(
             found.fates.append(fact.fate)
             facts.append(fact)
         found.groups += groups
-        answers = gather_objects((facts, Outcomes.of(groups)), layout.world_gloo)
-        all_facts = [f for part, _ in answers for f in part]
-        for _, part in answers:
+        rates = [] if choice is None else rates_of(groups, [f.fate for f in facts])
+        answers = gather_objects((facts, Outcomes.of(groups), rates), layout.world_gloo)
+        all_facts = [f for part, _, _ in answers for f in part]
+        for _, part, _ in answers:
             outcomes.add(part)
+        found.past = remember(found.past, (rate for _, _, part in answers for rate in part))
         seen.update(f.fate for f in all_facts)
         record.add_groups(metrics, layout.rank, all_facts)
         found.kept += sorted((f for f in all_facts if f.fate == "kept"), key=_draw)

@@ -69,11 +69,18 @@ def corrected(samples: Sequence[TrainingSample], settings: AlgorithmSettings) ->
     return [
         replace(
             sample,
-            behaviour_logprobs=sample.rollout_logprobs if settings.behaviour == "engine" else sample.behaviour_logprobs,
+            behaviour_logprobs=denominator_of(sample, settings),
             weights=correct(log_ratio_of(sample), settings).weights.astype(np.float32),
         )
         for sample in samples
     ]
+
+
+def denominator_of(sample: TrainingSample, settings: AlgorithmSettings) -> npt.NDArray[np.float32] | None:
+    """The log-probs of the policy that R is taken against, [R]."""
+    if sample.reference_logprobs is not None:
+        return sample.reference_logprobs
+    return sample.rollout_logprobs if settings.behaviour == "engine" else sample.behaviour_logprobs
 
 
 def log_ratio_of(sample: TrainingSample) -> npt.NDArray[np.float64]:

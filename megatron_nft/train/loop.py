@@ -25,6 +25,7 @@ from megatron_nft.train.manifest import folder_of
 from megatron_nft.train.parts import Parts
 from megatron_nft.train.replicas import (
     compute_behaviour_logprobs,
+    compute_reference_logprobs,
     gap_of_all_ranks,
     micro_batch_progress,
     pack_for_policy,
@@ -54,7 +55,8 @@ def train(parts: Parts, state: RunState) -> RunState:
             finish_step(parts, state)
         while state.step < num_steps:
             metrics = parts.recorder.start_step()
-            state = train_step(parts, state, metrics, producer)
+            with parts.profiler.step(state.step + 1):
+                state = train_step(parts, state, metrics, producer)
             parts.engine.note_good_step()
             parts.recorder.end_step(metrics)
             finish_step(parts, state)
@@ -107,6 +109,8 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, producer: Produc
         fresh, entropy = compute_behaviour_logprobs(
             policy, samples, config.rollout.temperature, parts.life, with_entropy=bool(entropy_due)
         )
+        trained = [s for s in samples.values() if s.draw not in plan.surplus]
+        compute_reference_logprobs(policy, trained, config.rollout.temperature, parts.life)
         if layout.is_replica_leader:
             metrics.add("policy/entropy", entropy)
         measured = fresh or list(samples.values())  # surplus alone: as measured when it was generated
@@ -123,7 +127,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, producer: Produc
             batches = pack_for_policy(corrected(mine, algorithm), policy)
             with micro_batch_progress(policy, parts.life, f"update {number} of {total}", len(batches)):
                 outcome = policy.train_step(batches, parts.algorithm, denominator, config.rollout.temperature)
-            record.add_optimizer_step(metrics, layout.rank, outcome)
+            record.add_optimizer_step(metrics, layout.rank, outcome, config.optimizer.clip_grad)
             skipped = count_skipped(skipped, outcome, config.train.max_skipped_steps, parts.store.saved_step)
     version = state.weight_version + 1
     with phases("sync"):
@@ -135,6 +139,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, producer: Produc
         step=step,
         weight_version=version,
         cursor=found.cursor,
+        past=found.past,
         surplus=tuple(s for (draw, _), s in samples.items() if draw in plan.surplus),
         waiting=found.waiting,
         steps_over_gap=over,
@@ -177,6 +182,7 @@ def generate_step(parts: Parts, state: RunState, metrics: Metrics, producer: Pro
         config=config,
         layout=parts.layout,
         stream=questions.stream,
+        choice=questions.choice,
         algorithm=parts.algorithm,
         rounds=rounds,
         end_tokens=questions.end_tokens,

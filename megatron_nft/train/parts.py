@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_nft.algorithms import Algorithm, open_algorithm
 from megatron_nft.config import Config
+from megatron_nft.data.choice import Choice, load_choice
 from megatron_nft.data.prompts import PromptStream, load_tokenizer
 from megatron_nft.engines.end_tokens import EndToken, describe, find_end_tokens
 from megatron_nft.engines.engine import Engine
@@ -31,10 +32,12 @@ from megatron_nft.policy.parallel import ParallelLayout, new_gloo_group
 from megatron_nft.policy.policy import Policy
 from megatron_nft.policy.stack import check_stack, read_stack
 from megatron_nft.train.checkpoints import CheckpointStore, RunState, read_surplus
+from megatron_nft.train.choosing import read_past
 from megatron_nft.train.held_out import HeldOut, load_held_out
 from megatron_nft.train.lifecycle import Lifecycle, Phases
 from megatron_nft.train.manifest import Manifest
 from megatron_nft.train.memory import PhaseMemory, check_memory, keep_room
+from megatron_nft.train.profile import Profiler
 from megatron_nft.train.recorder import Recorder
 from megatron_nft.train.sync import sync_weights
 from megatron_nft.train.waiting_file import read_waiting
@@ -51,6 +54,7 @@ class Questions:
     end_tokens: tuple[EndToken, ...]  # what ends an answer
     stream: PromptStream  # training questions in the order in which they are drawn
     held_out: HeldOut
+    choice: Choice | None  # of what is asked of what is drawn; None: all
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Parts:
     store: CheckpointStore
     saver: policy_checkpoint.Saver
     recorder: Recorder
+    profiler: Profiler
 
 
 @contextmanager
@@ -79,6 +84,8 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
     Whatever was opened is closed in the end, also when a later part fails to open.
     """
     say = life.console.say
+    profiler = Profiler(config.train, config.run_dir, layout.rank, layout.device)
+    life.phases.mark = profiler.mark
     if warning := check_stack(read_stack()):
         say(warning)
     spec = read_family(config.model.path)
@@ -133,6 +140,7 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
             store=store,
             saver=policy_checkpoint.Saver(policy, copies=config.checkpoint.asynchronous),
             recorder=recorder,
+            profiler=profiler,
         )
         sync_weights(sync, engine, policy, questions.stream, questions.tokenizer, state.weight_version)
         gc.collect()
@@ -162,7 +170,8 @@ def load_questions(config: Config) -> Questions:
         system_prompt=system_prompt,
     )
     end_tokens = find_end_tokens(config.model.path, tokenizer, config.rollout.stop_token_ids)
-    return Questions(tokenizer, end_tokens, stream, held_out)
+    choice = None if data.choose is None else load_choice(data.choose, config.seed)
+    return Questions(tokenizer, end_tokens, stream, held_out, choice)
 
 
 def _identity(config: Config, spec: ModelSpec, layout: ParallelLayout) -> dict[str, object]:
@@ -229,6 +238,7 @@ def restore(
         weight_version=manifest.weight_version,
         cursor=manifest.cursor,
         surplus=tuple(s for s in surplus if s.draw in mine),
+        past={} if config.data.choose is None else read_past(folder),
         waiting=tuple(waiting),
         steps_over_gap=manifest.steps_over_gap,
         unwritten=manifest.figures,

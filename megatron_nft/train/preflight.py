@@ -18,6 +18,7 @@ def check_inputs(config: Config) -> None:
     spec = check_without_torch(config)
     _check_writable(config.run_dir)
     _check_graders(config.verify.grader)
+    _check_choice(config)
     import torch
 
     from megatron_nft.engines.transports import check_transport
@@ -103,3 +104,10 @@ def _check_graders(names: str) -> None:
 
     for name in split_names(names):
         load(name)
+
+
+def _check_choice(config: Config) -> None:
+    from megatron_nft.data.choice import load_choice
+
+    if config.data.choose is not None:
+        load_choice(config.data.choose, config.seed)

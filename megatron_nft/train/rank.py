@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
 import traceback
 import warnings
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_nft.config import Config, dump_config
 from megatron_nft.console import Console
@@ -17,7 +18,8 @@ from megatron_nft.files import write_atomically
 from megatron_nft.locks import FolderInUseError, HeldFolder, hold_folder
 from megatron_nft.train import launch
 from megatron_nft.train.launch import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_SAVED
-from megatron_nft.train.lifecycle import LOST, Interrupted, Lifecycle, Phases, StopSignals
+from megatron_nft.train.lifecycle import Interrupted, Lifecycle, Phases, StopSignals, leave_at_once
+from megatron_nft.train.whereabouts import LOST
 
 if TYPE_CHECKING:
     from megatron_nft.policy.parallel import ParallelLayout
@@ -34,17 +36,23 @@ def run_rank(config: Config) -> int:
     warnings.filterwarnings("ignore", module=LIBRARIES)
     stop = StopSignals()  # before the heavy imports: a signal is remembered from the start
     rank = int(os.environ.get("RANK", 0))
-    phases = Phases(rank, config.run_dir, config.train.stall_timeout_s, config.train.stall_timeout_by_phase.given())
+    limits = config.train
+    by_phase = limits.stall_timeout_by_phase.given()
+    phases = Phases(rank, config.run_dir, limits.stall_timeout_s, by_phase, limits.heartbeat_s)
     life = Lifecycle(phases, stop, Console(rank))
     with ExitStack() as opened:
         opened.callback(life.close)
         try:
             with phases("start"):
                 from megatron_nft.policy import parallel
+                from megatron_nft.train.heartbeat import open_heartbeat
                 from megatron_nft.train.loop import train
                 from megatron_nft.train.parts import open_parts
 
-                layout = parallel.initialize(config.policy, config.seed, config.train.collective_timeout_s)
+                layout = parallel.initialize(config.policy, config.seed, limits.collective_timeout_s)
+                beats = (limits.heartbeat_s, limits.heartbeat_timeout_s)
+                if heartbeat := open_heartbeat(phases.where, layout.world_gloo, *beats):
+                    phases.watch_others(heartbeat, limits.heartbeat_timeout_s)
                 _refuse_bad_inputs(config, layout)
                 if rank == 0:
                     opened.callback(_lock_run_folder(config).close)
@@ -67,18 +75,8 @@ def run_rank(config: Config) -> int:
     sys.stderr.flush()
     if status != 0:
         # Other ranks may be gone: leaving torch.distributed in order would wait for them.
-        _leave_at_once(status)
+        leave_at_once(status)
     return status
-
-
-def _leave_at_once(status: int) -> NoReturn:
-    """End the process without atexit's handlers, but not without torch's helper for shared memory, which would live on
-    and keep our output open."""
-    if "torch" in sys.modules:
-        from megatron_nft.weights.shared_memory import clean_up
-
-        clean_up()
-    os._exit(status)
 
 
 class InputsRefused(Exception):
@@ -129,7 +127,7 @@ def _explain(error: BaseException, phases: Phases) -> None:
     """
     text = str(error) or type(error).__name__
     if _is_failed_collective(error):
-        who = phases.lost() or "which ended or failed (its own message says why)"
+        who = phases.lost(timed_out=_is_time_out(text)) or "which ended or failed (its own message says why)"
         text = f"{LOST}, {who}: {text}"
     elif not isinstance(error, (ValueError, OSError, RuntimeError, KeyboardInterrupt)) or _is_unforeseen(error):
         traceback.print_exception(error)
@@ -149,6 +147,11 @@ def _is_failed_collective(error: BaseException) -> bool:
         return False
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and any(folder in frames[-1].filename for folder in COLLECTIVES)
+
+
+def _is_time_out(text: str) -> bool:
+    """Whether a failed collective has waited for ranks, not lost a connection; gloo's and NCCL's texts alone say so."""
+    return re.search(r"time[sd]?[ -]?out", text, re.IGNORECASE) is not None
 
 
 def _is_unforeseen(error: BaseException) -> bool:

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 TRAINER_NAMES = frozenset(
     {
-        "generation_batches", "grad_norm", "grad_norm/max", "loss/total", "lr", "policy/entropy", "skipped_steps",
-        "skipped_steps/share", "step", "tokens/generated", "tokens/trained", "tokens_per_s",
+        "generation_batches", "grad_norm", "grad_norm/clipped", "grad_norm/max", "loss/total", "lr", "policy/entropy",
+        "skipped_steps", "skipped_steps/share", "step", "tokens/generated", "tokens/trained", "tokens_per_s",
     }
 )  # fmt: skip
 TRAINER_PREFIXES = (
     "accuracy/", "age/", "answers/", "correct_rate/", "correction/", "entropy/", "eval/", "gap/",
-    "groups/", "length/", "memory/", "seconds/",
+    "groups/", "length/", "memory/", "questions/", "seconds/",
     "sync/", "verdict/",
 )  # fmt: skip
 """Names of the trainer's own metrics, which an algorithm's must not be added to."""
@@ -80,6 +80,12 @@ def add_groups(metrics: Metrics, rank: int, facts: Sequence[GroupFacts]) -> None
     metrics.sum("groups/fresh", fates["kept"])
 
 
+def add_choice(metrics: Metrics, rank: int, *, asked: int, skipped: int) -> None:
+    """questions/skipped_share: what `data.choose` skipped, as a share of the draws of a generation batch."""
+    if rank == 0:
+        metrics.mean("questions/skipped_share", skipped, asked + skipped)
+
+
 def add_stream(metrics: Metrics, groups: Sequence[RolloutGroup], waiting: Sequence[OpenGroup]) -> None:
     """What of the answers that leave the buffer went on after a weight sync, and what stays in it."""
     answers = [r for g in groups for r in g.rollouts]
@@ -126,9 +132,9 @@ def add_gap(metrics: Metrics, rank: int, gap: Gap) -> None:
     metrics.mean("correction/vetoed_share", gap.vetoed, gap.answers)
 
 
-def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
+def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport, clip_grad: float) -> None:
     """One optimizer step, the algorithm's own metrics included; the report holds sums over all ranks already. Of a
-    skipped one nothing but that counts.
+    skipped one nothing but that counts. clip_grad: optimizer.clip_grad.
 
     ValueError, on every rank, where the algorithm gives a metric the name of one of the trainer's.
     """
@@ -143,6 +149,7 @@ def add_optimizer_step(metrics: Metrics, rank: int, report: StepReport) -> None:
         "loss/total": Mean(report.loss, 1),
         "grad_norm": Mean(report.grad_norm, 1),
         "grad_norm/max": Max(report.grad_norm),
+        "grad_norm/clipped": Mean(float(0 < clip_grad < report.grad_norm), 1),  # share of updates
         **report.metrics,
     }
     for name, value in made.items():

@@ -102,8 +102,26 @@ def compute_behaviour_logprobs(
             found, entropies = policy.compute_logprobs_and_entropies(batches, temperature)
         else:
             found, entropies = policy.compute_logprobs(batches, temperature), []
-    for batch, logprobs in zip(batches, found, strict=True):
-        for position, values in zip(batch.sample_ids, unpack(logprobs, batch), strict=True):
-            fresh[position].behaviour_logprobs = values
+    for position, values in _by_sample(batches, found):
+        fresh[position].behaviour_logprobs = values
     rows = [row for batch, values in zip(batches, entropies) for row in unpack(values, batch)]
     return fresh, Mean(sum(float(row.sum(dtype=np.float64)) for row in rows), sum(row.size for row in rows))
+
+
+def compute_reference_logprobs(
+    policy: Policy, trained: Sequence[TrainingSample], temperature: float, life: Lifecycle
+) -> None:
+    """Log-probs of this replica's trained answers by the moving average of the weights; nothing without an average."""
+    if policy.average is None:
+        return
+    batches = pack_for_policy(trained, policy)
+    with micro_batch_progress(policy, life, "reference log-probs", len(batches)):
+        found = policy.compute_average_logprobs(batches, temperature)
+    for position, values in _by_sample(batches, found):
+        trained[position].reference_logprobs = values
+
+
+def _by_sample(batches: Sequence[PackedBatch], found: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    """(position in what was packed, values [R]) of every sample, from the values [T] of every micro-batch."""
+    for batch, values in zip(batches, found, strict=True):
+        yield from zip(batch.sample_ids, unpack(values, batch), strict=True)

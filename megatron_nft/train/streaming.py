@@ -219,7 +219,7 @@ class Producer:
         self._window.remove(draws)
         self._buffer.remove(fact.draw for fact in leaving)
         self._num_tokens = self._buffer.num_tokens
-        found = Collected(chosen, [], [], {}, self._stream.cursor, self._buffer.snapshot())
+        found = Collected(chosen, [], [], {}, self._stream.cursor, waiting=self._buffer.snapshot())
         for fact in leaving:
             del self._facts[fact.draw]
             if fact.draw in self._own:

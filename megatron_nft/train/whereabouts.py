@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-HEARTBEAT_S = 5.0
-SILENT_S = 4 * HEARTBEAT_S  # a rank that wrote nothing for so long is gone, or cannot reach the folder
+LOST = "lost the connection to another rank"
+"""How a rank begins to tell why it ended where that was the end of another one."""
+
+SILENT_BEATS = 4  # a rank of which nothing was heard for so many heartbeats is gone, or cannot be reached
 EARLIER_RUN_S = 300.0  # a file that is so much older than ours when we begin is of an earlier start
 ORDER = (
     *("start", "generate", "exchange", "logprobs", "write", "train", "sync"),
@@ -53,7 +55,9 @@ class Whereabouts:
 class Board:
     """The files of all ranks, as one of them sees them."""
 
-    def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
+    def __init__(self, run_dir: Path, rank: int, world_size: int, heartbeat_s: float) -> None:
+        """heartbeat_s: how often ranks write."""
+        self._silent_s = SILENT_BEATS * heartbeat_s
         self._folder, self._rank, self._world_size = run_dir / "ranks", rank, world_size
         self._began: float | None = None  # time of our first file
 
@@ -75,6 +79,10 @@ class Board:
             return [None] * self._world_size
         return [self._read(rank, now) for rank in range(self._world_size)]
 
+    def who_is_missing(self) -> str:
+        """Say in words which ranks the others wait for, as far as the files tell."""
+        return who_is_missing(self.read(), self._silent_s)
+
     def _read(self, rank: int, now: float) -> Whereabouts | None:
         try:
             with open(self._path(rank), encoding="utf-8") as file:
@@ -91,10 +99,10 @@ class Board:
         return self._folder / f"rank_{rank:05d}.json"
 
 
-def who_is_missing(ranks: Sequence[Whereabouts | None]) -> str:
-    """Say in words which ranks the others wait for, as far as the files tell. `ranks`: of `Board.read`."""
-    if gone := _gone(ranks):
-        return "; ".join(gone)
+def who_is_missing(ranks: Sequence[Whereabouts | None], silent_s: float) -> str:
+    """`Board.who_is_missing` for what was read; a rank that is silent for longer than `silent_s` is gone."""
+    if gone := _gone(ranks, silent_s):
+        return gone
     seen = [r for r in ranks if r is not None]
     behind, front = min(r.place for r in seen), max(r.place for r in seen)
     missing = [r for r in seen if r.place == behind]
@@ -110,18 +118,35 @@ def who_is_missing(ranks: Sequence[Whereabouts | None]) -> str:
     return f"{what}. {_count(len(waiting))} for {longest_s:.0f} s in it"
 
 
-def _gone(ranks: Sequence[Whereabouts | None]) -> list[str]:
+def silence_of(ranks: Sequence[Whereabouts]) -> str:
+    """Say in words that nothing is heard of these ranks any more, and where they were, or why they ended."""
+    return _first_few(
+        [
+            _end(r)
+            if r.ended and not r.ended.startswith(LOST)
+            else f"{r} has not been heard from for {r.silent_s:.0f} s; it was in phase {r.phase}, step {r.step}"
+            for r in ranks
+        ]
+    )
+
+
+def _gone(ranks: Sequence[Whereabouts | None], silent_s: float) -> str:
     """Ranks that have ended, that never began, or that are silent."""
-    told = [f"{r} ended in phase {r.phase}: {r.ended}" for r in ranks if r is not None and r.ended]
-    if told:
-        return told[:4]
-    told = [f"rank {number} has not started" for number, r in enumerate(ranks) if r is None]
-    told += [
-        f"{r} has not been heard from for {r.silent_s:.0f} s; it was in phase {r.phase}, step {r.step}"
-        for r in ranks
-        if r is not None and r.silent_s > SILENT_S
-    ]
-    return told[:4] + [f"and {len(told) - 4} more"] * (len(told) > 4)
+    ended = [r for r in ranks if r is not None and r.ended and not r.ended.startswith(LOST)]
+    if ended:
+        return _first_few([_end(r) for r in ended])
+    unseen = [f"rank {number} has not started" for number, r in enumerate(ranks) if r is None]
+    silent = [r for r in ranks if r is not None and r.silent_s > silent_s and not r.ended]
+    return "; ".join(filter(None, (_first_few(unseen), silence_of(silent))))
+
+
+def _end(r: Whereabouts) -> str:
+    return f"{r} ended in phase {r.phase}: {r.ended}"
+
+
+def _first_few(said: Sequence[str]) -> str:
+    more = f"; and {len(said) - 4} more" if len(said) > 4 else ""
+    return "; ".join(said[:4]) + more
 
 
 def _state(r: Whereabouts) -> str:

@@ -21,7 +21,7 @@ from megatron_nft.verify.markup import plain_lines
 from megatron_nft.verify.thinking import NoAnswer, answer_part
 
 _anchor = re.compile(
-    r"""\#\#\#\# | (?:final\s+)?answer\s{0,20}(?:\*\*|__)?\s{0,20}(?:[:=：→⇒➜➡]|[-=]>|\s[-–—]\s)
+    r"""\#\#\#\# | (?:final\s+)?answer\s{0,20}(?:\*\*|__)?\s{0,20}(?:[-=]>|[:=：→⇒➜➡]|\s[-–—]\s)
       | \b(?:answers?|correct\s+(?:option|choice))\s+(?:is|are|must\s+be|should\s+be|equals)\b\s*:?
       | ^[^\w\n]*(?:the\s+)?(?:(?:final\s+)?(?:answer|result)s?|final\s+solution)[^\w\n]*$
       | ^[^\w\n]*(?:the\s+)?(?:final\s+)?answer(?:\*\*|__)?[ \t]+(?=[-+]?[\d$\\(\[{*])
@@ -61,6 +61,7 @@ _concluding = re.compile(
 )
 _fence = re.compile(r"^\s*```\w*\n")
 _told = re.compile(r"\s*[A-Z][a-z]*\s+[a-z]+\s+\**\\?\$?[-+]?\d")  # He pays $5
+_QUOTES = (("“", "”"), ("«", "»"), ("„", "“"), ("「", "」"), ('"', '"'))
 _tag = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 _markers = " \t*_:=→⇒➜➡|："  # noqa: RUF001
 SHORT_CHARS = 300  # a response of at most this length may be nothing but an answer
@@ -142,6 +143,7 @@ def _after_anchor(text: str) -> str | None:
     if not anchors:
         return None
     rest = _fence.sub("", text[anchors[-1].end() :].lstrip(_markers).removeprefix("}"))  # \text{Answer: } 73
+    rest = _within_quotation(text[: anchors[-1].start()].rpartition("\n")[2], rest)
     if not rest.strip():
         return None
     if rest[:1] == "\n":  # the answer stands on the next line
@@ -157,6 +159,15 @@ def _after_anchor(text: str) -> str | None:
     line = line.strip().strip("*_").strip()
     subject = _subject.match(line)  # Answer: The price is 5 dollars
     return line[subject.end() :].strip() if subject and subject.end() < len(line) else line or None
+
+
+def _within_quotation(before: str, rest: str) -> str:
+    """Return `rest` up to the mark that closes a quotation which was opened in the line `before` it."""
+    for opening, closing in _QUOTES:
+        if opening in before and (opening == closing or closing not in before) and before.count(opening) % 2:
+            end = rest.find(closing, 1)
+            return rest[:end] if end > 0 else rest
+    return rest
 
 
 def _formulas(text: str) -> list[re.Match[str]]:

@@ -85,17 +85,22 @@ def load(name: str) -> Grader:
         from megatron_nft.verify.numeric import with_tolerance
 
         return with_tolerance(tolerance)
-    path = BUILTIN.get(name, name)
+    function = load_function(BUILTIN.get(name, name), f"grader {name}", GraderError)
+    return function if name in BUILTIN else _adapt(name, function)
+
+
+def load_function(path: str, what: str, error: type[ValueError]) -> Callable[..., Any]:
+    """Import the function with the dotted `path`. Raises `error`, which begins with `what` and says what is missing."""
     module_name, _, attribute = path.rpartition(".")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise GraderError(f"grader {name}: cannot import {module_name}: {error}") from error
-    except AttributeError as error:
-        raise GraderError(f"grader {name}: {module_name} has no {attribute}") from error
+    except ImportError as caught:
+        raise error(f"{what}: cannot import {module_name}: {caught}") from caught
+    except AttributeError as caught:
+        raise error(f"{what}: {module_name} has no {attribute}") from caught
     if not callable(function):
-        raise GraderError(f"grader {name}: {path} is a {type(function).__name__}, not a function")
-    return function if name in BUILTIN else _adapt(name, function)
+        raise error(f"{what}: {path} is a {type(function).__name__}, not a function")
+    return function
 
 
 def _adapt(name: str, function: Callable[..., Any]) -> Grader:

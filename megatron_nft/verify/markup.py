@@ -15,13 +15,14 @@ _html_tag = re.compile(
     r"|table|tbody|td|th|thead|tr|tt|u|ul)(?:\s[^<>]{0,200})?/?>",
     re.IGNORECASE,
 )
+_paired_tag = re.compile(
+    r"<(b|big|code|em|font|i|mark|small|span|strong|tt|u)(?:\s[^<>]{0,200})?>(.*?)</\1>", re.IGNORECASE
+)
 _bold_tag = re.compile(r"</?(?:b|strong|mark)>", re.IGNORECASE)
 _line_tag = re.compile(r"<(?:br|hr)\s*/?>|</(?:p|div|li|h[1-6]|tr|blockquote|pre)>", re.IGNORECASE)
+_struck_out = re.compile(r"~~[^~\n]{1,200}~~")
 _raised = re.compile(r"<(su[pb])>([^<>]{1,40})</\1>", re.IGNORECASE)
-_entity = re.compile(
-    r"&(?:nbsp|thinsp|lt|gt|le|ge|ne|amp|minus|times|divide|middot|pi|radic|deg|infin|plusmn|frac\d\d|quot|#\d{1,6}"
-    r"|#x[0-9a-fA-F]{1,5});"
-)
+_entity = re.compile(r"&(?:[A-Za-z]{2,8}\d{0,2}|#\d{1,6}|#x[0-9a-fA-F]{1,5});")
 _quote = re.compile(r"^[ \t]*(?:>[ \t]?)+(?=\S)", re.MULTILINE)
 _rule = re.compile(r"^[ \t]*(?:-{2,}|={2,}|\*{3,}|_{3,})[ \t]*$", re.MULTILINE)  # below a heading, or between parts
 _end_of_proof = re.compile(
@@ -41,17 +42,19 @@ KEPT_SIGNS = frozenset("°△▵∠\N{REPLACEMENT CHARACTER}")  # the last is a 
 
 
 def plain_lines(text: str) -> str:
-    """Return a response without HTML tags, block quotes, rules, bars of table rows and signs of the end of a proof.
+    """Return a response without HTML tags, block quotes, rules, what is struck out, bars of table rows and signs of the
+    end of a proof.
 
     Bold tags become `**`.
     """
     if "<" in text:
-        text = _raised.sub(lambda match: ("^" if match[1].lower() == "sup" else "_") + f"{{{match[2]}}}", text)
+        text = _raised.sub(_as_script, text)
         text = _html_tag.sub(" ", _line_tag.sub("\n", _bold_tag.sub("**", text)))
-    if "&" in text:
-        text = _entity.sub(lambda match: html.unescape(match[0]), text)
+    text = without_entities(text)
     if ">" in text:
         text = _quote.sub("", text)
+    if "~~" in text:
+        text = _struck_out.sub(" ", text)
     if "|" in text:
         text = _table_row.sub(_as_line, text)
     if any(line in text for line in ("\n--", "\n==", "\n***", "\n___")):
@@ -59,6 +62,21 @@ def plain_lines(text: str) -> str:
     if _may_end_proof(text):
         text = _end_of_proof.sub("", text)
     return text
+
+
+def without_entities(text: str) -> str:
+    """Return `text` with the characters that HTML's entities stand for: `a &lt; b` as `a < b`."""
+    return _entity.sub(lambda match: html.unescape(match[0]), text) if "&" in text else text
+
+
+def without_tags(text: str) -> str:
+    """Return an answer without HTML tags that are opened and closed; `a < b > c` has none."""
+    return _paired_tag.sub(r" \2 ", _raised.sub(_as_script, text)) if "</" in text else text
+
+
+def _as_script(match: re.Match[str]) -> str:
+    """Write `<sup>2</sup>` as `^{2}` and `<sub>2</sub>` as `_{2}`."""
+    return ("^" if match[1].lower() == "sup" else "_") + f"{{{match[2]}}}"
 
 
 def _may_end_proof(text: str) -> bool:
@@ -101,6 +119,8 @@ def without_marks(text: str) -> str:
     text = text.strip()
     if text[:1] in ("\\", "-", "="):
         text = _before.sub("", text)
+    if text[:1] == text[-1:] == "*":
+        text = text.strip("*").strip()
     tail = text[-TAIL_CHARS:]
     if "Q" in tail or _may_end_proof(tail):
         text = text[:-TAIL_CHARS] + _after.sub("", tail)

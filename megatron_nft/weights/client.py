@@ -25,6 +25,9 @@ class ServerFacts:
     plain: bool  # one pipeline stage, no data parallelism
     device: str = "cpu"  # or cuda
     sessions: bool = True  # updates stand between a begin and an end
+    finds_gpu: bool = False  # each of its ranks reads from the trainer rank on its own GPU, and finds it by itself
+    one_sender: bool = False  # it is in one broadcast group at a time, of which NCCL's own id is told
+    backend: str = ""  # of several kinds of update calls the one that it takes; its client knows the names
     gpus: tuple[str, ...] = field(default=(), compare=False)  # of each rank, as `routes.ServerPlace` has them
 
 
@@ -39,6 +42,10 @@ class WeightClient(Protocol):
 
     def configure(self, facts: ServerFacts) -> None:
         """Take note of what `facts` returned, on whichever rank it was asked. Comes before all that follows."""
+        ...
+
+    def version(self) -> int:
+        """Ask for the weight version; one that is not a number of ours is -1, as for a server that has just started."""
         ...
 
     def pause(self, in_flight: str) -> None:
@@ -56,7 +63,7 @@ class WeightClient(Protocol):
     def load_shared(self, bucket: Bucket, shares: Sequence[Any]) -> None:
         """Load a bucket that lies in shared memory; returns when all of the server's ranks have read it.
 
-        shares: of each of its ranks what `share` returned, in the process whose memory that rank reads.
+        shares: of each of `Places.sources` what `share` returned there.
         """
         ...
 

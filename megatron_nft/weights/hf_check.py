@@ -8,10 +8,10 @@ from pathlib import Path
 
 from megatron_nft.policy.family import ModelSpec, UnsupportedModelError, read_family, spec_from_config
 from megatron_nft.weights.hf_folder import HFFolder, name_list
+from megatron_nft.weights.hf_loading import COMPUTED, UnknownModelError, loading_problems
 from megatron_nft.weights.names import Geometry, hf_shapes
 
 OUTPUT, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-COMPUTED = "rotary_emb.inv_freq"  # ends the names of what older folders store and every model computes by itself
 
 
 def check_folder(folder: HFFolder, geometry: Geometry) -> None:
@@ -44,17 +44,23 @@ def check_folder(folder: HFFolder, geometry: Geometry) -> None:
 def check_model_folder(path: Path | str) -> str | None:
     """Check the tensors of the folder `path` before an engine reads it; ValueError names what is wrong.
 
-    Returns None, or why the tensors could not be compared: the config is of a model that is not known here, so that
-    only the engine knows what it needs.
+    A model that cannot be trained here is compared with what transformers would load. Returns None, or why the tensors
+    could not be compared: transformers does not know the model either, so that only the engine knows what it needs.
     """
+    folder = HFFolder(path)
     try:
-        spec = read_family(path)
-    except UnsupportedModelError as error:
-        found = _without_rope(Path(path))
-        if found is None:
-            return f"the tensors of {path} were not compared with its config: {error}"
-        spec = found
-    check_folder(HFFolder(path), spec)
+        spec: ModelSpec | None = read_family(path)
+    except UnsupportedModelError:
+        spec = _without_rope(Path(path))
+    if spec is not None:
+        check_folder(folder, spec)
+        return None
+    try:
+        problems = loading_problems(folder)
+    except UnknownModelError as error:
+        return f"the tensors of {path} were not compared with its config: {error}"
+    if problems:
+        raise ValueError(f"{path} " + "; ".join(problems))
     return None
 
 

@@ -3,7 +3,8 @@
     caller     Every server is called by one rank alone: the first rank of the server's host. A server on no trainer's
                host is called by rank 0.
     sources    In the `tensor` transport each rank of an engine reads the buckets from one trainer rank of its own host:
-               on a GPU from the rank that works on the same GPU, where there is one, else from the caller.
+               on a GPU from the rank that works on the same GPU, where there is one, else from the caller. A server
+               whose ranks find the memory on their own GPU themselves is told of all trainer ranks of its host.
     receivers  The ranks that must therefore have every bucket: sources and callers.
 
     two hosts of two GPUs, a server of TP 2 on each:    rank 0, GPU 0 -> engine rank 0 | rank 2, GPU 0 -> engine rank 0
@@ -34,6 +35,7 @@ class ServerPlace:
     url: str
     host: str | None  # None: on no trainer's host
     gpus: tuple[str, ...] = ()  # one name for the GPU of each of its ranks; none on a CPU, or where it does not say
+    finds_gpu: bool = False  # each of its ranks looks for its own GPU among those of all trainer ranks of the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,12 @@ class Places:
         return 0 if host is None else [rank.host for rank in self.ranks].index(host)
 
     def sources(self, server: ServerPlace, tp_size: int) -> tuple[int, ...]:
-        """Return for each of a server's `tp_size` ranks the trainer rank whose memory it reads. Its host has ranks."""
+        """Return for each of a server's `tp_size` ranks the trainer rank whose memory it reads. Its host has ranks.
+
+        All trainer ranks of the host, in their order, for a server whose ranks find theirs themselves.
+        """
+        if server.finds_gpu:
+            return tuple(r for r, place in enumerate(self.ranks) if place.host == server.host)
         caller = self.caller(server)
         if len(server.gpus) != tp_size:
             return (caller,) * tp_size

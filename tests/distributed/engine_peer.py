@@ -1,6 +1,6 @@
 """A stand-in for an SGLang server with several tensor-parallel ranks, which SGLang itself does not run on a CPU.
 
-    python engine_peer.py ANNOUNCEMENT MODEL_DIR TP_SIZE [ADDRESS]     writes its URL to the file ANNOUNCEMENT
+    python engine_peer.py ANNOUNCEMENT MODEL_DIR TP_SIZE [ADDRESS [PORT]]     writes its URL to the file ANNOUNCEMENT
 
 It answers SGLang's update calls over HTTP. Each of its ranks is a thread that joins the trainer's gloo group under a
 rank of its own, or reads the shared memory that it is told, and keeps the part of each tensor that SGLang's rank would,
@@ -100,19 +100,24 @@ class Shard:
     def _mine(self, heads: int) -> list[int]:
         return list(range(self.rank * heads // self.size, (self.rank + 1) * heads // self.size))
 
+    def tensors(self) -> dict[str, np.ndarray]:
+        return {n: np.concatenate([parts[i] for i in sorted(parts)]) for n, parts in self.parts.items()}
+
     def checksums(self) -> dict[str, str]:
-        whole = {n: np.concatenate([parts[i] for i in sorted(parts)]) for n, parts in self.parts.items()}
-        return {n: hashlib.sha256(t.tobytes()).hexdigest()[:16] for n, t in whole.items()}
+        return {n: hashlib.sha256(t.tobytes()).hexdigest()[:16] for n, t in self.tensors().items()}
 
 
 class Handler(BaseHTTPRequestHandler):
     shards: list[Shard]
     threads: ThreadPoolExecutor
     calls: list[tuple[str, str]]  # (address of the caller, path)
+    version = "-1"  # as SGLang's, started by a run
 
     def do_GET(self) -> None:
         known = {"/server_info": {"tp_size": len(self.shards), "dtype": "float32"}}
+        known["/model_info"] = {"weight_version": self.version}
         known["/seen"] = {"calls": self.calls, "read_from": [sorted(shard.read_from) for shard in self.shards]}
+        known["/seen"]["groups"] = [len(shard.groups) for shard in self.shards]
         self.note()
         self.answer(200 if self.path in known else 405, known.get(self.path, {}))
 
@@ -122,6 +127,8 @@ class Handler(BaseHTTPRequestHandler):
         calls = {"/init_weights_update_group": Shard.join, "/update_weights_from_distributed": Shard.receive}
         calls["/update_weights_from_tensor"] = Shard.read
         calls["/destroy_weights_update_group"] = Shard.leave
+        if self.path == "/update_weight_version":
+            Handler.version = ask["new_version"]
         try:
             if self.path in calls:
                 list(self.threads.map(lambda shard: calls[self.path](shard, ask), self.shards))
@@ -152,7 +159,8 @@ def main() -> None:
     Handler.shards = [Shard(config, rank, size) for rank in range(size)]
     Handler.threads, Handler.calls = ThreadPoolExecutor(size), []
     address = sys.argv[4] if len(sys.argv) > 4 else "127.0.0.1"
-    server = ThreadingHTTPServer((address, 0), Handler)
+    port = int(sys.argv[5]) if len(sys.argv) > 5 else 0
+    server = ThreadingHTTPServer((address, port), Handler)
     partial = announcement.with_suffix(".partial")
     partial.write_text(f"{os.getpid()} http://{address}:{server.server_port}")
     partial.rename(announcement)

@@ -132,7 +132,9 @@ def _write_reference(folder: Path, family: str, tied: bool, layers: int, changes
     torch.save({"logprobs": rows, "loss": total.item(), "grad_norm": norm}, folder / "figures.pt")
 
 
-def make_config(model: Path, *, optimizer: dict | None = None, **policy: object) -> Config:
+def make_config(
+    model: Path, *, optimizer: dict | None = None, algorithm: dict | None = None, **policy: object
+) -> Config:
     """Settings of a tiny run in fp32; `policy` overrides policy settings."""
     return Config.model_validate(
         {
@@ -142,6 +144,7 @@ def make_config(model: Path, *, optimizer: dict | None = None, **policy: object)
             "rollout": {"max_response_tokens": 32, "temperature": TEMPERATURE},
             "policy": {"precision": "fp32", "micro_batch_tokens": 128, "logprob_chunk_tokens": 7, **policy},
             "optimizer": {"lr": 1e-2, "lr_warmup_steps": 0, **(optimizer or {})},
+            "algorithm": algorithm or {},
         }
     )
 
@@ -166,9 +169,16 @@ def enter_layout(config: Config) -> parallel.ParallelLayout:
     return layout
 
 
-def make_policy(model: Path, *, optimizer: dict | None = None, load: bool = True, **policy: object) -> Policy:
+def make_policy(
+    model: Path,
+    *,
+    optimizer: dict | None = None,
+    algorithm: dict | None = None,
+    load: bool = True,
+    **policy: object,
+) -> Policy:
     """A policy in the layout that `policy` sets, with the folder's weights."""
-    config = make_config(model, optimizer=optimizer, **policy)
+    config = make_config(model, optimizer=optimizer, algorithm=algorithm, **policy)
     layout = enter_layout(config)
     spec = read_family(model)
     made = Policy.create(config, spec, layout)

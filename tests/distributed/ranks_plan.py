@@ -15,6 +15,7 @@ from megatron_nft.plan import memory
 from megatron_nft.plan.activations import cpu_ends, cpu_layer
 from megatron_nft.plan.hardware import CHIPS
 from megatron_nft.plan.layout import Cluster, LayoutSettings
+from megatron_nft.policy.checkpoint import Saver
 
 CLUSTER = Cluster(CHIPS["cpu"], 2, 2)
 
@@ -35,6 +36,9 @@ def compare(ranks: Ranks, family: str, tied: bool, **layout: object) -> None:
     close(sum(b.grad_data.nbytes for d in policy.wrapped for b in d.buffers), parts["gradients"], f"{where} gradients")
     assert not policy.train_step([counts.batch(8)] * 2, counts.plain_loss, 100.0).skipped
     close(sum(t.nbytes for t in counts.optimizer_tensors(policy)), parts["optimizer"], f"{where} optimizer")
+    copies = Saver(policy, copies=True).snapshot().pieces
+    planned = memory.checkpoint_copy_bytes(policy.spec, config, plan, CLUSTER, stage)
+    close(sum(piece.values.nbytes for piece in copies), planned, f"{where} checkpoint copies")
     if plan.pp == 1:
         e = memory.element_bytes(config)
         planned = policy.spec.num_layers * cpu_layer(policy.spec, plan, e).kept["none"] + cpu_ends(

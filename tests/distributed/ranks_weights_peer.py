@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 import torch.distributed as dist
 from launch import Ranks, run_checks
@@ -40,9 +41,7 @@ def check_start(ranks: Ranks) -> None:
     if ranks.rank == 0:
         make_model(World.model, "qwen2", tied=False, layers=4, heads=8, vocab=263)
         for announcement in announcements:
-            script = Path(__file__).with_name("engine_peer.py")
-            command = [sys.executable, str(script), str(announcement), str(World.model), str(World.engine_tp)]
-            subprocess.Popen(command, preexec_fn=die_with_parent)
+            start_peer(announcement)
     wait_until(lambda: all(a.exists() for a in announcements), 280, "the peers' start")
     dist.barrier()
     told = [announcement.read_text().split() for announcement in announcements]
@@ -52,6 +51,12 @@ def check_start(ranks: Ranks) -> None:
     World.spec = read_family(World.model)
     World.chunks = build_chunks(World.spec, settings(ranks).policy, World.layout)
     load_hf(World.chunks, World.model, World.spec, World.layout)
+
+
+def start_peer(announcement: Path, port: int = 0) -> None:
+    script = Path(__file__).with_name("engine_peer.py")
+    command = [script, announcement, World.model, World.engine_tp, "127.0.0.1", port]
+    subprocess.Popen([sys.executable, *map(str, command)], preexec_fn=die_with_parent)
 
 
 def settings(ranks: Ranks) -> Config:
@@ -124,6 +129,61 @@ def check_a_flipped_bit_is_found_in_the_slice_that_has_it(ranks: Ranks) -> None:
         first = "" if World.engine_tp == 1 else "@0"
         with pytest.raises(WeightSyncError, match=rf"layers\.3\.mlp\.gate_up_proj\.weight{first} \({VICTIM}, "):
             session.push()
+
+
+def check_an_engine_that_came_back_since_the_last_sync_is_in_a_new_group(ranks: Ranks) -> None:
+    """It died and was started again on its port while the trainer trained: it answers, but its groups are gone."""
+    with Session(ranks) as session:
+        before = session.push()
+        restart_first_peer(ranks)
+        receipt = session.push()
+        assert receipt.engines == sorted(World.urls) and receipt.behind == {}
+        assert receipt.engine_checked == len(receipt.checksums) * len(World.urls)
+        assert receipt.checksums == before.checksums
+        one_of_each_leader = [World.layout.pp.size] * World.engine_tp
+        wait_until(lambda: seen(World.urls[1])["groups"] == one_of_each_leader, 60, "the end of the old groups")
+
+
+def check_one_engine_gets_the_weights_while_the_others_are_spared(ranks: Ranks) -> None:
+    """Into one that came back in the middle of a phase; the others get no call but that they leave the old groups."""
+    with Session(ranks) as session:
+        session.push()
+        restart_first_peer(ranks)
+        before = [len(seen(url)["calls"]) for url in World.urls]
+        dist.barrier()
+        receipt = session.sync.sync(World.chunks, World.version, only=World.urls[:1])
+        assert receipt.engines == World.urls[:1] and receipt.behind == {}
+        assert receipt.engine_checked == len(receipt.checksums)
+        for url, count in zip(World.urls[1:], before[1:], strict=True):
+            paths = [path for _, path in seen(url)["calls"][count:] if path != "/seen"]
+            assert set(paths) <= {"/destroy_weights_update_group"}
+        dist.barrier()
+        again = session.push()
+        assert again.engines == sorted(World.urls) and again.behind == {}
+        assert again.engine_checked == len(again.checksums) * len(World.urls)
+    if ranks.rank == 0:
+        names = sorted(path.name for path in (ranks.scratch / "run" / "sync").glob("*_again_*.json"))
+        assert names == [f"version_{World.version - 1:06d}_again_1.json"]
+
+
+def restart_first_peer(ranks: Ranks) -> None:
+    """On the same port, without weights. Collective."""
+    announcement = ranks.scratch / "peer-0"
+    dist.barrier()
+    if ranks.rank == 0:
+        announcement.unlink()
+        os.kill(World.pids[0], signal.SIGKILL)
+        start_peer(announcement, int(World.urls[0].rpartition(":")[2]))
+        wait_until(announcement.exists, 280, "the new start")
+    dist.barrier()
+    pid, url = announcement.read_text().split()
+    assert url == World.urls[0]
+    World.pids[0] = int(pid)
+
+
+def seen(url: str) -> dict:
+    """What a peer says of itself."""
+    return httpx.get(f"{url}/seen", timeout=60, trust_env=False).json()
 
 
 def check_an_engine_lost_in_the_middle_is_left_out(ranks: Ranks) -> None:

@@ -85,6 +85,13 @@ def test_results_hold_every_answer_and_setting(whole, model, capsys, questions):
     assert "sampling.temperature: 0.6" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_answers_that_the_model_has_no_room_for_are_refused_at_once(model, questions, tmp_path, capsys, more):
+    out = tmp_path / "out"
+    assert cli.main([*arguments(model, questions, out), "--max-response-tokens", "5000", *more]) == 2
+    assert "more than the model's" in capsys.readouterr().err and not out.exists()
+
+
 def test_a_finished_evaluation_asks_nothing_again(whole, model, questions, monkeypatch):
     before = (whole / "results.json").read_bytes()
     monkeypatch.setattr(create, "open_engine", lambda *_, **__: pytest.fail("the engine was started"))

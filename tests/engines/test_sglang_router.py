@@ -30,7 +30,8 @@ def workers(engine):
 def test_requests_go_through_the_router_to_servers_that_have_the_weights(
     sglang_engine, sglang_model, sglang_rollout, tmp_path
 ):
-    """One of two servers is killed in the middle, comes back without weights, and gets them in the end."""
+    """One of two servers is killed in the middle, comes back without weights, and works again once it has them: in the
+    same phase, where the caller brings them, else in the next one."""
     second = start_servers(
         KIND, sglang_model, sglang_rollout, precision="fp32", device="cpu", log_dir=tmp_path, weight_version=NO_WEIGHTS
     )
@@ -64,6 +65,21 @@ def test_requests_go_through_the_router_to_servers_that_have_the_weights(
         set_second(0)
         assert answers(engine, 32) == everything
         assert workers(engine) == sorted([first_url, second_url])
+
+        brought = []
+
+        def bring_weights(moved):
+            if engine.left_behind():
+                brought.append(engine.left_behind())
+                set_second(0)
+                engine.weight_version = 0
+
+        os.kill(server_of(second.servers[0]._supervisor.pid), signal.SIGKILL)
+        for _ in engine.generate(requests(1_000_000), SamplingParams(8), bring_weights):
+            bring_weights(True)
+            if brought and workers(engine) == sorted([first_url, second_url]):
+                break
+        assert brought == [[second_url]]
     finally:
         engine.close()
         second.close()

@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "dis
 
 
 def missing(*needs: str) -> str:
-    """Why a test that needs `cuda`, `engine` (Transformer Engine) or `sglang` cannot run here; empty where it can."""
+    """Why a test that needs `cuda`, `engine` (Transformer Engine), `sglang` or `vllm` cannot run here, or ""."""
     import torch
 
     if not torch.cuda.is_available():
@@ -24,11 +24,19 @@ def missing(*needs: str) -> str:
         return "Transformer Engine is not installed (bash tests/gpu/run.sh unpacks the offline bundle)"
     if "sglang" in needs and "NFT_SGLANG_PYTHONPATH" not in os.environ and importlib.util.find_spec("sglang") is None:
         return "SGLang is not installed (NFT_SGLANG_PYTHONPATH names a folder that holds it)"
+    if "vllm" in needs:
+        from megatron_nft.engines.engine import EngineError
+        from megatron_nft.engines.host import find_python
+
+        try:
+            find_python("vllm", None)
+        except EngineError as error:
+            return str(error)
     return ""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(*names): cuda, engine (Transformer Engine), sglang")
+    config.addinivalue_line("markers", "needs(*names): cuda, engine (Transformer Engine), sglang, vllm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
 # Sourced by tests/gpu/run.sh and benchmarks/gpu.sh: puts Transformer Engine, megatron-core and our package on
 # PYTHONPATH, and finds SGLang. On a machine without a network they come from offline bundles (te-*.tar.xz,
-# extras.tar.xz, sgl-*.tar.xz.part*), which are unpacked once; parts may arrive in several runs and are kept. Without a
-# CUDA device nothing is unpacked, and gpu_found is "".
+# extras.tar.xz, sgl-*.tar.xz.part* with sgl-extras.tar.xz), which are unpacked once; parts may arrive in several runs
+# and are kept. Without a CUDA device nothing is unpacked, and gpu_found is "".
 #   NFT_GPU_BUNDLES  folder of the bundles (default: .carry of the checkout, then ../shared/gpu)
 #   NFT_GPU_HOME     where they are kept and unpacked (default: $HOME)
 #   PYTHON           (default: python3)
@@ -31,9 +31,10 @@ if [ ! -f "$sgl/.unpacked" ] && compgen -G "$bundles/sgl-*.part*" > /dev/null; t
   rm -rf "$sgl" && mkdir -p "$sgl"
   if cat "$bundles"/sgl-*.part* | tar -C "$sgl" -xJ; then
     [ ! -f "$bundles/extras.tar.xz" ] || tar -C "$sgl" -xJf "$bundles/extras.tar.xz" --wildcards './torch_memory_saver*'
+    [ ! -f "$bundles/sgl-extras.tar.xz" ] || tar -C "$sgl" -xJf "$bundles/sgl-extras.tar.xz"
     touch "$sgl/.unpacked"
   else
-    echo "the SGLang bundle is not complete yet: $(ls "$bundles" | grep -c '^sgl-') part(s) are here" >&2
+    echo "the SGLang bundle is not complete yet: $(ls "$bundles" | grep -c '^sgl-.*part') part(s) are here" >&2
     rm -rf "$sgl"
   fi
 fi

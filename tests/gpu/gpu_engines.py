@@ -1,4 +1,4 @@
-"""A SGLang server on the trainer's GPU, for the tests and benchmarks of the GPU path."""
+"""An engine's server on the trainer's GPU, for the tests and benchmarks of the GPU path."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def server_settings(**changes: object) -> dict:
 
 
 def start_engine(policy: Policy, run_dir: Path) -> tuple[Engine, WeightSync]:
-    """Server, client and weight sync of a policy whose settings say `rollout.engine=sglang`. Close both."""
+    """Server, client and weight sync of a policy whose settings name a `rollout.engine` with servers. Close both."""
     config = policy.config.model_copy(update={"run_dir": run_dir})
     engine = create_engine(config, policy.layout)
     try:

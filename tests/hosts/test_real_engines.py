@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from environments import install
 from rig import Host, Rig, missing_reason
@@ -80,14 +81,21 @@ def check_training(run_dir: Path, ranks: int, num_steps: int) -> None:
         assert len(list((run_dir / "rollouts" / f"step_{step:06d}").iterdir())) == ranks
 
 
-def test_sglang_on_both_hosts(hosts, tmp_path):
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face folder; each pipeline stage writes files of its own."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("engine", ["sglang", pytest.param("vllm", marks=pytest.mark.long)])
+def test_a_server_on_each_host(hosts, tmp_path, engine):
     """Tensor-parallel ranks on different hosts."""
-    run_dir = train(hosts, 1, settings(tmp_path, "sglang", 1, tensor_model_parallel_size=2))
+    run_dir = train(hosts, 1, settings(tmp_path, engine, 1, tensor_model_parallel_size=2))
     check_receipts(run_dir, hosts, 1)
     check_training(run_dir, 2, 1)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
 @pytest.mark.parametrize(
     "policy",
     [
@@ -96,11 +104,11 @@ def test_sglang_on_both_hosts(hosts, tmp_path):
     ],
     ids=["pp-across-hosts", "tp-across-hosts"],
 )
-def test_two_hosts_with_sglang_end_with_the_weights_of_one(tmp_path, policy):
+def test_two_hosts_end_with_the_weights_of_one(tmp_path, policy, engine):
     """Three steps of 1 x 4 ranks, and of 2 x 2 ranks on the same answers: the weights are equal bit for bit."""
     if reason := missing_reason():
         pytest.skip(reason)
-    config = settings(tmp_path, "sglang", 3, **policy)
+    config = settings(tmp_path, engine, 3, **policy)
     with Rig(2) as rig:
         alone = train(rig.hosts[:1], 4, {**config, "run_dir": str(tmp_path / "one-host")})
         receipts = [json.loads(path.read_text()) for path in sorted((alone / "sync").glob("*.json"))]
@@ -109,17 +117,8 @@ def test_two_hosts_with_sglang_end_with_the_weights_of_one(tmp_path, policy):
         both = train(rig.hosts, 2, config, NFT_TEST_REPLAY=str(alone))
         check_receipts(both, rig.hosts, 3)
         check_training(both, 4, 3)
-    expected, found = (load_file(folder / "hf" / "model.safetensors") for folder in (alone, both))
-    start = load_file(tmp_path / "model" / "model.safetensors")
-    assert expected.keys() == found.keys()
+    expected, found = (weights_in(folder / "hf") for folder in (alone, both))
+    start = weights_in(tmp_path / "model")
+    assert start.keys() == expected.keys() == found.keys()
     for name, tensor in found.items():
         assert tensor.equal(expected[name]) and not tensor.equal(start[name]), name
-
-
-@pytest.mark.long
-def test_vllm_on_both_hosts(hosts, tmp_path):
-    run_dir = train(
-        hosts, 2, settings(tmp_path, "vllm", 3, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    )
-    check_receipts(run_dir, hosts, 3)
-    check_training(run_dir, 4, 3)

@@ -6,21 +6,32 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from processes import wait_until
 from safetensors.torch import load_file
 from torchruns import TorchRun
 
+from megatron_nft.train.whereabouts import Board
 from runs import Run, make_start, merge
 
 COLLECTIVE_TIMEOUT_S = 45.0
+TARGET_S = 120.0  # from the loss of a host to the end of the run, with the default settings
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
     """A run of three steps on two tensor-parallel ranks, with the embedded engine."""
     start = make_start(tmp_path_factory.mktemp("hosts"))
-    return merge(start, train__num_steps=3, checkpoint__every_steps=100, eval__data=[])
+    return merge(start, train__num_steps=3, checkpoint__every_steps=1, eval__data=[])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings) -> dict[str, torch.Tensor]:
+    """The weights that the run ends with on one host."""
+    alone = Run(merge(settings, run_dir=settings["run_dir"] + "-one-host"))
+    assert alone.wait() == 0, alone.text
+    return load_file(Path(settings["run_dir"] + "-one-host") / "hf" / "model.safetensors")
 
 
 def train(hosts, ranks: int, settings: dict, **env: str) -> TorchRun:
@@ -31,43 +42,125 @@ def train(hosts, ranks: int, settings: dict, **env: str) -> TorchRun:
     return TorchRun(hosts, ranks, run_dir / "output", *command, env=env)
 
 
-def test_two_hosts_train_the_weights_of_one_bit_for_bit(hosts, settings):
-    run = train(hosts, 1, merge(settings, run_dir=settings["run_dir"] + "-two-hosts"))
-    assert run.wait() == [0, 0], run.text
-    alone = Run(merge(settings, run_dir=settings["run_dir"] + "-one-host"))
-    assert alone.wait() == 0, alone.text
-    folders = [Path(settings["run_dir"] + name) / "hf" for name in ("-one-host", "-two-hosts")]
-    expected, found = (load_file(folder / "model.safetensors") for folder in folders)
+def check_weights(settings: dict, expected: dict[str, torch.Tensor]) -> None:
+    """The run ended with these, bit for bit."""
+    found = load_file(Path(settings["run_dir"]) / "hf" / "model.safetensors")
     assert expected.keys() == found.keys()
     assert all(expected[name].equal(found[name]) for name in expected)
-    start = load_file(Path(settings["model"]["path"]) / "model.safetensors")
-    assert not any(start[name].equal(found[name]) for name in found)
 
 
-@pytest.mark.parametrize("phase", ["generate", "sync"])
-def test_a_host_that_is_cut_off_ends_the_run_on_both(hosts, settings, phase, tmp_path, record_property):
-    """Each host says where it was when the other one was gone. Nothing is refused or closed: packets are lost."""
-    mark = tmp_path / "halted"
-    cut = merge(
-        settings, run_dir=f"{settings['run_dir']}-cut-{phase}", train__collective_timeout_s=COLLECTIVE_TIMEOUT_S
-    )
-    run = train(hosts, 1, cut, NFT_TEST_HALT=f"2 {phase} {mark}")
-    marks = [Path(f"{mark}-{rank}") for rank in range(2)]
-    wait_until(lambda: run.ended or all(m.exists() for m in marks), 600, "the phase")
+def halted(hosts, settings: dict, moment: str, mark: Path) -> TorchRun:
+    """A run of which every rank has come to this moment of step 2, and says so; the checkpoint of step 1 is whole."""
+    run = train(hosts, 1, settings, NFT_TEST_HALT=f"2 {moment} {mark}")
+    awaited = [*(Path(f"{mark}-{rank}") for rank in range(2)), Path(settings["run_dir"]) / "checkpoints/step_000001"]
+    wait_until(lambda: run.ended or all(path.exists() for path in awaited), 600, "the moment")
+    board = Board(Path(settings["run_dir"]), 0, 2, 5.0)
+    wait_until(lambda: run.ended or all(r is not None and r.step >= 2 for r in board.read()), 600, "their files")
     assert not run.ended, run.text
+    return run
+
+
+def test_two_hosts_train_the_weights_of_one_bit_for_bit(hosts, settings, undisturbed):
+    two = merge(settings, run_dir=settings["run_dir"] + "-two-hosts")
+    run = train(hosts, 1, two)
+    assert run.wait() == [0, 0], run.text
+    check_weights(two, undisturbed)
+    start = load_file(Path(settings["model"]["path"]) / "model.safetensors")
+    assert not any(start[name].equal(tensor) for name, tensor in undisturbed.items())
+
+
+BESIDE = "writing beside the training"
+LONG = [pytest.param(moment, marks=pytest.mark.long) for moment in ("generate", "sync", "writing", BESIDE)]
+
+
+@pytest.mark.parametrize("moment", ["train", *LONG])
+def test_a_host_that_is_cut_off_is_missed_by_default(hosts, settings, undisturbed, moment, tmp_path, record_property):
+    """Nothing is refused or closed: packets are lost. Each host names rank and phase of the other one, and
+    once the cable is back the run goes on from the last whole checkpoint, to the weights of a run without the cut."""
+    cut = merge(
+        settings,
+        run_dir=f"{settings['run_dir']}-cut-{moment.replace(' ', '-')}",
+        checkpoint__asynchronous=moment != "writing",
+    )
+    run = halted(hosts, cut, moment.partition(" ")[0], tmp_path / "halted")
     hosts[1].cut()
     start = time.monotonic()
-    Path(f"{mark}-go").touch()
+    (tmp_path / "halted-go").touch()
     assert run.wait() == [1, 1], run.text
     seconds = time.monotonic() - start
-    print(f"cut off in {phase}: both hosts ended after {seconds:.0f} s")
+    print(f"cut off in {moment}: both hosts ended after {seconds:.0f} s")
     record_property("seconds_to_the_end", round(seconds, 1))
+    assert seconds < TARGET_S
+    at = "step 2, phase " + {"writing": "checkpoint"}.get(moment, moment)
+    for rank, host in enumerate(hosts):
+        said, other = run.last_line(host), hosts[1 - rank]
+        assert said.startswith(
+            f"megatron-nft: rank {rank} on {host.name}, step 3, phase "
+            if moment == BESIDE
+            else f"megatron-nft: rank {rank} on {host.name}, {at}: "
+        ), run.text
+        assert (
+            f"lost the connection to another rank, rank {1 - rank} on {other.name} has not been heard from for" in said
+        )
+        assert said.endswith("(limit 60 s, train.heartbeat_timeout_s)")
+        assert host.processes() == {}
+
+    hosts[1].heal()
+    again = train(hosts, 1, cut)
+    assert again.wait() == [0, 0], again.text
+    assert "step_000001 (step 1," in again.text
+    check_weights(cut, undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lost", [0, 1], ids=["first", "second"])
+def test_a_host_that_loses_power_is_missed_by_the_other_one(
+    hosts, settings, undisturbed, lost, tmp_path, record_property
+):
+    """The first one takes the ranks' store with it. What it had written stays, and the run goes on from there."""
+    dark = merge(settings, run_dir=f"{settings['run_dir']}-power-{lost}")
+    run = halted(hosts, dark, "train", tmp_path / "halted")
+    hosts[lost].cut()  # first, so that the end of its processes closes no connection
+    hosts[lost].kill()
+    start = time.monotonic()
+    (tmp_path / "halted-go").touch()
+    run.wait()
+    seconds = time.monotonic() - start
+    print(f"host {1 + lost} lost power: the other one ended after {seconds:.0f} s")
+    record_property("seconds_to_the_end", round(seconds, 1))
+    assert seconds < TARGET_S
+    said = run.last_line(hosts[1 - lost])
+    assert said.startswith(f"megatron-nft: rank {1 - lost} on h{2 - lost}, step 2, phase train: "), run.text
+    assert f"rank {lost} on h{1 + lost} has not been heard from for" in said
+    assert "; it was in phase write, step 2 (" in said, "it was about to begin phase train"
+
+    hosts[lost].heal()
+    again = train(hosts, 1, dark)
+    assert again.wait() == [0, 0], again.text
+    assert "step_000001 (step 1," in again.text
+    check_weights(dark, undisturbed)
+
+
+def test_a_collective_that_times_out_names_the_silent_rank(hosts, settings, tmp_path):
+    """Where its limit is shorter than that of the heartbeat."""
+    cut = merge(
+        settings,
+        run_dir=f"{settings['run_dir']}-collective",
+        train__collective_timeout_s=COLLECTIVE_TIMEOUT_S,
+        train__heartbeat_timeout_s=600.0,
+    )
+    run = halted(hosts, cut, "generate", tmp_path / "halted")
+    hosts[1].cut()
+    start = time.monotonic()
+    (tmp_path / "halted-go").touch()
+    assert run.wait() == [1, 1], run.text
+    assert time.monotonic() - start < 2 * COLLECTIVE_TIMEOUT_S + 60
     for rank, host in enumerate(hosts):
         said = run.last_line(host)
-        assert said.startswith(f"megatron-nft: rank {rank} on {host.name}, step 2, phase {phase}: "), run.text
-        assert "lost the connection to another rank" in said
+        assert said.startswith(f"megatron-nft: rank {rank} on {host.name}, step 2, phase generate: "), run.text
+        silent = f"rank {1 - rank} on {hosts[1 - rank].name} has not been heard from for"
+        assert f"lost the connection to another rank, {silent}" in said
         assert host.processes() == {}
-    assert seconds < 2 * COLLECTIVE_TIMEOUT_S + 60
 
 
 def test_a_server_of_another_host_that_refuses_connections_is_named(hosts, settings):

@@ -13,6 +13,7 @@ from megatron_nft.plan.doctor.checks import GIB, find_problems
 from megatron_nft.plan.doctor.facts import Environment, Gpu, NodeFacts, engine_packages
 from megatron_nft.plan.doctor.meeting import Answer, Meeting
 from megatron_nft.plan.doctor.table import as_text
+from megatron_nft.policy.family import ModelSpec, spec_from_config
 
 TRAINER = Environment("3.12.3", "2.11.0+cu130", "13.0", "2.28.9", [[9, 19, 0], [9, 19, 0]], {"megatron-core": "0.16.1"})
 ENGINE = Environment("3.12.3", "2.11.0+cu130", "13.0", "2.28.9", [[9, 19, 0]] * 2, {"sglang": "0.5.17"})
@@ -40,10 +41,16 @@ def settings(**changes) -> Config:
     return Config.model_validate(values | {"rollout": {"engine": "sglang", "server": server}} | changes)
 
 
-def problems(*nodes: NodeFacts, config: Config | None = None, num_nodes: int | None = None, **answers) -> list[str]:
+def problems(
+    *nodes: NodeFacts,
+    config: Config | None = None,
+    num_nodes: int | None = None,
+    spec: ModelSpec | None = None,
+    **answers,
+) -> list[str]:
     """(PROBLEM or warning) host: what, of each problem."""
     told = {n: replace(Answer(node, "held", (0.0, 0.0)), **answers.get(node.host, {})) for n, node in enumerate(nodes)}
-    found = find_problems(config or settings(), Meeting(told, []), num_nodes or len(nodes))
+    found = find_problems(config or settings(), Meeting(told, []), num_nodes or len(nodes), spec)
     assert all(p.mend for p in found)
     assert sorted(found, key=lambda p: not p.fatal) == found
     return [f"{'PROBLEM' if p.fatal else 'warning'} {p.where}: {p.what}" for p in found]
@@ -207,10 +214,45 @@ def test_cores_and_memory():
     assert problems(replace(NODE, cores=8)) == []
     (memory,) = problems(replace(NODE, memory_bytes=20 * GIB))  # 8 ranks of 1 GiB, 8 servers of 2
     assert memory.startswith("PROBLEM h1: 20.0 GiB of memory are free; 8 ranks and 8 servers take 24 before")
+    assert "the checkpoint copies" not in memory
     small = replace(CPU_NODE, shared_memory_bytes=64 << 20)
     config = settings(server={"num_servers": 1}, sync={"bucket_bytes": 512 << 20})
     assert problems(small, config=config) == ["PROBLEM h1: /dev/shm has 0.06 GiB left, a weight sync fills 1.00"]
     assert problems(replace(small, shared_memory_bytes=2 * GIB), config=config) == []
+
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
+
+
+def test_copies_for_checkpoints_are_part_of_a_hosts_memory():
+    """70.57 billion parameters (vocabulary padded to 129,024) of 14 bytes over 16 ranks: 460 GiB on a node of 8."""
+    spec, both = spec_from_config(LLAMA_70B), (NODE, second())
+    given = {"policy": {"tensor_model_parallel_size": 8}}
+    enough, short = ([replace(node, memory_bytes=free * GIB) for node in both] for free in (490, 480))
+    assert problems(*enough, config=settings(**given), spec=spec) == []
+    told = problems(*short, config=settings(**given), spec=spec)
+    assert [line.split(":")[0] for line in told] == ["PROBLEM h1", "PROBLEM h2"]
+    assert told[0].endswith("8 ranks and 8 servers take 24 before they hold a model, the checkpoint copies 460.0")
+    at_once = settings(**given, checkpoint={"asynchronous": False})
+    assert problems(*short, config=at_once, spec=spec) == []
+    offload = settings(policy={**given["policy"], "optimizer_offload": True}, checkpoint={"asynchronous": False})
+    assert problems(*short, config=offload, spec=spec) == []  # 394.3 GiB of Adam's state, 12 bytes each
+    less = [replace(node, memory_bytes=400 * GIB) for node in both]
+    assert problems(*less, config=offload, spec=spec)[0].endswith("a model, the optimizer 394.3")
+    undivided = settings(policy={"tensor_model_parallel_size": 3})
+    assert problems(*short, config=undivided, spec=spec) == [], "the run itself refuses such a layout"
 
 
 def test_deep_checks():

@@ -2,113 +2,26 @@
 
 import asyncio
 import heapq
-import json
 import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
+from answering import engine, failing_first, good, requests, run, sample, serving
 from processes import wait_until
 
-from megatron_nft.config import ServerConfig
 from megatron_nft.engines import asking
-from megatron_nft.engines.engine import EngineError, Request, SamplingParams, WeightVersionError
-from megatron_nft.engines.sglang.client import SGLangEngine
+from megatron_nft.engines.engine import EngineError, SamplingParams, WeightVersionError
+from megatron_nft.engines.target import State
 from megatron_nft.engines.targets import Targets
 
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
     monkeypatch.setattr(asking, "BACKOFF_S", 0.01)
-
-
-def sample(tokens=(5, 6), version="3", reason="stop", **meta):
-    logprobs = [[-0.5, t, None] for t in tokens]
-    return {
-        "output_ids": list(tokens),
-        "meta_info": {
-            "finish_reason": {"type": reason},
-            "weight_version": version,
-            "output_token_logprobs": logprobs,
-            **meta,
-        },
-    }
-
-
-def good(body):
-    return 200, sample()
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 1024
-
-
-@contextmanager
-def serving(answer, version="3"):
-    """A server whose POST /generate gives `answer(body)` -> (status, JSON); None closes the connection."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self):
-            server.looks.append(self.path)
-            moves = self.path != "/health_generate" or server.moves()
-            self._send(200 if moves else 503, {"weight_version": server.version})
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.bodies.append(body)
-            result = server.answer(body)
-            if result is None:
-                self.close_connection = True
-            else:
-                self._send(*result)
-
-        def _send(self, status, value):
-            data = value if isinstance(value, bytes) else json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    server = Server(("127.0.0.1", 0), Handler)
-    server.answer, server.version, server.bodies = answer, version, []
-    server.looks, server.moves = [], lambda: True
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@contextmanager
-def engine(*servers, version=3, allow_version_change=False, first=0, **settings):
-    urls = [s if isinstance(s, str) else s.url for s in servers]
-    client = SGLangEngine(
-        urls, ServerConfig(**settings), weight_version=version, allow_version_change=allow_version_change, first=first
-    )
-    try:
-        yield client
-    finally:
-        client.close()
-
-
-def requests(count, samples=2):
-    return [Request(np.array([1, 2, i], dtype=np.int32), samples, (0, i)) for i in range(count)]
-
-
-def run(client, reqs, sampling=None):
-    return {(i, k): c for i, k, c in client.generate(reqs, sampling or SamplingParams(8))}
 
 
 def test_request_and_answer_forms():
@@ -184,16 +97,6 @@ def test_as_many_in_flight_as_set_and_no_more():
     with serving(counting) as a, engine(a, max_in_flight=3) as client:
         run(client, requests(21))
     assert most["n"] == 3
-
-
-def failing_first(times, failure):
-    left = [times]
-
-    def answer(body):
-        left[0] -= 1
-        return failure if left[0] >= 0 else good(body)
-
-    return answer
 
 
 @pytest.mark.parametrize(
@@ -440,7 +343,7 @@ def test_what_lost_servers_cannot_take_goes_to_other_hosts_alike():
 
     async def place(num_down):
         targets = Targets(["a", "b"], None, None, None, far=["w", "x", "y", "z"])
-        targets._has_weights = lambda url: asyncio.sleep(0)  # those down stay so
+        targets._state = lambda url: asyncio.sleep(0, State.SILENT)  # those down stay so
         await targets.begin(64)
         for target in list(targets)[:num_down]:
             target.down = True
@@ -491,6 +394,22 @@ def test_a_server_that_hangs_is_found_and_its_answers_are_asked_elsewhere():
         a.moves, a.answer = lambda: True, good
         assert len(run(client, requests(8))) == 16
         assert len(a.bodies) > asked
+        never.set()
+
+
+def test_what_a_server_has_is_given_up_where_it_fails_one_request_and_hangs():
+    """As one whose host is cut off: a new connection fails, and those that stand wait for ever."""
+    never = threading.Event()
+
+    def fail_the_second(body):
+        if len(a.bodies) == 2:
+            return 500, {"error": "refused"}
+        never.wait(60)
+        return good(body)
+
+    with serving(fail_the_second) as a, serving(good) as b, engine(a, b, stall_timeout_s=0.8) as client:
+        a.moves = lambda: False
+        assert len(run(client, requests(8))) == 16
         never.set()
 
 

@@ -36,7 +36,7 @@ def test_sglang_on_a_cpu():
         "--skip-server-warmup",
     ):
         assert argument in line
-    assert not any(a.startswith(("--base-gpu-id", "--trust-remote-code")) for a in line)
+    assert not any(a.startswith(("--base-gpu-id", "--mm-feature-transport", "--trust-remote-code")) for a in line)
     environment = sglang.environment(ServerConfig(), device="cpu", gpu=0)
     assert environment["SGLANG_USE_CPU_ENGINE"] == "1"
     assert environment["OMP_NUM_THREADS"] == "1"
@@ -57,6 +57,7 @@ def test_sglang_on_a_gpu():
     for argument in (
         "--tp-size=2",
         "--base-gpu-id=4",
+        "--mm-feature-transport=cpu",
         "--enable-memory-saver",
         "--enable-fp32-lm-head",
         "--enable-deterministic-inference",
@@ -92,6 +93,19 @@ def test_vllm_on_a_gpu(monkeypatch):
     assert vllm.environment(ServerConfig(**settings), device="cuda", gpu=1)["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-c"
     assert "--enforce-eager" in command(vllm, "cuda", cuda_graphs=False)
     assert environment["VLLM_BATCH_INVARIANT"] == "1"
+
+
+def test_vllm_takes_weights_by_our_extension_on_a_cpu_and_by_its_own_calls_on_a_gpu():
+    own, ours = '--weight-transfer-config={"backend": "ipc"}', f"--worker-extension-cls={vllm.EXTENSION}"
+    pickles = "VLLM_ALLOW_INSECURE_SERIALIZATION"  # only where handles of GPU memory come
+    on_cpu, on_gpu = command(vllm, "cpu"), command(vllm, "cuda")
+    assert ours in on_cpu and own not in on_cpu
+    assert own in on_gpu and ours not in on_gpu
+    assert pickles not in vllm.environment(ServerConfig(), device="cpu", gpu=0)
+    assert vllm.environment(ServerConfig(), device="cuda", gpu=0)[pickles] == "1"
+    named = {"extra_args": [f"--worker-extension-cls={vllm.EXTENSION}"]}
+    assert command(vllm, "cuda", **named).count(ours) == 1 and own not in command(vllm, "cuda", **named)
+    assert pickles not in vllm.environment(ServerConfig(**named), device="cuda", gpu=0)
 
 
 @pytest.mark.parametrize("module", [sglang, vllm])

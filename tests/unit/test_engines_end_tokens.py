@@ -81,8 +81,41 @@ def test_a_stop_token_must_be_one_of_the_models(tmp_path):
         find_end_tokens(tmp_path, make_tokenizer())
 
 
-def test_the_embedded_engine_ends_at_every_one_and_trains_it(tmp_path):
-    """generation_config.json names one token that the model never says, the tokenizer another."""
+def in_generation_config(*others):
+    def name(folder, tokenizer, token):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [*others, token]}))
+        return []
+
+    return name
+
+
+def in_config(folder, tokenizer, token):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": token}))
+    return []
+
+
+def in_tokenizer(folder, tokenizer, token):
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token)
+    return []
+
+
+def in_tokenizer_alone(folder, tokenizer, token):
+    (folder / "generation_config.json").unlink()
+    return in_tokenizer(folder, tokenizer, token)
+
+
+def in_settings(folder, tokenizer, token):
+    return [token]
+
+
+@pytest.mark.parametrize(
+    "name_it",
+    [in_tokenizer, in_tokenizer_alone, in_config, in_settings, in_generation_config(), in_generation_config(263, 262)],
+    ids=["tokenizer", "tokenizer alone", "config.json", "settings", "generation_config.json", "its last of three"],
+)
+def test_the_embedded_engine_ends_at_every_one_and_trains_it(tmp_path, name_it):
+    """The token that the model says is named in one place, those that it never says in the others."""
     model = make_model(tmp_path / "m", layers=1, hidden=32)
     request = Request(np.arange(40, 46, dtype=np.int32), 32, (1,))
     engine = EmbeddedEngine.create(model)
@@ -90,9 +123,9 @@ def test_the_embedded_engine_ends_at_every_one_and_trains_it(tmp_path):
     common = int(np.bincount(np.concatenate([c.token_ids for c in free])).argmax())  # said often by this model
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 263}))
     tokenizer = load_tokenizer(model)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(common)
-    ends = token_ids(find_end_tokens(model, tokenizer))
-    assert {common, 263} <= set(ends)
+    more = name_it(model, tokenizer, common)
+    ends = token_ids(find_end_tokens(model, tokenizer, more))
+    assert common in ends and len(ends) > 1
     config = Config(
         run_dir=tmp_path, model={"path": model}, data={"train": [tmp_path]}, rollout={"max_response_tokens": 24}
     )

@@ -12,7 +12,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "extending.md"
-SECTIONS = ("A loss", "A model family", "An engine", "A grader", "A metric", "A prompt format")
+SECTIONS = (
+    "A loss",
+    "A model family",
+    "An engine",
+    "A grader",
+    "A choice of questions",
+    "A metric",
+    "A prompt format",
+)
 BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.M | re.S)
 MAX_LINES = {"An engine": 75}
 SCREEN_LINES = 45  # of code and text between two headings, blank lines left out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import gpu_common  # noqa: E402
 import gpu_graphs  # noqa: E402
 import gpu_train_step  # noqa: E402
 
-HELPERS = {"common", "servers", "task"}
+HELPERS = {"common", "servers", "session", "task"}
 PARTS = sorted({p.stem.removeprefix("gpu_") for p in (ROOT / "benchmarks").glob("gpu_*.py")} - HELPERS)
 
 
@@ -74,7 +73,7 @@ def test_targets_are_met_or_missed():
     assert gpu_common.verdict(1.4, at_least=1.4) == "met (1.4, at least 1.4)"
     assert gpu_common.verdict(0.5, at_least=0.55) == "missed (0.5, at least 0.55)"
     bf16, tensorwise = {"TFLOP/s": 400.0, "share of bf16 ceiling": 0.51}, {"TFLOP/s": 600.0}
-    assert gpu_train_step.target("none", bf16, None) == "missed (0.51, at least 0.55)"
+    assert gpu_train_step.target("none", bf16, None) == "missed (0.51, at least 0.6)"
     assert gpu_train_step.target("tensorwise", tensorwise, bf16) == "met (1.5, at least 1.4)"
     assert gpu_train_step.target("tensorwise", tensorwise, None) == "no bf16 row"
 
@@ -83,16 +82,6 @@ def test_no_gpu_is_said(monkeypatch):
     monkeypatch.setattr(gpu_common.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device"):
         gpu_common.machine()
-
-
-def test_gpu_sh_knows_every_part_and_refuses_others():
-    text = (ROOT / "benchmarks" / "gpu.sh").read_text()
-    assert sorted(re.search(r"^all=\((.*)\)$", text, re.M)[1].split()) == PARTS
-    wrong = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "ceilings", "nonsense"]
-    done = subprocess.run(wrong, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2
-    assert "unknown part nonsense; parts: ceilings lm_head" in done.stderr
-    assert done.stdout == ""  # nothing was started
 
 
 def test_gpu_sh_without_a_gpu_says_so_and_unpacks_nothing(tmp_path):

@@ -81,7 +81,7 @@ def test_a_failed_collective_is_told_with_the_rank_that_ended(tmp_path, monkeypa
     first.step = second.step = 5
     for phases in (first, third):
         phases.ended("")  # alive: their files are there
-    assert third.lost(patience_s=0.0) == ""
+    assert third.lost(timed_out=False, patience_s=0.0) == ""
     with pytest.raises(MemoryError), first("train"):
         raise MemoryError
     _explain(MemoryError("no room for 3 GiB"), first)
@@ -97,6 +97,24 @@ def test_a_failed_collective_is_told_with_the_rank_that_ended(tmp_path, monkeypa
         assert (
             f"lost the connection to another rank, rank 0 on {host} ended in phase train, step 5: MemoryError" in line
         )
+
+
+def test_a_collective_that_timed_out_is_told_with_the_rank_that_is_late(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first, second = (Phases(rank, tmp_path, 600.0) for rank in range(2))
+    first.step = second.step = 5
+    with first("train"):
+        first.ended("")  # alive, and its file is there
+        with pytest.raises(CollectiveError), second("sync"):
+            raise CollectiveError
+        second.ended("")
+        _explain(CollectiveError("Timed out waiting 45000ms for recv operation to complete"), second)
+    for phases in (first, second):
+        phases.close()
+    host = os.uname().nodename
+    (said,) = capsys.readouterr().err.splitlines()
+    late = f"rank 0 on {host} has not entered phase sync: it is in phase train of step 5, without progress for "
+    assert f"step 5, phase sync: CollectiveError: lost the connection to another rank, {late}" in said
 
 
 def at(rank: int, phase: str, step: int = 7, **more) -> Whereabouts:
@@ -137,16 +155,16 @@ def at(rank: int, phase: str, step: int = 7, **more) -> Whereabouts:
     ],
 )
 def test_the_rank_that_the_others_wait_for_is_named(ranks, said):
-    assert who_is_missing(ranks) == said
+    assert who_is_missing(ranks, silent_s=20.0) == said
 
 
 def test_files_of_an_earlier_start_are_not_taken_for_ranks_of_this_one(tmp_path):
-    earlier = Board(tmp_path, 1, 2)
+    earlier = Board(tmp_path, 1, 2, 5.0)
     earlier.write(at(1, "train"))
     path = tmp_path / "ranks" / "rank_00001.json"
     long_ago = path.stat().st_mtime - 1000
     os.utime(path, (long_ago, long_ago))
-    board = Board(tmp_path, 0, 2)
+    board = Board(tmp_path, 0, 2, 5.0)
     board.write(at(0, "start"))
     assert [r and r.rank for r in board.read()] == [0, None]
     earlier.write(at(1, "start"))

@@ -86,10 +86,26 @@ def test_static_memory_by_hand(tmp_path):
     assert done.returncode == 0, done.stderr
     layer = (3584 * (28 + 4 + 4) * 128 + (28 + 4 + 4) * 128 + 28 * 128 * 3584 + 3 * 3584 * 18944) // 2 + 2 * 3584
     params = 28 * layer + 3584 + 2 * 152064 * 3584 // 2
-    parts = json.loads(done.stdout)["plan"]["memory"][0]["phases"]["train"]["parts_bytes"]
+    planned = json.loads(done.stdout)["plan"]
+    assert planned["host_bytes_per_node"] == {"optimizer": 0, "checkpoint copies": 8 * 14 * -(-params // 16)}
+    parts = planned["memory"][0]["phases"]["train"]["parts_bytes"]
     assert parts["weights"] == 2 * params
     assert parts["gradients"] == 4 * params
     assert parts["optimizer"] == 12 * -(-params // 16)
+
+
+def test_a_moving_average_takes_4_bytes_and_a_forward_pass(tmp_path):
+    config = settings(
+        tmp_path,
+        QWEN_7B,
+        policy={"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        algorithm={"reference": "ema"},
+    )
+    done = plan(config, *H100_4, "--json")
+    found = json.loads(done.stdout)["plan"]
+    parts = found["memory"][0]["phases"]["train"]["parts_bytes"]
+    assert parts["average weights"] == parts["optimizer"] / 3, "4 bytes beside Adam's 12"
+    assert "reference log-probs" in done.stdout
 
 
 def test_fitting_run_says_so(tmp_path):
@@ -173,6 +189,8 @@ def test_the_share_of_vllm_is_of_the_whole_gpu():
 def test_plan_says_what_recompute_and_the_share_bring():
     """Selective and full recompute take longer and less memory; a larger share holds more tokens."""
     lines = plan(CONFIG_32B, *H100_16).stdout.splitlines()
+    # 14 bytes for each of 32.76 billion parameters, over 16 nodes
+    assert "  host memory per node: checkpoint copies 26.70 GiB" in lines
     start = lines.index("What policy.recompute brings:") + 2
     rows = [line.split() for line in lines[start : start + 3]]
     assert [row[0] for row in rows] == ["none", "selective", "full"] and rows[0][-1] == "(set)"

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 import tiny  # noqa: E402
 from objectives import Objective  # noqa: E402
 
+from megatron_nft.algorithms import read_settings  # noqa: E402
 from megatron_nft.config import Config  # noqa: E402
 from megatron_nft.data.packing import pack  # noqa: E402
 from megatron_nft.plan import memory  # noqa: E402
@@ -124,6 +125,18 @@ def test_parameters_gradients_and_optimizer_are_what_megatron_allocates(tmp_path
     assert not policy.train_step([batch()], plain_loss, 100.0).skipped
     state = optimizer_tensors(policy)
     assert sum(t.nbytes for t in state) == pytest.approx(parts["optimizer"], rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_average_is_what_plan_counts_and_nothing_without_it(tmp_path, precision):
+    config, policy = make(tmp_path / "model", "qwen2", precision=precision)
+    cluster, layout = Cluster(CHIPS["cpu"], 1, 1), LayoutSettings.of(config)
+    assert policy.average is None
+    assert "average weights" not in memory.resident(policy.spec, config, layout, cluster, 0)
+    averaged = config.model_copy(update={"algorithm": read_settings({"reference": "ema"})})
+    kept = Policy.create(averaged, policy.spec, policy.layout).average
+    parts = memory.resident(policy.spec, averaged, layout, cluster, 0)
+    assert sum(own.values.nbytes for own in kept.ranges) == parts["average weights"]
 
 
 def optimizer_tensors(policy: Policy) -> list:

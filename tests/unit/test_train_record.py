@@ -80,8 +80,8 @@ def test_an_optimizer_step_brings_the_metrics_of_its_algorithm():
         StepReport(0.25, 1.0, 3e-6, False, "", 8, {"own/share": Mean(5.0, 8), "own/largest": Max(2.0)}),
     ]
     for report in reports:
-        record.add_optimizer_step(metrics, 0, report)
-        record.add_optimizer_step(metrics, 1, report)  # other ranks hold the same sums and add nothing
+        record.add_optimizer_step(metrics, 0, report, clip_grad=1.5)
+        record.add_optimizer_step(metrics, 1, report, clip_grad=1.5)  # other ranks hold the same sums and add nothing
     assert Metrics.merge([metrics.state()]) == {
         "skipped_steps/share": 1 / 3,
         "skipped_steps": 1.0,
@@ -89,6 +89,7 @@ def test_an_optimizer_step_brings_the_metrics_of_its_algorithm():
         "loss/total": 0.375,
         "grad_norm": 1.5,
         "grad_norm/max": 2.0,
+        "grad_norm/clipped": 0.5,
         "own/share": 0.5,
         "own/largest": 3.0,
     }
@@ -105,7 +106,7 @@ def test_a_step_that_generates_or_updates_nothing_writes_the_same_metrics():
     ):
         record.add_rollouts(metrics, some, 0.0)
         record.add_groups(metrics, 0, facts)
-        record.add_optimizer_step(metrics, 0, replace(report, skipped=skipped))
+        record.add_optimizer_step(metrics, 0, replace(report, skipped=skipped), clip_grad=0.0)
     full, empty = (Metrics.merge([m.state()]) for m in (something, nothing))
     assert full.keys() == empty.keys() and None not in full.values()
     assert {name for name, value in empty.items() if value is None} >= {
@@ -120,7 +121,7 @@ def test_a_step_that_generates_or_updates_nothing_writes_the_same_metrics():
 def test_a_metric_of_the_trainer_cannot_be_added_to(name, rank):
     report = StepReport(0.5, 2.0, 1e-6, False, "", 4, {"own/share": Mean(1.0, 4), name: Mean(1.0, 1)})
     with pytest.raises(ValueError, match=f"metric '{name}' has a name of the trainer's own"):
-        record.add_optimizer_step(Metrics(), rank, report)
+        record.add_optimizer_step(Metrics(), rank, report, clip_grad=1.0)
 
 
 def test_groups_by_fate_and_staleness():

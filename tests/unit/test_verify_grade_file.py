@@ -70,7 +70,7 @@ def test_bad_rows_are_counted_and_none_is_lost(tmp_path, capsys):
         b"",
         b'{"response": "\\\\boxed{5}", "answer": NaN}',
         b'{"response": "\\\\boxed{true}", "answer": true}',
-        b'{"response": "\\\\boxed{5}", "answer": ' + b"7" * 10000 + b"}",
+        b'{"response": "\\\\boxed{5}", "answer": ' + b"7" * 10_001 + b"}",
     ]
     expected = (
         "correct unparseable unparseable unparseable unparseable unparseable correct correct correct unparseable "

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_nft.engines.sglang.shards import EngineReference, engine_name, shards
+from megatron_nft.engines.shards import EngineReference, engine_name, shards
 from megatron_nft.weights.buckets import Bucket, TensorMeta
 from megatron_nft.weights.checksum import nft_checksum
 from megatron_nft.weights.checksum.nft_checksum import Sha256, WordHash, checksum
@@ -192,7 +192,7 @@ class _Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"])
 def test_hashing_needs_no_second_copy_of_a_tensor(monkeypatch, name, tp):
     """A leader may hold two buckets and the largest tensor: no room for one more of that size."""
-    monkeypatch.setattr("megatron_nft.engines.sglang.shards.BLOCK_BYTES", 1024)
+    monkeypatch.setattr("megatron_nft.engines.shards.BLOCK_BYTES", 1024)
     made = bucket({name: torch.randn(1000, 64)})
     with _Allocations(made.flat) as seen:
         EngineReference(GEOMETRY, tp).add(made)
@@ -201,14 +201,14 @@ def test_hashing_needs_no_second_copy_of_a_tensor(monkeypatch, name, tp):
 
 def test_blocks_of_columns_hash_as_the_whole(monkeypatch):
     """Rows of 10 bytes in blocks of whole 32-bit words, for either hash."""
-    monkeypatch.setattr("megatron_nft.engines.sglang.shards.BLOCK_BYTES", 30)
+    monkeypatch.setattr("megatron_nft.engines.shards.BLOCK_BYTES", 30)
     name, weight = "model.layers.0.mlp.down_proj.weight", torch.randn(9, 10).bfloat16()
     assert len(next(shards(name, weight, GEOMETRY, 2))) == 5
     for expected in (short_sha256(weight[:, 5:].contiguous().view(torch.uint8)), word_hash(weight[:, 5:])):
         reference = EngineReference(GEOMETRY, 2)
         reference.add(bucket({name: weight}))
         assert reference.result()[f"{name}@1"] == expected
-        monkeypatch.setattr("megatron_nft.engines.sglang.shards.hasher", lambda device, nbytes: WordHash(nbytes))
+        monkeypatch.setattr("megatron_nft.engines.shards.hasher", lambda device, nbytes: WordHash(nbytes))
 
 
 def word_hash(tensor: torch.Tensor) -> str:
@@ -237,7 +237,7 @@ def test_experts_make_one_tensor_per_layer():
 
 def test_fused_bytes_are_known_from_the_first_part(monkeypatch):
     """A word hash needs the size of the whole tensor before its parts: too few or too many words would raise."""
-    monkeypatch.setattr("megatron_nft.engines.sglang.shards.hasher", lambda device, nbytes: WordHash(nbytes))
+    monkeypatch.setattr("megatron_nft.engines.shards.hasher", lambda device, nbytes: WordHash(nbytes))
     tensors, (q, k, v) = layer()
     experts = {
         f"model.layers.0.mlp.experts.{e}.{n}_proj.weight": torch.randn(6, 8) for e in (0, 1) for n in ("gate", "up")

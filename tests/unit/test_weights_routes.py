@@ -25,6 +25,13 @@ def test_engines_whose_gpus_are_unknown_or_no_trainers_read_from_the_caller():
     assert places.meetings(2) == {"b": [2, 3]}
 
 
+def test_a_server_whose_ranks_find_their_gpus_is_told_of_all_ranks_of_its_host():
+    finding = ServerPlace("http://b:1", "b", finds_gpu=True)
+    places = two_hosts(finding, ServerPlace("http://a:1", "a", ("0",)))
+    assert places.sources(finding, 1) == places.sources(finding, 4) == (2, 3)
+    assert places.meetings(1) == {"b": [2, 3], "a": [0]}
+
+
 def test_a_server_elsewhere_is_called_by_rank_0_and_gets_no_shared_memory():
     places = two_hosts(ServerPlace("http://b:1", "b"), ServerPlace("http://c:1", None))
     assert [places.caller(server) for server in places.servers] == [2, 0]

@@ -1,5 +1,8 @@
 """Declares the two operators that `import torchvision` looks up, for a torchvision whose compiled part does not load.
 
+The torchvision of the package index is built for CUDA, and SGLang imports it: 0.28.0 fails beside a CPU build of torch
+2.13 ("operator torchvision::nms does not exist").
+
 A `.pth` file imports this at start-up; it acts once, at the first import of torchvision: torch is not imported early.
 """
 

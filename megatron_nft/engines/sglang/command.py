@@ -46,6 +46,7 @@ def command_line(
         flags += ["disable-overlap-schedule", "disable-cuda-graph", "sleep-on-idle"]
     else:
         arguments["base-gpu-id"] = gpu
+        arguments["mm-feature-transport"] = "cpu"  # else it sets 1 GiB of the GPU aside for images, which no family has
         flags += ["disable-cuda-graph"] * (not config.cuda_graphs)
     if config.quantization != "none":
         arguments["quantization"] = config.quantization

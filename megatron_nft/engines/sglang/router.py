@@ -2,8 +2,8 @@
 
 The router balances requests by the load that it sees, but knows nothing of weight versions: by itself it would give
 requests to a server that died and came back without weights. Invariant: after `admit`, the router's workers are the
-servers that have the wanted version, and no others. The engine client calls it before every generation and whenever a
-request failed.
+servers that have the wanted version, and no others. The engine client calls it before every generation, whenever a
+request failed, and when it sees that one of them has died or come back (routed.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron_nft.processes import clean_environment, free_port
 
 if TYPE_CHECKING:
     from megatron_nft.config import ServerConfig
+    from megatron_nft.engines.owners import Owners
 
 HOST = "127.0.0.1"  # every machine has a router of its own, for its ranks alone
 TIMEOUT_S, PATIENCE_S = 30.0, 5.0
@@ -36,16 +37,16 @@ POLL_S = 0.1
 class Router:
     """A running router, as one rank sees it."""
 
-    def __init__(self, url: str, key: str | None, group: ServerGroup | None = None) -> None:
-        """key: what the servers and the router itself ask for.
+    def __init__(self, url: str, key: str | None, owners: Owners, group: ServerGroup | None = None) -> None:
+        """key: what the servers and the router itself ask for. owners: the rank that started it listens there.
 
         group: the router's process, where this rank started it; it is ended by `close`.
         """
-        self.url, self._key, self._group = url, key, group
+        self.url, self._key, self._owners, self._group = url, key, owners, group
 
     @classmethod
-    def start(cls, python: Path, config: ServerConfig, log_dir: Path, key: str | None) -> Self:
-        """See `targets.RequestRouter.start`. The process is watched like the servers."""
+    def start(cls, python: Path, config: ServerConfig, log_dir: Path, key: str | None, owners: Owners) -> Self:
+        """See `routed.RequestRouter.start`. The process is watched like the servers."""
         server = Server(
             f"sglang-router on {os.uname().nodename}",
             router_command(python, config, guarded=key is not None),
@@ -54,8 +55,14 @@ class Router:
             log_path=log_dir / f"sglang-router-{os.uname().nodename}.log",
             key=key,
         )
-        group = ServerGroup([server], start_timeout_s=start_timeout_s(config), max_restarts=config.max_restarts)
-        return cls(server.url, key, group)
+        group = ServerGroup(
+            [server], start_timeout_s=start_timeout_s(config), max_restarts=config.max_restarts, owners=owners
+        )
+        return cls(server.url, key, owners, group)
+
+    async def servers(self, client: httpx.AsyncClient) -> Collection[str]:
+        """See `routed.RequestRouter.servers`."""
+        return (await self._workers(client)).keys()
 
     async def admit(self, client: httpx.AsyncClient, urls: Collection[str]) -> None:
         """Make `urls` the router's workers. httpx.HTTPError or EngineError where it does not follow in time.
@@ -86,6 +93,15 @@ class Router:
         response = await client.get(f"{self.url}/workers", timeout=TIMEOUT_S)
         response.raise_for_status()
         return {worker["url"].rstrip("/"): worker for worker in response.json()["workers"]}
+
+    def end_hanging(self, quiet_s: float) -> None:
+        """See `routed.RequestRouter.end_hanging`."""
+        self._owners.tell_hanging(self.url, quiet_s)
+
+    def renew(self) -> None:
+        """See `routed.RequestRouter.renew`."""
+        if self._group is not None:
+            self._group.renew()
 
     def close(self) -> None:
         """End the router if this rank started it. May be called twice."""

@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_nft.engines.sglang.shards import EngineReference, engine_name
+from megatron_nft.engines.completions import integer_version
+from megatron_nft.engines.shards import EngineReference, engine_name
 from megatron_nft.engines.weight_client import HttpWeightClient
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.client import ServerFacts
@@ -43,7 +44,10 @@ class SGLangWeightClient(HttpWeightClient):
         first, step = info.get("base_gpu_id", 0), info.get("gpu_id_step", 1)
         gpus = tuple(str(first + rank * step) for rank in range(size)) if device == "cuda" else ()
         dtype, quantization = info.get("dtype", "auto"), info.get("quantization")
-        return ServerFacts(size, dtype, quantization, plain, device, sessions, gpus)
+        return ServerFacts(size, dtype, quantization, plain, device, sessions, gpus=gpus)
+
+    def version(self) -> int:
+        return integer_version(self._get("/model_info")["weight_version"])
 
     def pause(self, in_flight: str) -> None:
         self._is_open = False

@@ -19,6 +19,8 @@ MODEL_NAME = "policy"
 CPU_KV_CACHE_GIB = 1
 WORKER_FOLDERS = (Path(worker.__file__).parent, Path(checksum.__file__).parent)  # on the PYTHONPATH of its workers
 EXTENSION = "nft_vllm_extension.WeightReceiver"  # takes the weights inside vLLM's workers
+OWN_TRANSFER = {name: f'--weight-transfer-config={{"backend": "{name}"}}' for name in ("ipc", "nccl")}
+"""Backend of vLLM's own weight transfer -> the argument with which a server has it"""
 
 
 def command_line(
@@ -36,7 +38,6 @@ def command_line(
         "tensor-parallel-size": config.tensor_parallel_size,
         "max-num-seqs": config.max_running_requests,
         "logprobs-mode": "processed_logprobs",  # at the sampling temperature, not at 1
-        "worker-extension-cls": EXTENSION,
     }
     flags = ["enable-scale-out", "disable-uvicorn-access-log"]  # the first opens the endpoint of PATH
     flags += ["enable-sleep-mode"] * config.memory_saver
@@ -51,6 +52,8 @@ def command_line(
     if config.quantization != "none":
         arguments["quantization"] = config.quantization
     given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
+    if not _names_extension(config):
+        given.append(OWN_TRANSFER["ipc"] if device == "cuda" else f"--worker-extension-cls={EXTENSION}")
     module = "vllm.entrypoints.openai.api_server"
     return [str(python), "-m", module, *given, *(f"--{f}" for f in flags), *config.extra_args]
 
@@ -78,4 +81,11 @@ def environment(config: ServerConfig, *, device: str, gpu: int) -> dict[str, str
     known = given.split(",") if given else [str(i) for i in range(gpu + config.tensor_parallel_size)]
     gpus = ",".join(known[gpu : gpu + config.tensor_parallel_size])
     batch_invariant = {"VLLM_BATCH_INVARIANT": "1"} if config.deterministic else {}
-    return common | {"CUDA_VISIBLE_DEVICES": gpus} | batch_invariant
+    # Handles of the trainer's memory come over HTTP as a pickle. The key of the run keeps others away from that path.
+    own_transfer = {} if _names_extension(config) else {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    return common | {"CUDA_VISIBLE_DEVICES": gpus} | batch_invariant | own_transfer
+
+
+def _names_extension(config: ServerConfig) -> bool:
+    """Whether `extra_args` names a worker extension: ours, in place of vLLM's own transfer, or one built on it."""
+    return any(argument.startswith("--worker-extension-cls") for argument in config.extra_args)

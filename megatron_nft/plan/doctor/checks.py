@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_nft.config import Config
 from megatron_nft.engines.host import one_host_problem
 from megatron_nft.plan.doctor.facts import Environment, NodeFacts, engine_packages, starts_servers
 from megatron_nft.plan.doctor.meeting import Meeting
+from megatron_nft.plan.hardware import CHIPS
+from megatron_nft.plan.layout import Cluster, LayoutSettings, problems
+from megatron_nft.plan.memory import host_bytes_per_node
 from megatron_nft.policy.cudnn import fits_torch
+from megatron_nft.policy.family import ModelSpec
 
 GIB = 1 << 30
 RANK_BYTES = GIB  # of a process that has imported torch, megatron-core and transformers, with its graders
@@ -29,13 +33,14 @@ class Problem:
     fatal: bool = True  # the run would fail; else it may be slow or hard to follow
 
 
-def find_problems(config: Config, meeting: Meeting, num_nodes: int) -> list[Problem]:
-    """All problems, the fatal ones first."""
+def find_problems(config: Config, meeting: Meeting, num_nodes: int, spec: ModelSpec | None = None) -> list[Problem]:
+    """All problems, the fatal ones first. Without `spec` what the model takes of a host's memory is not counted."""
     nodes = [answer.facts for _, answer in sorted(meeting.answers.items())]
     found = [*_of_meeting(config, meeting, num_nodes), *_differences(nodes)]
     for node in nodes:
-        for check in (_files, _software, _gpus, _cores, _memory, _deep):
+        for check in (_files, _software, _gpus, _cores, _deep):
             found += check(config, node)
+        found += _memory(config, node, _held_on_host(config, spec, nodes))
     return sorted(found, key=lambda problem: not problem.fatal)
 
 
@@ -204,15 +209,28 @@ def _cores(config: Config, node: NodeFacts) -> Iterator[Problem]:
         )
 
 
-def _memory(config: Config, node: NodeFacts) -> Iterator[Problem]:
+def _held_on_host(config: Config, spec: ModelSpec | None, nodes: Sequence[NodeFacts]) -> dict[str, int]:
+    """Bytes by part that the trainer's ranks of a node keep in its memory beside the GPUs'; nothing where the layout
+    does not fit the nodes, which the run itself refuses."""
+    ranks = max(node.ranks for node in nodes)
+    if spec is None or not ranks:
+        return {}
+    cluster = Cluster(CHIPS["h100"], sum(node.ranks > 0 for node in nodes), ranks)  # no chip has a part in it
+    layout = LayoutSettings.of(config)
+    return {} if problems(spec, config, layout, cluster) else host_bytes_per_node(spec, config, layout, cluster)
+
+
+def _memory(config: Config, node: NodeFacts, held: Mapping[str, int]) -> Iterator[Problem]:
     servers = config.rollout.server.num_servers if starts_servers(config, node.ranks) else 0
-    needed = node.ranks * RANK_BYTES + servers * SERVER_BYTES
-    if node.memory_bytes < needed:
+    needed, held = node.ranks * RANK_BYTES + servers * SERVER_BYTES, held if node.ranks else {}
+    if node.memory_bytes < needed + sum(held.values()):
+        more = "".join(f", the {part} {nbytes / GIB:.1f}" for part, nbytes in held.items() if nbytes)
+        without = ", or set checkpoint.asynchronous=false" if held.get("checkpoint copies") else ""
         yield Problem(
             node.host,
             f"{node.memory_bytes / GIB:.1f} GiB of memory are free; {node.ranks} ranks and {servers} servers take "
-            f"{needed / GIB:.0f} before they hold a model",
-            "ask Slurm for all of it (--mem=0), or end what else runs there",
+            f"{needed / GIB:.0f} before they hold a model{more}",
+            f"ask Slurm for all of it (--mem=0), or end what else runs there{without}",
         )
     buckets = 2 * config.sync.bucket_bytes
     if servers and config.sync.transport in ("auto", "tensor") and not node.gpus and node.shared_memory_bytes < buckets:

@@ -12,9 +12,13 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_nft.arguments import describe, positive_int
 from megatron_nft.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from megatron_nft.policy.family import ModelSpec
 
 PATIENCE_S = 180.0  # for the facts of other nodes, whose Python may come from a slow disk
 
@@ -99,11 +103,21 @@ def _examine(config: Config, ranks: int, node: int, num_nodes: int, folder: Path
         return 1
     if met is None:
         return 0
-    problems = find_problems(config, met, num_nodes)
+    problems = find_problems(config, met, num_nodes, _architecture(config))
     print(as_text([answer.facts for _, answer in sorted(met.answers.items())], problems), flush=True)
     if len(met.answers) == num_nodes:
         meeting.clean_up(folder)
     return 1 if any(problem.fatal for problem in problems) else 0
+
+
+def _architecture(config: Config) -> ModelSpec | None:
+    """The model's; None where it cannot be read, which the checks of files, or the run itself, say better."""
+    from megatron_nft.plan.architecture import read_architecture
+
+    try:
+        return read_architecture(config.model)
+    except ConfigError:
+        return None
 
 
 def _deep(config: Config, ranks: int, gpus: bool) -> dict[str, str]:

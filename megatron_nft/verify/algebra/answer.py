@@ -26,6 +26,7 @@ from megatron_nft.verify.algebra.variants import variants
 from megatron_nft.verify.algebra.wording import is_filler, is_words, word_tree
 
 MAX_CHARS = 10_000
+MAX_TERMS = 20  # of a ratio
 _OPENING = frozenset(("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil", r"\beginmatrix"))
 _CLOSING = frozenset((")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil", r"\endmatrix"))
 _BRACKETS = frozenset(("(", "[", r"\{", r"\langle"))
@@ -131,7 +132,18 @@ def _item(tokens: list[str]) -> Tree:
         tokens = tokens[2 if tokens[1] == ":" and len(tokens) > 2 else 1 :]
     if not _RELATIONS.isdisjoint(tokens):
         return _relation(tokens)
-    return _braced(tokens) or _quantity(tokens)
+    return _side(tokens)
+
+
+def _ratio(tokens: list[str]) -> Tree | None:
+    """Read `1 : 2 : 3`, where only the terms' sizes beside each other count; None for anything else."""
+    if tokens.count(":") < 2:
+        return None
+    parts = _split(tokens, (":",))
+    if not 2 < len(parts) <= MAX_TERMS or not all(parts):
+        return None
+    terms = [_quantity(part) for part in parts]
+    return ("ratio", *terms) if all(term[0] != "unit" for term in terms) else None  # 2:30:00 pm
 
 
 def _relation(tokens: list[str]) -> Tree:
@@ -147,17 +159,21 @@ def _relation(tokens: list[str]) -> Tree:
         else:
             parts[-1].append(token)
     if not signs:
-        return _braced(tokens) or _quantity(tokens)
+        return _side(tokens)
     if not parts[0] and signs in (["="], [r"\approx"]):  # `= 5`
         return _item(parts[1])
     first: Tree
     try:
-        first = _braced(parts[0]) or _quantity(parts[0])
+        first = _side(parts[0])
     except NotUnderstood:
         if set(signs) != {"="}:
             raise
         first = ("prose", without_spaces("".join(parts[0])))  # P(A | B) = 1/6: only a name
-    return ("rel", tuple(signs), first, *(_braced(part) or _quantity(part) for part in parts[1:]))
+    return ("rel", tuple(signs), first, *map(_side, parts[1:]))
+
+
+def _side(tokens: list[str]) -> Tree:
+    return _braced(tokens) or _ratio(tokens) or _quantity(tokens)
 
 
 def _braced(tokens: list[str]) -> Tree | None:

@@ -23,6 +23,7 @@ from megatron_nft.verify.algebra.values import (
     Point,
     Undecided,
     has,
+    has_steps,
     is_discrete,
     mp,
     symbols,
@@ -33,6 +34,7 @@ _CANDIDATES = 10  # points that are tried, because some have no value
 _NEAR_BITS = 40  # values that agree to so many bits are computed again
 _MORE_BITS = 256  # with so many bits more, and those that the terms need
 _MAX_PRECISION = 200_000  # bits
+_REAL = frozenset("xyzt")  # letters that stand for any number beside a floor, where n and k are integers
 _MIXED = 2  # the number of the point that has negative numbers
 
 Pair = Callable[[Evaluation], tuple[Any, Any]]
@@ -63,8 +65,8 @@ def same_value(first: Tree, second: Tree) -> bool:
         if not verdict:
             return _refuse(first, second)
         compared += 1
-        if compared == POINTS:
-            break
+        if compared == 2 * POINTS or (compared == POINTS and not (has_steps(first) or has_steps(second))):
+            break  # steps agree at many points
     if not compared and not outside:
         raise Undecided("no value at any point")
     return True if compared or all(outside) else _refuse(first, second)
@@ -186,7 +188,8 @@ def _real_if_it_is(result: Any) -> Any:
 def _points(*trees: Tree) -> Iterator[tuple[Point, bool]]:
     """Yield points, and whether they have negative numbers.
 
-    Positive numbers between 0.4 and 2.3, positive integers where a tree is meant for integers. The second point has
+    Positive numbers between 0.4 and 2.3, positive integers where a tree is meant for integers; beside floors these are
+    all letters but x, y, z and t. The second point has
     the letters in the reverse order of size, so that max(a, b) is neither a nor b. The third one has numbers of both
     signs, unless letters stand under roots, in logarithms or in powers and no absolute value says that their signs
     count. Only one point if there is nothing that depends on it.
@@ -195,13 +198,14 @@ def _points(*trees: Tree) -> Iterator[tuple[Point, bool]]:
     if not names and not any(has(tree, "app") or has(tree, "bind") for tree in trees):
         yield {}, False
         return
-    discrete = any(is_discrete(tree) for tree in trees)
-    signs = not discrete and (not any(map(_wants_positive, trees)) or any(map(_has_absolute, trees)))
+    discrete = any(map(is_discrete, trees))
+    steps = bool(names) and not discrete and any(map(has_steps, trees))
+    signs = not discrete and not steps and (not any(map(_wants_positive, trees)) or any(map(_has_absolute, trees)))
     for number in range(_CANDIDATES):
         point: Point = {}
         for name in names:
             seed = zlib.crc32(f"{number - (number == 1)}{name}".encode(errors="replace"))
-            if discrete:
+            if discrete or (steps and name[0] not in _REAL):
                 point[name] = mp.mpf(25 - seed % 23 if number == 1 else 3 + seed % 23 + 7 * number)
             else:
                 size = 999983 - seed % 999983 if number == 1 else seed % 999983

@@ -6,16 +6,18 @@ import itertools
 from collections.abc import Sequence
 
 from megatron_nft.verify.algebra.comparison import proportional
+from megatron_nft.verify.algebra.exact import exact
 from megatron_nft.verify.algebra.families import same_family
 from megatron_nft.verify.algebra.names import by_name, has_letters, is_name, points_of, with_names_of
 from megatron_nft.verify.algebra.quantity import is_rounded, same_quantity
 from megatron_nft.verify.algebra.regions import FLIPPED, ORDERS, combine_inequalities, region, variable
 from megatron_nft.verify.algebra.tree import Tree
-from megatron_nft.verify.algebra.values import OutOfRange, symbols
+from megatron_nft.verify.algebra.values import OutOfRange, has, symbols
 
 _MAX_ITEMS = 200
 _MAX_SIGNS = 6
 _ARITHMETIC = frozenset(("+", "-", "*", "/", "^", "root"))
+_LEAVES = frozenset(("n", "s"))
 _STRUCTURES = frozenset(("list", "tuple", "set", "union", "matrix", "reals"))
 
 
@@ -33,6 +35,10 @@ def _same_expanded(gold: Tree, found: Tree) -> bool:
         return gold == found
     if gold[0] == "rel" or found[0] == "rel":
         return _same_relation(gold, found)
+    if gold[0] == found[0] == "ratio":
+        return _same_ratio(gold[1:], found[1:])
+    if "ratio" in (gold[0], found[0]) and gold[0] != "list" != found[0]:
+        return False
     if gold[0] in _STRUCTURES or found[0] in _STRUCTURES:
         return _same_structure(gold, found)
     return same_quantity(gold, found)
@@ -73,6 +79,14 @@ def _same_structure(gold: Tree, found: Tree) -> bool:
         gold, found = (tree if tree[0] in ("list", "set") else ("list", tree) for tree in (gold, found))
         return _in_any_order(gold[1:], found[1:])
     return found[0] == "list" and all(same(gold, item) for item in found[1:])  # 5/3 or 1 2/3; else several for one
+
+
+def _same_ratio(gold: Sequence[Tree], found: Sequence[Tree]) -> bool:
+    """Whether any two terms have the same ratio in both."""
+    if len(gold) != len(found) or [exact(term) == 0 for term in gold] != [exact(term) == 0 for term in found]:
+        return False
+    pairs = itertools.combinations(zip(gold, found, strict=True), 2)
+    return all(same_quantity(("*", g, other_f), ("*", f, other_g)) for (g, f), (other_g, other_f) in pairs)
 
 
 def _count(tree: Tree) -> int:
@@ -196,24 +210,40 @@ def _same_relation(gold: Tree, found: Tree) -> bool:
 
 
 def _is_unsolved(relation: Tree) -> bool:
-    """Whether a relation is an equation in one letter or in x, y and z, such as `2x = 14`, and no chain of them.
+    """Whether a relation is an equation in one letter or in x, y and z, such as `2x = 14`, or one with coefficients.
 
-    A sum of letters, also x + y, is what some questions ask for, and so are `a^2 + b^2` and values of functions.
+    A chain of equations is not, because its end was computed. A sum of letters, also x + y, is what some questions ask
+    for, and so are `a^2 + b^2` and `f(1) + f(2)`, but not `2a + 3b`.
     """
     left = relation[2]
     letters = symbols(left)
-    if len(relation) > 4 or not letters or (left[0] == "+" and all(part[0] == "s" for part in left[1:])):
+    if left[0] == "bind" and letters and _is_arithmetic(left[-1]):  # for which n is the sum 5?
+        return True
+    is_sum_of_letters = left[0] == "+" and all(part[0] == "s" for part in left[1:])
+    if len(relation) > 4 or is_sum_of_letters or not (letters or has(left, "app")):
         return False
     if any((len(name) > 1 and name.isalpha()) or name in "fgh" for name in letters):  # words, and f of f^{-1}(2)
         return False
-    return (len(letters) == 1 or letters <= set("xyz")) and _is_arithmetic(left)
+    if _is_arithmetic(left) and (len(letters) == 1 or letters <= set("xyz")):
+        return True
+    return _has_coefficient(left) and _is_arithmetic(left, _LEAVES | {"app"})
 
 
-def _is_arithmetic(tree: Tree) -> bool:
-    if tree[0] in ("n", "s"):
+def _has_coefficient(tree: Tree) -> bool:
+    """Whether a number stands in a tree other than as an exponent, the degree of a root or the 1 of 1/a."""
+    if tree[0] in ("n", "app"):
+        return bool(tree[0] == "n")
+    if tree[0] in ("^", "root"):
+        return _has_coefficient(tree[1 if tree[0] == "^" else 2])
+    parts = tree[2:] if tree[0] == "/" and tree[1] == ("n", 1) else tree[1:]
+    return any(_has_coefficient(part) for part in parts if isinstance(part, tuple))
+
+
+def _is_arithmetic(tree: Tree, leaves: frozenset[str] = _LEAVES) -> bool:
+    if tree[0] in leaves:
         return True
     inner = tree[2:] if tree[:2] == ("f", "abs") else tree[1:]
-    return (tree[0] in _ARITHMETIC or inner != tree[1:]) and all(map(_is_arithmetic, inner))
+    return (tree[0] in _ARITHMETIC or inner != tree[1:]) and all(_is_arithmetic(part, leaves) for part in inner)
 
 
 def _same_relations(gold: Tree, found: Tree) -> bool:

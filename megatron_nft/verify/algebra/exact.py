@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
-from megatron_nft.verify.algebra.tree import Tree
+from megatron_nft.verify.algebra.tree import Tree, integer
 
 MAX_BITS = 100_000  # numerator and denominator of an exact value together
 MAX_INTEGER_BITS = 400_000  # integers are quicker: they need no greatest common divisors
@@ -20,7 +20,7 @@ def exact(tree: Tree) -> Fraction | None:
         number: Fraction = tree[1]
         return number
     if kind == "base":
-        return Fraction(int(tree[1] or "0")) if tree[2] == "10" and tree[1].isdecimal() else None
+        return Fraction(integer(tree[1] or "0")) if tree[2] == "10" and tree[1].isdecimal() else None
     if kind in _EXACT:
         values = [exact(part) for part in tree[1:]]
     elif kind == "fn" or (kind == "f" and tree[1] in _ROUNDED):
@@ -59,10 +59,12 @@ def _sum(*values: Fraction) -> Fraction:
     return sum(values, Fraction(0))
 
 
-def _product(*values: Fraction) -> Fraction:
+def _product(*values: Fraction) -> Fraction | None:
     result = Fraction(1)
     for value in values:
         result *= value
+        if not _is_moderate(result):
+            return None  # a long product of huge numbers would take minutes
     return result
 
 

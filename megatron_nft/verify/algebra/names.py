@@ -3,11 +3,13 @@ r"""Named quantities: left sides that only say what the right side is the value 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from megatron_nft.verify.algebra.tree import Tree
 from megatron_nft.verify.algebra.values import symbols
 
 _TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
+_VALUES = frozenset(("n", "s", "/", "*", "+", "-", "^", "root"))
 _COORDINATES = frozenset("xyz")  # an equation in these may be a curve
 _VARIABLES = frozenset("xyztunmks")  # letters that stand for any number; the A of P(A) is a certain thing
 _indexed = re.compile(r"(.+_)([A-Za-z])$|(.+_)((?:\d*[-+])?\d*)([A-Za-z])([-+]\d+)$")  # a_n, a_n+1
@@ -23,6 +25,10 @@ def is_name(tree: Tree) -> bool:
         return True
     if kind == "tuple":  # (x, y)
         return all(part[0] == "s" for part in tree[3:])
+    if kind == "bind":  # \lim_{x \to 0} f(x); with another letter it may be an equation for this one
+        return not symbols(tree)
+    if kind in ("ratio", "fn"):  # a : b : c, gcd(a, b)
+        return all(map(is_name, tree[1 if kind == "ratio" else 2 :]))
     if kind == "*":
         return all(part[0] in ("s", "app") or _is_segment_squared(part) for part in tree[1:])
     if kind == "/":
@@ -62,6 +68,8 @@ def with_names_of(gold: Tree, found: Tree) -> Tree:
     """
     if _length_of(gold[2]) == _length_of(found[2]):  # |AB| is AB
         return (*found[:2], gold[2], *found[3:])
+    if turned := _turned(gold, found):
+        return turned
     theirs, ours = _arguments(gold[2]), _arguments(found[2])
     if not theirs or not ours or theirs[0] != ours[0] or len(theirs) != len(ours):
         return found
@@ -75,6 +83,19 @@ def with_names_of(gold: Tree, found: Tree) -> Tree:
         if not {old, new} <= _VARIABLES and rename(right, {old: new}) == right:
             return found
     return rename(found, renamed)
+
+
+def _turned(gold: Tree, found: Tree) -> Tree | None:
+    """Return `V_2 : V_1 = 8:3` as `V_1 : V_2 = 3:8` if `gold` gives that ratio; None for what is no such ratio."""
+    ours, theirs = found[2], gold[2]
+    if ours[0] != theirs[0] or len(found) != 4 or found[1] != ("=",):
+        return None
+    if ours[0] == "/" and ours[1:] == theirs[:0:-1] and is_name(ours):
+        return (*found[:2], theirs, ("/", ("n", Fraction(1)), found[3])) if found[3][0] in _VALUES else None
+    if ours[0] == found[3][0] == "ratio" and len(ours) == len(found[3]) == len(theirs) and set(ours) == set(theirs):
+        terms = dict(zip(ours[1:], found[3][1:], strict=True))
+        return (*found[:2], theirs, ("ratio", *(terms[name] for name in theirs[1:])))
+    return None
 
 
 def _length_of(side: Tree) -> Tree:

@@ -12,7 +12,7 @@ import unicodedata
 from megatron_nft.verify.algebra.sympy_spelling import nested_list, plain_calls
 from megatron_nft.verify.algebra.vocabulary import CHARACTERS, COMMANDS, DROPPED, TEXTS
 from megatron_nft.verify.boxed import closing_brace
-from megatron_nft.verify.markup import without_marks, without_signs
+from megatron_nft.verify.markup import without_entities, without_marks, without_signs, without_tags
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
@@ -35,6 +35,8 @@ _in_base = re.compile(  # 1101 \text{ in base } 2, 1101 (base 2), 1101_{\text{ba
     r"(?:\\text\s*\{\s*)?(?<![\w.])(?P<digits>[0-9A-F]+)\s*(?P<open>[({]|_\s*\{)?\s*(?:\\text\s*\{\s*)?(?:\(\s*)?(?:in\s+)?[Bb]ase[\s-]*"
     r"(?:\}\s*)?\{?(?P<base>\d+|[a-z]+)\b\s*\}?[)}\s]*$"
 )
+_BASES = {"binary": 2, "octal": 8, "hexadecimal": 16}
+_named_base = re.compile(r"(?<=[\s({])(?:in\s+)?(binary|octal|hexadecimal)(?=[\s)}]*$)")
 _base_first = re.compile(  # base 2: 1101, \text{In base 2: } 1101
     r"(?:\\text\s*\{\s*)?(?:in\s+)?base[\s-]*(?:\}\s*)?\{?(?P<base>\d+)\}?\s*(?:\}\s*)?:\s*(?:\}\s*)?(?P<digits>[0-9A-F]+)$",
     re.IGNORECASE,
@@ -60,6 +62,7 @@ MAX_PERIOD_DIGITS = 100
 MAX_BRACES = 3
 _digits_of_fraction = re.compile(r"\\frac\s*(\d)\s*(\d)")  # TeX takes one digit each: \frac12
 _digit_argument = re.compile(r"(\\frac|\\sqrt)\s*(\d)")
+_half_day = re.compile(r"(?<=:\d\d)\s*([apAP])\.?\s?[mM]\.?$")  # 2:30 pm
 _times_ten = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _trailing = re.compile(r"(?:[\s.,;:]|\\\\|\\$)+$")
 _inner_trailing = re.compile(r"[\s.,;:]+\}$")
@@ -68,11 +71,12 @@ _space_run = re.compile(r"\s+")
 _space = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|(?<=[\d.]) (?=[\d.]|[eE][+-]\d))| ")
 _python_power = re.compile(r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({+-])")
 _old_font = re.compile(r"\{\s*\\(?:rm|bf|it|sf|tt)\b([^{}]*)\}")
-_markdown = re.compile(r"\*\*|__(?=\S)|`")
+_markdown = re.compile(r"\*{2,3}|__(?=\S)|`")
 
 
 def normalize(text: str) -> str:
     """Return `text` in one spelling, with the same meaning."""
+    text = without_tags(without_entities(text))
     if text.isascii():
         if text.isalnum():
             return _python_base.sub(_python_numeral, text) if text[0] == "0" else text
@@ -91,6 +95,8 @@ def normalize(text: str) -> str:
         text = _plain_latex(text)
     if "cent" in text:
         text = _per_cent.sub("percent", text)
+    if "binary" in text or "octal" in text or "hexadecimal" in text:
+        text = _named_base.sub(lambda match: f"base {_BASES[match[1]]}", text)
     if "ase" in text:
         text = _in_base.sub(r"\g<digits>_{\g<base>}", _space_run.sub(" ", text))
         text = _base_first.sub(r"\g<digits>_{\g<base>}", text)
@@ -99,6 +105,8 @@ def normalize(text: str) -> str:
     if ("(" in text or "\\text" in text) and any(name in text for name in ("max", "min", "gcd", "lcm")):
         text = _several.sub(r"\\\1\2", text)
     text = _thousands_space.sub(lambda match: re.sub(r"\s", "", match[0]), text)
+    if ":" in text:
+        text = _half_day.sub(lambda match: rf" \text{{{match[1].lower()}m}}", text)
     text = _times_ten.sub(r"\\times ", text)
     return _strip_end(_without_outer_braces(_space_run.sub(" ", text).strip()))
 

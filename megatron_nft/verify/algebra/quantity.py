@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from megatron_nft.verify.algebra.comparison import same_value, value_at_a_point
 from megatron_nft.verify.algebra.exact import exact
-from megatron_nft.verify.algebra.tree import MAX_DIGITS, Tree, Written
+from megatron_nft.verify.algebra.tree import Tree, Written
 from megatron_nft.verify.algebra.units import canonical
 from megatron_nft.verify.algebra.values import symbols
 
@@ -18,7 +18,8 @@ _LETTER_UNITS = frozenset("mgshJNWVKL")
 _PI: Tree = ("s", "\\pi")
 MIN_DIGITS = 6  # from this many significant digits on, a decimal stands for the number that rounds to it
 MIN_PLACES = 3  # likewise in a point or an interval
-_TOO_MANY = 10**MAX_DIGITS
+MAX_DECIMALS = 3000  # a number of more digits is not rounded
+_TOO_MANY = 10**MAX_DECIMALS
 _NUMBERS = frozenset(("s", "/", "root", "+", "*", "-", "^", "f", "log"))
 
 
@@ -36,7 +37,7 @@ def same_quantity(gold: Tree, found: Tree) -> bool:
     if (gold_value[0] == "pct") != (found_value[0] == "pct"):
         return _same_but_for_percent(gold_value, found_value)
     if gold_value[0] == "base" and found_value[0] == "n":  # 52 for 52_8, like a unit that is left out
-        return bool(str(found_value[1]) == gold_value[1])
+        return bool(found_value[1] < _TOO_MANY and str(found_value[1]) == gold_value[1])
     if (gold_unit == "deg") != (found_unit == "deg") and _same_angle(gold, found):
         return True
     if not found_unit and exact(gold_value) is not None:
@@ -147,7 +148,7 @@ def _decimal_digits(number: Fraction) -> tuple[int, int]:
         rest //= 5
         fives += 1
     places = max(twos, fives)
-    if rest != 1 or places >= MAX_DIGITS:
+    if rest != 1 or places >= MAX_DECIMALS:
         return 0, 0
     digits = abs(number.numerator) * 10**places // number.denominator
     return (len(str(digits)), places) if digits < _TOO_MANY else (0, 0)

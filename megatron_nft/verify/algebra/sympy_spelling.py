@@ -9,10 +9,13 @@ import re
 from collections.abc import Callable
 
 MAX_CALLS = 50  # more calls than these are left as they are
+MAX_CELLS = 400  # of a matrix that is given by its size
 
 _call = re.compile(
-    r"(?<![\w\\.])(?:sp\.|sympy\.)?(factorial|binomial|Rational|Integer|Float|Matrix|FiniteSet|Abs|Pow|Mul|Add|S(?=\(\d)|Eq|Tuple"
-    r"|Interval(?:\.open|\.Lopen|\.Ropen)?|Union|Max|Min|root|ImmutableMatrix|Point)\s*\("
+    r"(?<![\w\\.])(?:(?:sp|sympy|np|numpy)\.)?(factorial|binomial|Rational|Fraction|Integer|Float|Matrix|FiniteSet|Abs|Pow|Mul|Add|S(?=\(\d)|Eq|Tuple"
+    r"|Interval(?:\.open|\.Lopen|\.Ropen)?|Union|Max|Min|root|Point|Gt|Ge|Lt|Le|Ne"
+    r"|(?:Mutable|Immutable)(?:Dense)?Matrix|array|eye|zeros|diag|Sum|Product|Integral|Limit"
+    r"|log(?=\([^()]*,[^()]*\)))\s*\("
 )
 _any_call = re.compile(r"[A-Za-z]\s*\(")
 _imaginary = re.compile(
@@ -34,11 +37,62 @@ def _one(pattern: str) -> Callable[[list[str]], str | None]:
 
 
 def _rational(values: list[str]) -> str | None:
-    return f"(({values[0]})/({values[1]}))" if len(values) == 2 else f"({values[0]})" if len(values) == 1 else None
+    parts = [value.strip("'\"") for value in values]  # Rational('1/2')
+    return "(" + "/".join(f"({part})" for part in parts) + ")" if 0 < len(parts) < 3 else None
 
 
 def _matrix_call(values: list[str]) -> str | None:
-    return nested_list(values[0]) or _column(values[0]) if len(values) == 1 else None
+    """Write `[[1, 2], [3, 4]]`, the column `[1, 2]` or `2, 2, [1, 2, 3, 4]` as a matrix."""
+    if len(values) == 1:
+        return nested_list(values[0]) or _column(values[0])
+    if len(values) != 3 or not (values[0].isdigit() and values[1].isdigit()):
+        return None
+    rows, columns, cells = int(values[0]), int(values[1]), _elements(values[2]) or []
+    if not rows * columns == len(cells) <= MAX_CELLS:
+        return None
+    return _matrix([cells[start : start + columns] for start in range(0, len(cells), columns)])
+
+
+def _diagonal(values: list[str]) -> str | None:
+    size = len(values)
+    if not 0 < size * size <= MAX_CELLS:
+        return None
+    return _matrix([[value if row == column else "0" for column in range(size)] for row, value in enumerate(values)])
+
+
+def _identity(values: list[str]) -> str | None:
+    size = int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 3 else 0
+    return _diagonal(["1"] * size)
+
+
+def _zeros(values: list[str]) -> str | None:
+    if len(values) not in (1, 2) or not all(value.isdigit() and len(value) < 3 for value in values):
+        return None
+    rows, columns = int(values[0]), int(values[-1])
+    return _matrix([["0"] * columns] * rows) if 0 < rows * columns <= MAX_CELLS else None
+
+
+def _over_a_range(pattern: str, without_bounds: str = "") -> Callable[[list[str]], str | None]:
+    """Write `Sum(k, (k, 1, n))` by `pattern`, and `Integral(x, x)` by the other one."""
+
+    def written(values: list[str]) -> str | None:
+        if len(values) != 2:
+            return None
+        inner = values[1].strip()
+        bounds = split_arguments(inner[1:-1]) if inner[:1] == "(" and inner[-1:] == ")" else [inner]
+        if len(bounds) == 1 and without_bounds:
+            return without_bounds.format(values[0], *bounds)
+        return pattern.format(values[0], *bounds) if len(bounds) == 3 else None
+
+    return written
+
+
+def _limit(values: list[str]) -> str | None:
+    return rf"\lim_{{{values[1]} \to {values[2]}}} ({values[0]})" if len(values) == 3 else None
+
+
+def _matrix(rows: list[list[str]]) -> str:
+    return r"\begin{pmatrix}" + r" \\ ".join(" & ".join(row) for row in rows) + r"\end{pmatrix}"
 
 
 def _interval(values: list[str]) -> str | None:
@@ -53,9 +107,17 @@ def _set(values: list[str]) -> str:
 
 _WRITTEN: dict[str, Callable[[list[str]], str | None]] = {
     "factorial": _one("(({0})!)"), "binomial": _two(r"\binom{{{0}}}{{{1}}}"), "Rational": _rational,
+    "Fraction": _rational,
+    "Gt": _two("{0} > {1}"), "Ge": _two("{0} >= {1}"), "Lt": _two("{0} < {1}"), "Le": _two("{0} <= {1}"),
+    "Ne": _two("{0} != {1}"),
     "Integer": _one("({0})"), "Float": _one("({0})"), "S": _one("({0})"), "Abs": _one(r"\abs({0})"),
     "Pow": _two("(({0})^{{{1}}})"), "Mul": _joined("*"), "Add": _joined("+"), "Eq": _two("{0} = {1}"),
-    "Matrix": _matrix_call, "ImmutableMatrix": _matrix_call, "FiniteSet": _set, "Interval": _interval,
+    "Matrix": _matrix_call, "array": _matrix_call, "eye": _identity, "zeros": _zeros, "diag": _diagonal,
+    **{f"{kind}Matrix": _matrix_call for kind in ("Mutable", "Immutable", "MutableDense", "ImmutableDense")},
+    "Sum": _over_a_range(r"\sum_{{{1}={2}}}^{{{3}}} ({0})"),
+    "Product": _over_a_range(r"\prod_{{{1}={2}}}^{{{3}}} ({0})"),
+    "Integral": _over_a_range(r"\int_{{{2}}}^{{{3}}} ({0}) d{1}", r"\int ({0}) d{1}"), "Limit": _limit,
+    "log": _two(r"\log_{{{1}}}({0})"), "FiniteSet": _set, "Interval": _interval,
     "Interval.open": _two("({0}, {1})"), "Interval.Lopen": _two("({0}, {1}]"), "Interval.Ropen": _two("[{0}, {1})"),
     "Union": r" \cup ".join, "root": _two(r"\sqrt[{1}]{{{0}}}"),
     "Tuple": lambda values: f"({', '.join(values)})", "Point": lambda values: f"({', '.join(values)})",
@@ -85,7 +147,7 @@ def nested_list(text: str) -> str | None:
     cells = [_elements(row) for row in rows or []]
     if not cells or not all(cells):
         return None
-    return r"\begin{pmatrix}" + r" \\ ".join(" & ".join(row or []) for row in cells) + r"\end{pmatrix}"
+    return _matrix([row or [] for row in cells])
 
 
 def other_constants(text: str) -> str:
@@ -95,7 +157,7 @@ def other_constants(text: str) -> str:
 
 def _column(text: str) -> str | None:
     cells = _elements(text)
-    return r"\begin{pmatrix}" + r" \\ ".join(cells) + r"\end{pmatrix}" if cells else None
+    return _matrix([[cell] for cell in cells]) if cells else None
 
 
 def _elements(text: str) -> list[str] | None:

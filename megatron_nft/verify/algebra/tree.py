@@ -16,6 +16,7 @@ and the structures around expressions (answer.py):
     ("set", a, ...)                   {1, 2}                       ("union", a, ...)
     ("family", element, condition, domain, ("s", name), ...)       families.py
     ("matrix", (a, ...), ...)         rows                         ("reals",)
+    ("ratio", a, b, c, ...)           a : b : c, of three terms or more
     ("rel", ("=", "<="), a, b, c)     a = b <= c
     ("unit", a, "cm^2")               a quantity; 90^\circ too     ("text", "ellipse")           only words
     ("prose", text without spaces)    words mixed with mathematics, compared as text
@@ -28,8 +29,9 @@ from typing import Any
 
 Tree = tuple[Any, ...]
 
-MAX_DIGITS = 3000  # of a number
-MAX_EXPONENT = 3000  # as in 1e3000: larger Fractions are slow
+MAX_DIGITS = 10_000  # of a number
+MAX_EXPONENT = 10_000  # as in 1e10000: larger Fractions are slow
+_DIGITS_AT_ONCE = 4000  # Python refuses to read more than 4300
 
 
 class NotUnderstood(ValueError):
@@ -65,10 +67,18 @@ def read_number(token: str) -> Fraction:
     if len(mantissa) > MAX_DIGITS or (exponent and abs(int(exponent[:9])) > MAX_EXPONENT):
         raise TooMuch("a number of too many digits")
     whole, _, decimals = mantissa.partition(".")
-    value = Fraction(int(whole + decimals or "0"), 10 ** len(decimals))
+    value = Fraction(integer(whole + decimals or "0"), 10 ** len(decimals))
     if exponent:
         return value * Fraction(10) ** int(exponent)
     return Written.with_places(value, len(decimals)) if decimals.endswith("0") else value
+
+
+def integer(digits: str) -> int:
+    """Return the number that `digits` stand for, however many they are."""
+    if len(digits) <= _DIGITS_AT_ONCE:
+        return int(digits)
+    scale: int = 10**_DIGITS_AT_ONCE
+    return integer(digits[:-_DIGITS_AT_ONCE]) * scale + int(digits[-_DIGITS_AT_ONCE:])
 
 
 def times(left: Tree, right: Tree) -> Tree:

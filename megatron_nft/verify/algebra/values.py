@@ -72,14 +72,24 @@ def has(tree: Tree, kind: str) -> bool:
 
 
 def is_discrete(tree: Tree) -> bool:
-    """Whether the tree is meant for integers: floors, factorials, sums, (-1)^n."""
-    if tree[0] in ("!", "binom") or (tree[0] == "f" and tree[1] in _INTEGER_FUNCTIONS):
+    """Whether the tree is meant for integers: factorials, sums, (-1)^n."""
+    if tree[0] in ("!", "binom"):
         return True
     if (tree[0] == "bind" and tree[1].startswith(("sum", "prod"))) or (tree[0] == "fn" and tree[1] in ("gcd", "lcm")):
         return True
     if tree[0] == "^" and symbols(tree[2]) and (base := exact(tree[1])) is not None and base < 0:
         return True
     return any(is_discrete(part) for part in tree[1:] if isinstance(part, tuple))
+
+
+def has_steps(tree: Tree) -> bool:
+    """Whether something in the tree is rounded to an integer."""
+    if tree[0] == "f" and tree[1] in _INTEGER_FUNCTIONS:
+        return True
+    for part in tree:  # noqa: SIM110 (quicker than any())
+        if type(part) is tuple and part and has_steps(part):
+            return True
+    return False
 
 
 def value(tree: Tree, point: Point) -> Any:

@@ -64,7 +64,8 @@ FUNCTIONS = frozenset(
 NAMES = {name: f"\\{name}" for name in FUNCTIONS} | {
     "asin": "\\arcsin", "acos": "\\arccos", "atan": "\\arctan", "sqrt": "\\sqrt", "cbrt": "\\cbrt", "pi": "\\pi",
     "Pi": "\\pi", "infinity": "\\infty", "inf": "\\infty", "oo": "\\infty", "abs": "\\abs", "floor": "\\floor",
-    "ceil": "\\ceil", "binom": "\\binom", "frac": "\\frac", "theta": "\\theta", "alpha": "\\alpha", "beta": "\\beta",
+    "ceil": "\\ceil", "ceiling": "\\ceil",
+    "binom": "\\binom", "frac": "\\frac", "theta": "\\theta", "alpha": "\\alpha", "beta": "\\beta",
     "gamma": "\\gamma", "lambda": "\\lambda", "omega": "\\omega", "phi": "\\phi", "and": ",", "or": ",",
     "percent": "\\%", "pct": "\\%", "degrees": "\\degrees", "degree": "\\degrees", "union": "\\cup",
 }  # fmt: skip

@@ -25,8 +25,8 @@ _FILLER = frozenset(
 )
 MAX_WORDS_CHARS = 2000  # longer answers are not words
 _SYNONYMS = {"dne": "doenotexist", "limitdoenotexist": "doenotexist"}
-_REALS = frozenset(words("allrealnumber allreal realnumber setofallrealnumber setofrealnumber allrealvalue"))
-_EMPTY = frozenset(words("emptyset nullset"))
+_REALS = frozenset(words("sreal allrealnumber allreal realnumber setofallrealnumber setofrealnumber allrealvalue"))
+_EMPTY = frozenset(words("emptyset semptyset nullset"))
 _opening = re.compile(r"(?:it is|it's|they are|the answer is|answer:)\s+")
 _words_only = re.compile(r"[^\d\\{}^_=<>+*/|]*[^\W\d_]{2,}[^\d\\{}^_=<>+*/|]*$")
 _word_or_picture = re.compile(r"[^\W_]+|(?<=\w)[^\w\s!-~\u2000-\u206f]+(?=\w)")  # a picture within a word is no space

@@ -28,13 +28,14 @@ class Rendezvous:
     name: str
     world_size: int
     backend: str  # gloo | nccl
+    device: torch.device  # of the trainer's end
 
     @classmethod
     def open(cls, address: str, name: str, world_size: int, device: torch.device, timeout_s: float) -> Rendezvous:
         """Start the store at this machine's `address`; `device` decides between gloo and NCCL."""
         timeout = datetime.timedelta(seconds=timeout_s)
         store = TCPStore(address, 0, None, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True)
-        return cls(store, address, name, world_size, "nccl" if device.type == "cuda" else "gloo")
+        return cls(store, address, name, world_size, "nccl" if device.type == "cuda" else "gloo", device)
 
     @property
     def port(self) -> int:
@@ -42,15 +43,25 @@ class Rendezvous:
         port: int = self.store.port
         return port
 
+    @property
+    def keys(self) -> PrefixStore:
+        """The part of the store in which torch's members find each other."""
+        device = "cuda" if self.backend == "nccl" else "cpu"
+        store = PrefixStore(self.name, self.store)
+        return PrefixStore(f"{device}/", PrefixStore(f"{self.name}/", store))
+
+    def unique_id(self) -> bytes:
+        """NCCL's 128 bytes for those who join without a store. Waits until the trainer's end has made them."""
+        return bytes(self.keys.get("0"))  # torch's name for the id of a group's first communicator
+
 
 class BroadcastGroup:
     """Sends from this rank to all other members, who must have been told to join: making one waits until they have."""
 
-    def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
+    def __init__(self, rendezvous: Rendezvous, timeout_s: float, *, warm_up: bool = False) -> None:
+        """warm_up: sum one number with all members, as those do who join by `Rendezvous.unique_id`."""
         timeout = datetime.timedelta(seconds=timeout_s)
-        device = "cuda" if rendezvous.backend == "nccl" else "cpu"
-        store = PrefixStore(rendezvous.name, rendezvous.store)
-        store = PrefixStore(f"{device}/", PrefixStore(f"{rendezvous.name}/", store))
+        store = rendezvous.keys
         self._group: Any  # torch has no type for what its two kinds of group have in common
         if rendezvous.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
@@ -60,6 +71,8 @@ class BroadcastGroup:
             self._group = dist.ProcessGroupGloo(store, 0, rendezvous.world_size, timeout)
         self._store = rendezvous.store  # the server of the keys; it lives as long as the group
         self._work: Any = None  # dist.Work of the broadcast under way
+        if warm_up:
+            self._group.allreduce([torch.zeros(1, device=rendezvous.device)]).wait()
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Start to send. One at a time: `wait` comes before the next."""

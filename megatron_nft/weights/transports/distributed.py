@@ -1,8 +1,11 @@
 """The `distributed` transport: each stage leader broadcasts its buckets to all ranks of all engines, over gloo or NCCL.
 
 A broadcast blocks every engine until all have it, so two leaders must never broadcast at the same time: leaders take
-turns, stage by stage. An engine that is lost breaks the group for all: the group is then made anew without it and the
-whole stream is sent again (`must_resend`).
+turns, stage by stage. Engines that are in one group at a time get everything from the first leader, to whom the others
+send their buckets over the trainer's groups (`receivers`). An engine that is lost breaks the group for all: the group
+is then made anew without it and the whole stream is sent again (`must_resend`). One that died and came back between two
+syncs answers every call, but is in no group any more: it is told by its weight version, which is not the one that it
+was left with.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.weights.buckets import Bucket
 from megatron_nft.weights.client import WeightClient
+from megatron_nft.weights.receivers import open_receivers
 from megatron_nft.weights.routes import Places
 from megatron_nft.weights.transport import SPARED, EngineLost, Ledger, WeightSyncError, none_left
 from megatron_nft.weights.transports.broadcast_group import BroadcastGroup, Rendezvous, address_towards
@@ -56,26 +60,39 @@ class DistributedTransport(ServerTransport):
         self._group: BroadcastGroup | None = None
         self._group_name = ""
         self._members: list[str] = []  # URLs
+        self._left_with: dict[str, int] = {}  # URL -> version
         self._has_turn = False
         self._leaders = layout.stage_leaders
+        if self._facts.one_sender:
+            self._leaders = self._leaders[:1]
+            self.receivers = open_receivers(self._leaders, layout, config.sync.timeout_s)
 
     def begin(self, version: int) -> None:
         """Open the sessions and, at the first sync or after a loss, the groups. No rank leaves before the others."""
         errors: list[Exception] = []
+        restarted: list[str] = []
         with _collected(errors):
             super().begin(version)
+            restarted = [url for url in self._each(self._if_restarted) if url is not None]
         self.must_resend = False
-        for lost in gather_objects(self.lost, self._layout.world_gloo):
+        found = gather_objects((self.lost, restarted), self._layout.world_gloo)
+        for lost, _ in found:
             self.lost |= lost
         if not self.engines():
             raise none_left(self.lost)  # on every rank
+        must_join = any(urls for _, urls in found) or self._group is None or self._members != self.engines()
         for leader in self._leaders:  # one group at a time: an engine that waits for one cannot join another
-            if self._layout.rank == leader and (self._group is None or self._members != self.engines()):
+            if self._layout.rank == leader and must_join:
                 with _collected(errors):
                     self._join_engines()
             dist.barrier(group=self._layout.world_gloo)
         if errors:
             raise errors[0]
+
+    def _if_restarted(self, server: WeightClient) -> str | None:
+        """Return the URL of a server that has not the version that the last sync left it with."""
+        left_with = self._left_with.get(server.url)
+        return server.url if left_with is not None and server.version() != left_with else None
 
     def _join_engines(self) -> None:
         """Make this leader's group with every engine that is not lost; one that is lost meanwhile is left out."""
@@ -100,7 +117,7 @@ class DistributedTransport(ServerTransport):
             for i, server in enumerate(servers)
         ]
         self._group_name, self._members = name, [server.url for server in servers]
-        return _open_group(rendezvous, timeout_s, answers)
+        return _open_group(rendezvous, timeout_s, answers, warm_up=self._facts.one_sender)
 
     def send(self, bucket: Bucket) -> None:
         self._ledger.note(bucket.metas)
@@ -137,12 +154,16 @@ class DistributedTransport(ServerTransport):
         self._has_turn = True
 
     def end_stream(self) -> None:
-        if not self._leads:
+        if not self._leads or self.receivers.ranks:
             return
         self._take_turn()
         if self._layout.pp.rank + 1 < self._layout.pp.size:
             dist.send(torch.zeros(1), dst=self._leaders[self._layout.pp.rank + 1], group=self._layout.world_gloo)
         self._has_turn = False
+
+    def resume(self, version: int) -> None:
+        super().resume(version)
+        self._left_with |= dict.fromkeys(self.engines(), version)
 
     def _leave(self, wait_s: float = 0.0) -> None:
         if self._group is None:
@@ -156,6 +177,7 @@ class DistributedTransport(ServerTransport):
     def close(self) -> None:
         self._leave(CLOSE_S)
         super().close()
+        self.receivers.close()
 
 
 def _arrived(group: BroadcastGroup, answers: list[Future[None]]) -> bool:
@@ -174,10 +196,14 @@ def _arrived(group: BroadcastGroup, answers: list[Future[None]]) -> bool:
     return not any(answer.exception() for answer in answers)
 
 
-def _open_group(rendezvous: Rendezvous, timeout_s: float, answers: list[Future[None]]) -> BroadcastGroup:
+def _open_group(
+    rendezvous: Rendezvous, timeout_s: float, answers: list[Future[None]], *, warm_up: bool
+) -> BroadcastGroup:
     """Return the group once all have joined. Raise a server's error at once, without waiting for the others."""
     opened: list[BroadcastGroup] = []
-    joining = threading.Thread(target=lambda: opened.append(BroadcastGroup(rendezvous, timeout_s)), daemon=True)
+    joining = threading.Thread(
+        target=lambda: opened.append(BroadcastGroup(rendezvous, timeout_s, warm_up=warm_up)), daemon=True
+    )
     joining.start()
     while joining.is_alive() or not all(answer.done() for answer in answers):
         for answer in answers:

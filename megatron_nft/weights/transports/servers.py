@@ -70,7 +70,10 @@ class ServerTransport(Transport):
         self._threads = ThreadPoolExecutor(2 * len(servers), thread_name_prefix="weight-sync")
         facts = self._gather_facts()
         self._facts = facts[servers[0].url]
-        placed = [replace(place, gpus=facts[server.url].gpus) for server, place in zip(servers, places.servers)]
+        placed = [
+            replace(place, gpus=facts[server.url].gpus, finds_gpu=self._facts.finds_gpu)
+            for server, place in zip(servers, places.servers)
+        ]
         self._places = replace(places, servers=tuple(placed))
         for server in servers:
             server.configure(self._facts)

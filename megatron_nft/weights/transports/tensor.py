@@ -29,7 +29,7 @@ from megatron_nft.weights.transport import Ledger
 from megatron_nft.weights.transports.servers import ServerTransport, Versioned
 
 Shares = dict[tuple[str, int], Any]
-"""(URL, rank of the server) -> where that rank finds the bucket"""
+"""(URL, number of the source, as `Places.sources` has them) -> where the bucket lies"""
 
 
 class TensorTransport(ServerTransport):
@@ -53,10 +53,12 @@ class TensorTransport(ServerTransport):
         meetings = self._places.meetings(size)
         self.receivers = open_receivers({rank for ranks in meetings.values() for rank in ranks}, layout, timeout_s)
         self._meeting = _open_meeting(list(meetings.values()), layout, timeout_s)
-        self._shared = [  # what this rank shares: with which server, and with which of its ranks
-            (server, reader)
-            for server, place in zip(servers, self._places.servers, strict=True)
-            for reader, source in enumerate(self._places.sources(place, size))
+        sources = [self._places.sources(place, size) for place in self._places.servers]
+        self._num_sources = {server.url: len(ranks) for server, ranks in zip(servers, sources, strict=True)}
+        self._shared = [  # what this rank shares: with which server, and in which place of the message
+            (server, number)
+            for server, ranks in zip(servers, sources, strict=True)
+            for number, source in enumerate(ranks)
             if source == layout.rank
         ]
 
@@ -67,7 +69,7 @@ class TensorTransport(ServerTransport):
         shares: Shares | None = None
         try:
             self._ledger.note(bucket.metas)
-            shares = {(s.url, reader): s.share(bucket) for s, reader in self._shared if s.url not in self.lost}
+            shares = {(s.url, number): s.share(bucket) for s, number in self._shared if s.url not in self.lost}
         finally:  # the other ranks of the meeting must hear of an error
             self._meet(bucket, shares)
 
@@ -80,8 +82,8 @@ class TensorTransport(ServerTransport):
         try:
             if shared is not None and bucket is not None and None not in shared:
                 found = {key: share for of_rank in shared if of_rank for key, share in of_rank.items()}
-                ranks = range(self._facts.tp_size)
-                self._each(lambda server: server.load_shared(bucket, [found[server.url, r] for r in ranks]))
+                numbers = self._num_sources
+                self._each(lambda s: s.load_shared(bucket, [found[s.url, i] for i in range(numbers[s.url])]))
         finally:
             if self._meeting is not None:
                 self.lost |= told_by_first(self.lost, self._meeting)  # nothing more is shared with those

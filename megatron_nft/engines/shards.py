@@ -1,6 +1,6 @@
-"""How SGLang keeps the weights: fused tensors, split over its tensor-parallel ranks, vocabulary padded.
+"""How SGLang and vLLM keep the weights: fused tensors, split over tensor-parallel ranks, vocabulary padded.
 
-The trainer hashes its HF tensors in that form while they stream by, to compare with what /weights_checker says.
+The trainer hashes its HF tensors in that form while they stream by, to compare with what the servers say of theirs.
 
     qkv_proj      [q rows | k rows | v rows] of the rank's heads; with more ranks than key/value heads, heads repeat
     gate_up_proj  [gate rows | up rows] of the rank
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -21,6 +21,8 @@ from megatron_nft.weights.checksum.nft_checksum import Sha256, WordHash, hasher
 from megatron_nft.weights.names import Geometry
 from megatron_nft.weights.transport import rank_key
 
+NewHash = Callable[[torch.device, int], Sha256 | WordHash]
+"""(device of the tensors, their bytes) -> an empty hash"""
 VOCAB_MULTIPLE = 64
 BLOCK_BYTES = 4 << 20
 """Columns are hashed in blocks of rows of about this size, since hashing copies what is not contiguous."""
@@ -66,7 +68,7 @@ def _shard(name: str, tensor: torch.Tensor, geometry: Geometry, rank: int, size:
 
 
 def padded_vocab(rows: int) -> int:
-    """Return the rows of SGLang's embedding for a vocabulary of `rows`: the next multiple of `VOCAB_MULTIPLE`."""
+    """Return the rows of the embedding for a vocabulary of `rows`: the next multiple of `VOCAB_MULTIPLE`."""
     return math.ceil(rows / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
@@ -76,17 +78,23 @@ class EngineReference:
     Keys are `transport.rank_key`s.
     """
 
-    def __init__(self, geometry: Geometry, tp_size: int) -> None:
+    def __init__(
+        self, geometry: Geometry, tp_size: int, new_hash: NewHash | None = None, *, experts: bool = True
+    ) -> None:
+        """new_hash: of the engine, `nft_checksum.hasher` by default. experts: whether theirs are taken too."""
         self._geometry, self._tp_size = geometry, tp_size
+        self._new_hash, self._experts = new_hash or hasher, experts
         self._hashes: dict[str, Sha256 | WordHash] = {}
 
     def add(self, bucket: Bucket) -> None:
         for name, tensor in bucket.tensors:
+            if not self._experts and _EXPERT.search(name):
+                continue
             for rank, parts in enumerate(shards(name, tensor, self._geometry, self._tp_size)):
                 key = rank_key(engine_name(name), rank, self._tp_size)
                 if key not in self._hashes:
                     nbytes = self._fused_bytes(name, sum(part.nbytes for part in parts))
-                    self._hashes[key] = hasher(tensor.device, nbytes)
+                    self._hashes[key] = self._new_hash(tensor.device, nbytes)
                 for part in parts:
                     self._hashes[key].update(part)
 
