@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from megatron_nft.plan.decoding import Answer, DecodeModel, SimulatedEngine
-from megatron_nft.plan.rollout_modes import Demand, _log_mean
+from megatron_nft.plan.rollout_modes import Demand, log_mean
 
 MARK, BASE, FIRST, HEAD = 0, 200, 4, 5
 """The padding token of the synthetic task, digits of the head and the first token that stands for one, tokens of the
@@ -80,7 +80,7 @@ class WaitingEngine:
 
     def __init__(self, model: DecodeModel, demand: Demand, seed: int) -> None:
         self._engine, self._demand, self._rng = SimulatedEngine(model), demand, np.random.default_rng(seed)
-        self._mu, self._serial = _log_mean(demand), 0
+        self._mu, self._serial = log_mean(demand), 0
         self._calls: dict[Answer, Call] = {}  # in the batch
         self._queue: deque[Call] = deque()
         self._changed = threading.Condition()

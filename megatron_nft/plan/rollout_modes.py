@@ -74,7 +74,7 @@ class _Questions:
 
     def __init__(self, demand: Demand, seed: int) -> None:
         self._demand, self._rng = demand, np.random.default_rng(seed)
-        self._mu = _log_mean(demand)
+        self._mu = log_mean(demand)
         self._left: dict[int, int] = {}  # answers that a started group lacks
         self._kept: dict[int, bool] = {}  # of decided groups that are not trained yet
         self._order: deque[int] = deque()  # draws, from the first that is not trained
@@ -149,7 +149,7 @@ class _Questions:
         self._waiting = 0
 
 
-def _log_mean(demand: Demand) -> float:
+def log_mean(demand: Demand) -> float:
     """Return mu of a log-normal whose mean, once cut at the longest answer, is the demanded one.
 
     E[min(X, c)] = exp(mu + s^2/2) Phi((ln c - mu - s^2) / s) + c (1 - Phi((ln c - mu) / s)); rising in mu, so bisected.

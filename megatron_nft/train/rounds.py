@@ -10,6 +10,8 @@ ranks that have all their answers. All see the same rounds with the same numbers
   what is often the whole generation of a step; a peer's copy or a folder of weights would be a second way to bring
   weights, without the checks of the first;
 - as long as one rank makes progress, the others that wait for it are not taken for stalled.
+
+Where answers outlive a step, ranks `meet` instead: they all come to a round at about the same time, with what it tells.
 """
 
 from __future__ import annotations

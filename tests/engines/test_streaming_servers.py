@@ -76,8 +76,11 @@ def test_sglang_answers_while_the_trainer_trains(sglang_server, sglang_model, tm
 
 
 @pytest.mark.long
-def test_vllm_goes_on_over_weight_updates(vllm_model, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "in_flight"), [("streaming", "finish"), ("overlapped", "abort"), ("overlapped", "continue")]
+)
+def test_vllm_goes_on_over_weight_updates(vllm_model, tmp_path, mode, in_flight):
     """A server of the run's own: `vllm_server` belongs to the tests of its order."""
     made = settings(tmp_path, "vllm", vllm_model, [])
-    made["rollout"]["server"] |= {"start_timeout_s": 600}
-    check(Run(made, timeout_s=1200))
+    made["rollout"] |= {"mode": mode, "server": {**made["rollout"]["server"], "start_timeout_s": 600}}
+    check(Run({**made, "sync": {"in_flight": in_flight}}, timeout_s=1200))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_nft.plan.decoding import Answer, DecodeModel, Fleet, SimulatedEngine
-from megatron_nft.plan.rollout_modes import Demand, Machine, _log_mean, simulate
+from megatron_nft.plan.rollout_modes import Demand, Machine, log_mean, simulate
 
 ONE_SECOND = DecodeModel(max_rows=2, weights_s=1.0, context_s=0.0, row_s=0.0, overhead_s=0.0, prefill_s=0.0)
 QUICK = DecodeModel(max_rows=64, weights_s=2e-3, context_s=1e-8, row_s=2e-5, overhead_s=1e-3, prefill_s=1e-5)
@@ -47,7 +47,7 @@ def test_an_answer_that_is_stopped_keeps_its_tokens_and_is_read_in_again():
 @pytest.mark.parametrize(("mean", "cap"), [(300, 1200), (3900, 4096), (50, 100000)])
 def test_lengths_have_the_mean_that_is_asked_for(mean, cap):
     demand = Demand(1, 1, 1, 0.5, mean, cap, 0, 0)
-    lengths = np.minimum(np.exp(np.random.default_rng(1).normal(_log_mean(demand), demand.spread, 400_000)), cap)
+    lengths = np.minimum(np.exp(np.random.default_rng(1).normal(log_mean(demand), demand.spread, 400_000)), cap)
     assert lengths.mean() == pytest.approx(mean, rel=0.005)
 
 

@@ -88,16 +88,50 @@ class Stream:
         return joined(request.prefix, rest)
 
 
+class OverlappedStream(Stream):
+    """The same, which goes on while the trainer trains, and at a swap asks again for what was under way."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.begun, self.news = {}, []
+        engine.streams.append(self)
+
+    def go_on(self, rounds: int) -> None:
+        for _ in range(rounds):
+            self.news += super().advance().ended
+
+    def swap(self) -> None:
+        stopped = dict(self.stop())
+        requests = {request.number: request for request in self.asked}
+        self.begun |= stopped
+        self.waiting = [replace(requests[number], prefix=answer) for number, answer in stopped.items()] + [
+            request for request in self.waiting if request.number not in stopped
+        ]
+
+    def add(self, requests) -> None:
+        self.asked = [*getattr(self, "asked", []), *requests]
+        super().add(requests)
+
+    def advance(self, *, at_once: bool = False) -> Advance:
+        if not at_once:
+            self.go_on(1)
+        ended, self.news = self.news, []
+        begun = {number: answer for number, answer in self.begun.items() if number not in dict(ended)}
+        self.begun = {}
+        return Advance(ended, True, list(begun.items()))
+
+
 class Engine:
     is_deterministic = True
 
-    def __init__(self, rows: int = 24) -> None:
+    def __init__(self, rows: int = 24, kind: type[Stream] = Stream) -> None:
         self.rows, self.weight_version, self.rounds, self.asked = rows, 0, 0, []
         self.after_round = lambda: None
+        self.kind, self.streams = kind, []
 
     @contextmanager
     def stream(self, sampling):
-        yield Stream(self)
+        yield self.kind(self)
 
 
 class Verifier:
@@ -148,9 +182,8 @@ class Rank:
         self.life, self.questions, self.metrics = Life(), Questions(), Metrics()
         self.algorithm = open_algorithm(config.algorithm, max_response_tokens=config.rollout.max_response_tokens)
 
-    def collect(self):
-        self.engine.weight_version = self.state.weight_version
-        producer = Producer(
+    def producer(self) -> Producer:
+        return Producer(
             self.state,
             engine=self.engine,
             verifier=Verifier(),
@@ -160,7 +193,10 @@ class Rank:
             stream=self.questions,
             algorithm=self.algorithm,
         )
-        return producer.collect(self.state, self.metrics, Rounds(self.life, None))
+
+    def collect(self, producer: Producer | None = None):
+        self.engine.weight_version = self.state.weight_version
+        return (producer or self.producer()).collect(self.state, self.metrics, Rounds(self.life, None))
 
     def step(self):
         found = self.collect()
@@ -223,6 +259,39 @@ def test_all_tokens_are_counted_once():
     begun = sum(len(a.token_ids) for g in rank.state.waiting for a in g.begun.values())
     missing = sum(len(answer_of(g.draw, k)) for g in rank.state.waiting for k in range(SAMPLES) if k not in g.answers)
     assert generated == written - missing + begun
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_overlapped_steps_train_the_same_groups_and_nothing_older(staleness):
+    """Weights are swapped under running answers; three rounds of the engine fit into a training step."""
+    config = settings(staleness, mode="overlapped", engine="sglang")
+    rank = Rank(config, Engine(kind=OverlappedStream))
+    producer, trained, written, generated, spans = rank.producer(), [], [], 0, Counter()
+    for step in range(1, 31):
+        rank.metrics = Metrics()
+        found = rank.collect(producer)
+        trained += [f.draw for f in found.kept]
+        written += [group.draw for group in found.groups]
+        generated += metrics_of(rank)["tokens/generated"]
+        for rollout in (r for group in found.groups for r in group.rollouts):
+            assert rollout.response_ids.tolist() == answer_of(rollout.draw, rollout.sample_index).tolist()
+            versions = [version for version, _, _ in rollout.version_spans]
+            assert versions == sorted(set(versions)) and step - 1 - versions[0] <= staleness
+            spans[len(versions)] += 1
+        (stream,) = rank.engine.streams
+        stream.go_on(3)
+        stream.swap()
+        rank.engine.weight_version = step
+        rank.state = producer.hold(RunState(step, step, found.cursor))
+        draws = [group.draw for group in rank.state.waiting]
+        assert not {*draws} & {*written}
+    assert trained == kept_draws(30 * PER_STEP)
+    assert len(written) == len(set(written))
+    assert spans[2] > 20, spans
+    held = sum(len(a.token_ids) for g in rank.state.waiting for a in g.begun.values())
+    held += sum(len(r.response_ids) for g in rank.state.waiting for r in g.answers.values())
+    ended = sum(len(answer_of(draw, k)) for draw in written for k in range(SAMPLES))
+    assert ended <= generated <= ended + held
 
 
 def naive_step(engine: Engine, questions: Questions):
