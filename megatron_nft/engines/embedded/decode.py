@@ -5,6 +5,7 @@ Legend: Q distinct prompts, B rows (answers under way), L columns (padding on th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -94,6 +95,9 @@ class _Forward:
     def __init__(self, model: Any, padding_B: torch.Tensor) -> None:
         self.model, self.padding_B = model, padding_B
         self.cache = Cache(layer_class_to_replicate=_GrowingLayer)
+        # transformers 5.24 renamed it, and takes the old name until 5.40
+        parameters = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.columns = 0
         self.padded = bool(padding_B.any())
 
@@ -109,9 +113,9 @@ class _Forward:
             input_ids=tokens_BN,
             attention_mask=mask_BL,
             position_ids=position_BN,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: self.cache},
         ).logits
         return logits[:, -1]
 
