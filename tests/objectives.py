@@ -13,7 +13,7 @@ from megatron_nft.types import PackedBatch
 ALGORITHM_DEFAULTS = {
     "truncated": "negative",
     "behaviour": "recomputed",
-    "correction": "none",
+    "correction": None,
     "correction_level": "token",
     "correction_low": 0.0,
     "correction_high": 2.0,
