@@ -7,7 +7,8 @@ The workload stands in one file and is the same for all modes: questions, answer
 mean and longest answer divided by 37). A tenth of the answers is right, so that about a third of the groups can be
 trained, as in the published geometry of 1536 questions for 512. One thing is measured first: the seconds that this
 trainer takes for a step without generation. A token of the server then takes as long as makes a synchronous step's
-generation `generation_to_training` times that. Steps of the warm-up are left out; every repetition runs all modes in turn.
+generation `generation_to_training` times that. Steps of the warm-up are left out; every repetition runs all modes in
+turn.
 """
 
 from __future__ import annotations
