@@ -68,6 +68,7 @@ PARTS = (  # in the order of worth
     script("agreement", "engine", 120),
     script("nft_run", "engine", 120),
     script("decoding", "engine", 100),
+    pytest_part("vllm", "", 100),
 )
 PIECES = tuple(  # of `training`, to be named one by one
     Part(name, "training", 30, ("benchmarks/gpu_training.py", name))

@@ -31,7 +31,7 @@ def run_quickstart(folder: Path) -> Path:
     """A short quick start from a barely warmed-up model."""
     prepare = ROOT / "examples" / "quickstart" / "prepare.py"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(prepare), str(folder / "start")], check=True, env=env)
+    subprocess.run([sys.executable, str(prepare), str(folder / "start"), "--target", "0.3"], check=True, env=env)
     task, run_dir = folder / "start" / "task", folder / "run"
     command = [sys.executable, "-m", "megatron_nft", "train", "--config", str(ROOT / "configs" / "quickstart.yaml")]
     command += [f"run_dir={run_dir}", f"model.path={folder / 'start' / 'model'}", f"train.num_steps={NUM_STEPS}"]

@@ -31,6 +31,9 @@ bash "$root/tools/setup_env.sh"
 python="$root/.venv/bin/python"
 # One thread per process: the two ranks share two cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# The same bits on every x86 processor with AVX2: torch and MKL else choose their kernels by the processor, and a last
+# bit that differs leads to other answers, another warm-up and another run.
+export ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE
 
 [ -f "$run_dir/start/model/.warm" ] || {
   "$python" "$here/prepare.py" "$run_dir/start" --seed "$seed"

@@ -14,7 +14,7 @@ from under_way import requests_under_way
 from megatron_nft.data.synthetic import write_task
 from runs import Run
 
-SECONDS = 60.0  # the answers that are asked for would take many minutes
+IDLE_S, END_S = 60.0, 240.0  # the answers that are asked for would take longer; processes end slowly where others work
 
 
 def stop_in_generation(kind, urls, model, folder) -> None:
@@ -42,13 +42,13 @@ def stop_in_generation(kind, urls, model, folder) -> None:
     run.wait_until(lambda: requests_under_way(kind, urls) >= 64)
     sent = time.monotonic()
     run.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: requests_under_way(kind, urls) == 0, SECONDS, "the end of the requests")
+    wait_until(lambda: requests_under_way(kind, urls) == 0, IDLE_S, "the end of the requests")
     idle_s = time.monotonic() - sent
     run.wait()
     ended_s = time.monotonic() - sent
     assert run.process.returncode == 75, run.text
     assert "before the first step was complete; nothing to save" in run.text
-    assert ended_s < SECONDS, run.text
+    assert ended_s < END_S, run.text
     assert requests_under_way(kind, urls) == 0 and run.left_over() == []
     print(f"{kind}: no request was left after {idle_s:.1f} s, the run had ended after {ended_s:.1f} s")
 

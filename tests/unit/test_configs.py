@@ -166,6 +166,7 @@ def test_baselines_differ_in_the_algorithm_alone(size, algorithm):
         }[algorithm],
     }
     nft = {"name": "nft", "loss_divisor": divisor, "negative_weight": 1.0, "clamp": 1.0}
+    nft |= {"reference": "behaviour", "reference_decay": 0.9}
     assert algorithms[1] == {**nft, **ALGORITHM_DEFAULTS, "ratio_max_log": 10.0, **LIKELIHOOD}
 
 

@@ -120,6 +120,7 @@ def test_a_dry_run_shows_the_first_prompt_as_text_and_tokens(start, tmp_path, ca
 
 def evaluation(start, tmp_path, *arguments):
     given = ["eval", "--model", start["model"]["path"], "--out", str(tmp_path / "out"), "--engine", "embedded"]
+    given += ["--max-prompt-tokens", "16", "--max-response-tokens", "16"]  # the model has 128 positions
     return main([*given, *arguments])
 
 

@@ -58,7 +58,7 @@ def test_metadata(wheel):
     assert "# megatron_nft" in metadata.get_payload()
     required = {re.match(r"[\w.-]+", line).group() for line in metadata.get_all("Requires-Dist") if "extra" not in line}
     assert {"torch", "megatron-core", "transformers", "pydantic", "math-verify"} <= required
-    assert set(metadata.get_all("Provides-Extra")) == {"sglang", "vllm", "te", "nemo-run", "wandb", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"sglang", "vllm", "te", "gguf", "nemo-run", "wandb", "dev"}
 
 
 def test_the_command(wheel):
