@@ -7,8 +7,8 @@ The workload stands in one file and is the same for all modes: questions, answer
 mean and longest answer divided by 37). A tenth of the answers is right, so that about a third of the groups can be
 trained, as in the published geometry of 1536 questions for 512. One thing is measured first: the seconds that this
 trainer takes for a step without generation. A token of the server then takes as long as makes a synchronous step's
-generation
-`generation_to_training` times that. Steps of the warm-up are left out; every repetition runs all modes in turn.
+generation `generation_to_training` times that. Steps of the warm-up are left out; every repetition runs all modes in
+turn.
 """
 
 from __future__ import annotations
@@ -98,9 +98,10 @@ def measure(folder: Path, work: dict[str, Any], repetitions: int, ratio: float) 
     steps = work["warm_up"] + work["steps"]
     calibration = figures(run(folder / f"calibrate-{ratio:g}", work, "synchronous", 1e-4, 0, steps), work["warm_up"])
     training_s = calibration["step_s"] - calibration["generate_s"]
-    # A synchronous batch is done when the last of its rows is: measured once with a token time that dominates.
+    # Beside the time of tokens, generation has costs of its own; a second run with longer tokens tells them apart.
     probe = figures(run(folder / f"probe-{ratio:g}", work, "synchronous", 0.02, 0, steps), work["warm_up"])
-    token_s = 0.02 * ratio * training_s / probe["generate_s"]
+    of_tokens = probe["generate_s"] - calibration["generate_s"]
+    token_s = max(1e-4, 0.02 * (ratio * training_s - calibration["generate_s"]) / of_tokens)
     print(f"a step without generation takes {training_s:.2f} s; a token {token_s * 1000:.1f} ms", flush=True)
     found: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
     for repetition in range(repetitions):
