@@ -135,7 +135,7 @@ def open_http_engine(kind: ServerKind, model_path: Path, rollout: RolloutConfig,
         local_urls=None if given else asked,
         router=router,
         first=hosts.first_server(len(asked), of_all_ranks=bool(given)),
-        far=hosts.far_servers(started),
+        far=() if given else hosts.far_servers(started),  # those that are given, every rank asks anyway
         key=key,
         patience_s=patience_s,
     )

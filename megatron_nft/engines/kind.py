@@ -60,6 +60,11 @@ class Environment(Protocol):
         ...
 
 
+def _as_it_is(server: ServerConfig) -> ServerConfig:
+    """One server takes weights from its own host and from others."""
+    return server
+
+
 def _any_model(rollout: RolloutConfig, spec: ModelSpec) -> None:
     """Do nothing: updates of every model come out right."""
 
@@ -83,6 +88,8 @@ class ServerKind:
     """rollout.server.sleep_level -> how memory is released and resumed."""
     served_version: Callable[[str, Path, str | None], str]
     """(URL, model folder, key): name and version that a running server gives. ValueError where it has another model."""
+    for_other_hosts: Callable[[ServerConfig], ServerConfig] = _as_it_is
+    """The settings of a server on a GPU that trainers on other hosts bring weights to, by `distributed`."""
     router: type[RequestRouter] | None = None
     """What spreads requests with rollout.server.router, where the engine has something for it."""
     check_updates: Callable[[RolloutConfig, ModelSpec], None] = _any_model

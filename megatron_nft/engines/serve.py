@@ -43,12 +43,15 @@ def start(config: Config, node: str, registry: Path) -> ServerGroup:
     if host == "auto":
         host = address or LOOPBACK
     server = config.rollout.server.model_copy(update={"host": host})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and config.sync.transport != "disk":
+        server = kind.for_other_hosts(server)
     return start_servers(
         kind,
         config.model.path,
         config.rollout.model_copy(update={"server": server}),
         precision=config.policy.precision,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
         log_dir=config.run_dir / "engines" / node,
         weight_version=NO_WEIGHTS,
         address=address or os.uname().nodename,

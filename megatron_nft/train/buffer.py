@@ -60,6 +60,12 @@ class RolloutBuffer:
         self._groups = {group.draw: group.copy() for group in sorted(groups, key=lambda group: group.draw)}
         self._grading: list[tuple[OpenGroup, int, GradingAnswer]] = []  # (group, sample, answer)
         self._told: set[int] = set()  # draws of groups that `complete` has handed out
+        limit = config.rollout.max_response_tokens
+        for group in self._groups.values():
+            for sample, answer in list(group.begun.items()):
+                if len(answer.token_ids) >= limit:  # begun under a higher limit, before the run went on with this one
+                    self.add(group.draw * self._num_samples + sample, cut_off(answer, limit))
+        self.take_verdicts(0.0)
 
     def open(self, draw: int, prompt: Prompt) -> None:
         """Start a question."""
@@ -83,7 +89,9 @@ class RolloutBuffer:
     def add(self, number: int, completion: Completion) -> None:
         """Take an answer of a stream: one that has ended is given to the verifier, another one kept as it is."""
         draw, sample = divmod(number, self._num_samples)
-        group = self._groups[draw]
+        group = self._groups.get(draw)
+        if group is None:  # dropped as too old while this was under way
+            return
         if completion.finish_reason == "stopped":
             group.begun[sample] = completion
             return
@@ -97,9 +105,12 @@ class RolloutBuffer:
         limit (graders have limits of their own)."""
         futures = [answer.verdict for _, _, answer in self._grading if answer.verdict is not None]
         wait(futures, timeout_s)
-        graded = [entry for entry in self._grading if entry[2].is_graded]
-        self._grading = [entry for entry in self._grading if not entry[2].is_graded]
-        for group, sample, answer in graded:
+        entries, self._grading = self._grading, []
+        for entry in entries:
+            group, sample, answer = entry
+            if not answer.is_graded:  # asked once: a verdict may come at any moment
+                self._grading.append(entry)
+                continue
             group.answers[sample] = to_rollout(group.draw, sample, answer.result(), self._config.algorithm.truncated)
 
     def complete(self) -> list[RolloutGroup]:
@@ -131,3 +142,15 @@ class RolloutBuffer:
     def snapshot(self) -> tuple[OpenGroup, ...]:
         """All open groups as they are now, in draw order."""
         return tuple(group.copy() for group in self._groups.values())
+
+
+def cut_off(answer: Completion, limit: int) -> Completion:
+    """The first `limit` tokens of an answer, as one that was cut off at that length."""
+    spans = tuple((v, start, min(end, limit)) for v, start, end in answer.weight_version_spans if start < limit)
+    return replace(
+        answer,
+        token_ids=answer.token_ids[:limit],
+        logprobs=answer.logprobs[:limit],
+        finish_reason="length",
+        weight_version_spans=spans,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -127,6 +128,11 @@ class Phases:
     def watch_others(self, heartbeat: Heartbeat, timeout_s: float) -> None:
         """From here on this rank ends when one of the others has been silent for `timeout_s`."""
         self._heartbeat, self._patience_s = heartbeat, timeout_s
+
+    def stop_watching_others(self) -> None:
+        """From here on the silence of others means nothing: a run that is over is closed by each rank alone, and the
+        store, with the host of rank 0, may go first."""
+        self._patience_s = math.inf
 
     def where(self) -> Whereabouts:
         """Where this rank is now."""

@@ -59,6 +59,7 @@ def run_rank(config: Config) -> int:
                     write_resolved_config(config)
                 parts, state = opened.enter_context(open_parts(config, layout, life))
             train(parts, state)
+            phases.stop_watching_others()
             status = 0
         except Interrupted as e:
             status = EXIT_INTERRUPTED if e.signum == signal.SIGINT else EXIT_SAVED

@@ -246,7 +246,7 @@ class Handler(engine_peer.Handler):
         elif path == "update_weight_version":
             Handler.version = ask["new_version"]
         else:
-            assert path in ("pause?mode=wait", "resume", "reset_prefix_cache"), path
+            assert path in ("pause?mode=wait", "resume", "reset_prefix_cache?reset_running_requests=true"), path
         return {"success": True}
 
     def on_workers(self, method: str, *arguments: object, **named: object) -> list:

@@ -152,3 +152,17 @@ def test_interpreter_that_is_found(tmp_path, monkeypatch):
     python.parent.mkdir(parents=True)
     python.touch()
     assert host.find_python("sglang", None) == python
+
+
+def test_vllm_for_trainers_on_other_hosts_takes_weights_over_nccl_unless_told_otherwise():
+    from megatron_nft.engines.vllm.kind import KIND
+
+    line = vllm.command_line(
+        Path("/e/python"), Path("/m"), KIND.for_other_hosts(ServerConfig()), device="cuda", **COMMON
+    )
+    assert [a for a in line if a.startswith("--weight-transfer-config")][-1].endswith(
+        '{"backend": "nccl"}'
+    )  # the last counts
+    for given in ('--weight-transfer-config={"backend": "ipc"}', "--worker-extension-cls=own.Extension"):
+        server = ServerConfig(extra_args=[given])
+        assert KIND.for_other_hosts(server) == server

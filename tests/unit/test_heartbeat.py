@@ -175,6 +175,29 @@ def test_a_rank_ends_when_another_one_is_silent_while_its_own_phase_has_time(tmp
     assert said.endswith("it was in phase train, step 3 (limit 3 s, train.heartbeat_timeout_s)")
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_silence_means_nothing_once_training_is_over(tmp_path, monkeypatch, over):
+    """Servers are stopped one after the other then, and the host of the store may be gone first."""
+    asked, ended = [], []
+
+    class Silence:
+        def silent(self):
+            asked.append(1)
+            return [Whereabouts(1, "h2", 3, "train", False, False, 0.0, silent_s=1000.0)]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(Phases, "_end_alone", lambda self, gone: ended.append(gone))
+    phases = Phases(0, tmp_path, 600.0)
+    phases.watch_others(Silence(), 60.0)
+    if over:
+        phases.stop_watching_others()
+    wait_until(lambda: len(asked) > 1)
+    phases.close()
+    assert bool(ended) is not over
+
+
 def test_the_files_may_know_better_where_a_silent_rank_was(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     phases = Phases(0, tmp_path, 600.0)

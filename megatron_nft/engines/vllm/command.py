@@ -58,6 +58,14 @@ def command_line(
     return [str(python), "-m", module, *given, *(f"--{f}" for f in flags), *config.extra_args]
 
 
+def for_other_hosts(server: ServerConfig) -> ServerConfig:
+    """See `kind.ServerKind.for_other_hosts`: the handles of the backend `ipc` do not leave a host."""
+    chosen = any(argument.startswith("--weight-transfer-config") for argument in server.extra_args)
+    if chosen or _names_extension(server):
+        return server
+    return server.model_copy(update={"extra_args": [*server.extra_args, OWN_TRANSFER["nccl"]]})
+
+
 def guarded(command: list[str]) -> list[str]:
     """See `kind.ServerKind.guarded`. vLLM's own key guards /v1 and /inference alone, not the calls that control it."""
     return [*command, "--middleware=nft_guard.KeyCheck"]

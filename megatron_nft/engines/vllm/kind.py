@@ -11,7 +11,7 @@ from megatron_nft.engines.engine import EngineError
 from megatron_nft.engines.http import HttpEngineKind
 from megatron_nft.engines.versions import check_served_model, first_answer, named_version
 from megatron_nft.engines.vllm.client import VLLMEngine
-from megatron_nft.engines.vllm.command import command_line, environment, guarded
+from megatron_nft.engines.vllm.command import command_line, environment, for_other_hosts, guarded
 from megatron_nft.engines.vllm.memory import MEMORY_CALLS
 
 
@@ -45,4 +45,5 @@ KIND = HttpEngineKind(
     set_version=set_version,
     memory_calls=MEMORY_CALLS,
     served_version=served_version,
+    for_other_hosts=for_other_hosts,
 )

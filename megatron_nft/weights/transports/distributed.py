@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from itertools import count
 
@@ -96,7 +96,7 @@ class DistributedTransport(ServerTransport):
 
     def _join_engines(self) -> None:
         """Make this leader's group with every engine that is not lost; one that is lost meanwhile is left out."""
-        self._leave()
+        wait(self._leave())  # vLLM has one group at a time: a late farewell would end the next one
         while self._group is None:
             try:
                 self._group = self._gather_engines()
@@ -165,14 +165,15 @@ class DistributedTransport(ServerTransport):
         super().resume(version)
         self._left_with |= dict.fromkeys(self.engines(), version)
 
-    def _leave(self, wait_s: float = 0.0) -> None:
+    def _leave(self, wait_s: float = 0.0) -> list[Future[None]]:
+        """Close the group; returns what tells the engines so."""
         if self._group is None:
-            return
+            return []
         self._group.close(wait_s)
         self._group = None
-        for server in self._servers:
-            if server.url in self._members and self.lost.get(server.url, SPARED) == SPARED:
-                self._threads.submit(_forget, server, self._group_name)
+        members = (server for server in self._servers if server.url in self._members)
+        left = [server for server in members if self.lost.get(server.url, SPARED) == SPARED]
+        return [self._threads.submit(_forget, server, self._group_name) for server in left]
 
     def close(self) -> None:
         self._leave(CLOSE_S)
