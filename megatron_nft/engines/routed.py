@@ -43,8 +43,11 @@ class RequestRouter(Protocol):
         """URLs of the servers that get requests. httpx.HTTPError, KeyError or ValueError where it does not answer."""
         ...
 
-    async def admit(self, client: httpx.AsyncClient, urls: Collection[str]) -> None:
-        """Make `urls` the only servers that get requests. httpx.HTTPError or EngineError where that fails."""
+    async def admit(self, client: httpx.AsyncClient, urls: Collection[str]) -> Collection[str]:
+        """Make `urls` the only servers that get requests; returns those of them that do by now.
+
+        httpx.HTTPError or EngineError where none does, or another one still does.
+        """
         ...
 
     def end_hanging(self, quiet_s: float) -> None:
@@ -114,11 +117,12 @@ class Routed:
     async def _admit(self, urls: list[str]) -> None:
         async with self._admitting:
             try:
-                await self._router.admit(self._client, urls)
+                admitted = await self._router.admit(self._client, urls)
             except (httpx.HTTPError, EngineError, KeyError, ValueError):
                 self.target.down = True  # the next request has it looked at again
                 return
-            self._admitted = urls
+            # One that is ready and was not taken yet counts as down: the next look asks the router again.
+            self._admitted = [url for url in urls if url in admitted]
             for server in self.servers:
-                server.down = server.url not in urls
-            self.target.down = not urls
+                server.down = server.url not in self._admitted
+            self.target.down = not self._admitted

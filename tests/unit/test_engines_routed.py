@@ -17,6 +17,8 @@ class FakeRouter:
 
     def __init__(self):
         self.admitted, self.hung, self.told = [], False, []
+        self.slow = set()  # URLs that it does not take yet
+        self.refused = 0  # how often it has not taken one of them
         self._turn = itertools.count()
         self._opened = serving(self._forward)
 
@@ -46,7 +48,9 @@ class FakeRouter:
         return self.admitted
 
     async def admit(self, client, urls):
-        self.admitted = list(urls)
+        self.admitted = [url for url in urls if url not in self.slow]
+        self.refused += len(self.admitted) < len(urls)
+        return self.admitted
 
     def end_hanging(self, quiet_s):
         self.told.append(quiet_s)
@@ -87,6 +91,20 @@ def test_a_server_that_came_back_is_named_and_works_again_in_the_same_phase(rout
             raise AssertionError("it did not get requests again")
         assert named == [[a.url]]
         assert client.left_behind() == []
+
+
+def test_a_server_that_the_router_does_not_take_at_once_is_offered_again_in_the_same_phase(router):
+    settings = {"options": {"router": router}, "stall_timeout_s": 8.0, "max_in_flight": 4}
+    with serving(good) as a, serving(good) as b, engine(a, b, **settings) as client:
+        router.slow.add(a.url)
+        for _ in client.generate(requests(100_000), SamplingParams(8)):
+            if router.refused > 1 and router.slow:
+                assert router.admitted == [b.url]
+                router.slow.clear()
+            if a.url in router.admitted:
+                break
+        else:
+            raise AssertionError("it did not get requests")
 
 
 def test_a_server_that_hangs_is_withdrawn_and_its_owner_is_told(router, tmp_path):

@@ -64,10 +64,10 @@ class Router:
         """See `routed.RequestRouter.servers`."""
         return (await self._workers(client)).keys()
 
-    async def admit(self, client: httpx.AsyncClient, urls: Collection[str]) -> None:
-        """Make `urls` the router's workers. httpx.HTTPError or EngineError where it does not follow in time.
+    async def admit(self, client: httpx.AsyncClient, urls: Collection[str]) -> Collection[str]:
+        """See `routed.RequestRouter.admit`. EngineError where the router does not follow in time.
 
-        A server that the router does not find healthy within PATIENCE_S joins later, if there is another.
+        A server that the router does not find healthy within PATIENCE_S is left for later, if there is another.
         """
         start = time.monotonic()
         asked: set[str] = set()  # it answers at once and works in the background
@@ -77,7 +77,7 @@ class Router:
             missing = {url for url in urls if url not in known or not known[url]["is_healthy"]}
             waited_s = time.monotonic() - start
             if not stale and (not missing or (waited_s > PATIENCE_S and len(missing) < len(urls))):
-                return
+                return [url for url in urls if url not in missing]
             if waited_s > TIMEOUT_S:
                 raise EngineError(f"{self.url} has {sorted(known)} after {TIMEOUT_S:.0f} s, wanted are {sorted(urls)}")
             for url in stale - asked:
