@@ -66,12 +66,15 @@ def test_answers_outlive_steps_and_say_which_weights_made_them(reference):
 
 
 def test_ranks_own_different_questions_and_draw_different_answers(reference):
-    answers: dict[int, set] = {}
+    """Answers of a few tokens may be alike by chance; longer ones are not, unless their random numbers were."""
+    drawn: list[tuple] = []
     for _, path in list_rollout_files(reference):
         for row in read_rollout_file(path).to_pylist():
             assert path.stem == f"rank_{row['draw'] % 2:05d}"
-            answers.setdefault(row["draw"], set()).add(tuple(row["response_ids"]))
-    assert not any(a & b for draw, a in answers.items() for other, b in answers.items() if other > draw)
+            drawn.append(tuple(row["response_ids"]))
+    long = [answer for answer in drawn if len(answer) >= 8]
+    assert len(long) > 20
+    assert len(set(long)) == len(long)
 
 
 def test_log_probs_of_the_step_s_own_weights_are_the_trainer_s(reference):
