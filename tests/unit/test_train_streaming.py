@@ -477,3 +477,25 @@ def test_modes_that_cannot_be_are_refused(rollout, why):
 def test_old_tokens_are_corrected_for_unless_the_settings_say_otherwise(mode, algorithm, expected):
     values = {"run_dir": "/tmp", "model": {"path": "/tmp"}, "data": {"train": ["/tmp"]}, "algorithm": algorithm}
     assert Config(**values).algorithm.with_correction_for(mode).correction == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "sync", "expected"),
+    [
+        ("synchronous", {}, "finish"),
+        ("streaming", {}, "finish"),
+        ("overlapped", {}, "abort"),
+        ("overlapped", {"in_flight": "continue"}, "continue"),
+        ("streaming", {"in_flight": "abort"}, "abort"),
+    ],
+)
+def test_a_sync_waits_for_answers_only_where_they_end(mode, sync, expected):
+    values = {"run_dir": "/tmp", "model": {"path": "/tmp"}, "data": {"train": ["/tmp"]}, "sync": sync}
+    config = Config(**values, rollout={"mode": mode, "engine": "sglang"})
+    assert config.sync.in_flight_for(config.rollout.mode) == expected
+
+
+def test_a_sync_that_would_wait_for_answers_that_never_all_end_is_refused():
+    values = {"run_dir": "/tmp", "model": {"path": "/tmp"}, "data": {"train": ["/tmp"]}}
+    with pytest.raises(ValueError, match=r"sync\.in_flight=finish with rollout\.mode=overlapped"):
+        Config(**values, rollout={"mode": "overlapped", "engine": "vllm"}, sync={"in_flight": "finish"})

@@ -115,7 +115,8 @@ class ServerTransport(Transport):
 
     def pause(self, only: Collection[str] | None = None) -> None:
         self.lost = {s.url: SPARED for s in self._servers if only is not None and s.url not in only}
-        self._each(lambda server: server.pause(self._config.sync.in_flight))
+        in_flight = self._config.sync.in_flight_for(self._config.rollout.mode)
+        self._each(lambda server: server.pause(in_flight))
 
     def begin(self, version: int) -> None:
         self._each(lambda server: server.begin())
