@@ -88,8 +88,8 @@ class Config(Section):
             )
         if self.rollout.mode == "overlapped" and self.sync.in_flight == "finish":
             raise ValueError(
-                "sync.in_flight=finish with rollout.mode=overlapped: answers are always under way there, so a sync would "
-                "wait for the longest and lose its servers after sync.timeout_s; set sync.in_flight to abort or "
+                "sync.in_flight=finish with rollout.mode=overlapped: answers are always under way there, so a sync "
+                "would wait for the longest and lose its servers after sync.timeout_s; set sync.in_flight to abort or "
                 "continue, or leave it out"
             )
         if not self.rollout.uses_servers and self.sync.transport not in ("auto", "tensor"):

@@ -14,7 +14,7 @@ from answering import engine, failing_first, good, requests, run, sample, servin
 from processes import wait_until
 
 from megatron_nft.engines import asking
-from megatron_nft.engines.engine import EngineError, SamplingParams, WeightVersionError
+from megatron_nft.engines.engine import AnswerRequest, EngineError, SamplingParams, WeightVersionError
 from megatron_nft.engines.target import State
 from megatron_nft.engines.targets import Targets
 
@@ -411,6 +411,30 @@ def test_what_a_server_has_is_given_up_where_it_fails_one_request_and_hangs():
         a.moves = lambda: False
         assert len(run(client, requests(8))) == 16
         never.set()
+
+
+def test_a_server_that_a_weight_sync_has_paused_is_not_given_up():
+    """Nor is it once the sync is over, until it has been silent for as long again."""
+    over = threading.Event()
+
+    def hang(body):
+        over.wait(60)
+        return good(body)
+
+    with serving(hang) as a, serving(good) as b, engine(a, b, stall_timeout_s=0.8, max_in_flight=1) as client:
+        a.moves = lambda: False
+        client.syncing = True
+        with client.stream(SamplingParams(8)) as stream:
+            stream.add([AnswerRequest(0, np.array([1, 2], dtype=np.int32), (0, 0), None)])
+            while a.looks.count("/health_generate") < 10:  # five each second: it has been silent for two limits
+                assert not stream.advance().ended
+            assert not b.bodies
+            client.syncing = False
+            ended = []
+            while not ended:
+                ended = stream.advance().ended
+        over.set()
+    assert ended[0][0] == 0 and len(b.bodies) == 1
 
 
 def test_the_caller_is_told_when_nothing_moves():
