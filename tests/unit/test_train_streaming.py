@@ -17,6 +17,7 @@ from megatron_nft.config import Config
 from megatron_nft.engines.completions import joined
 from megatron_nft.engines.engine import Advance, Completion
 from megatron_nft.metrics import Metrics
+from megatron_nft.train import streaming
 from megatron_nft.train.buffer import OpenGroup
 from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.collect import EmptyBatchError
@@ -292,6 +293,23 @@ def test_overlapped_steps_train_the_same_groups_and_nothing_older(staleness):
     held += sum(len(r.response_ids) for g in rank.state.waiting for r in g.answers.values())
     ended = sum(len(answer_of(draw, k)) for draw in written for k in range(SAMPLES))
     assert ended <= generated <= ended + held
+
+
+def test_the_wait_for_verdicts_after_a_step_is_counted_in_the_next(monkeypatch):
+    rank = Rank(settings(mode="overlapped", engine="sglang"), Engine(kind=OverlappedStream))
+    producer, clock = rank.producer(), [0.0]
+    monkeypatch.setattr(streaming, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    found = rank.collect(producer)
+    with monkeypatch.context() as slow:
+        slow.setattr(producer._buffer, "take_verdicts", lambda _: clock.append(clock.pop() + 5.0))
+        rank.state = producer.hold(RunState(1, 1, found.cursor))
+    rank.engine.streams[0].swap()
+    counted = []
+    for _ in range(2):
+        rank.metrics = Metrics()
+        rank.collect(producer)
+        counted.append(metrics_of(rank)["seconds/verify_wait"])
+    assert counted == [5.0, 0.0]
 
 
 def naive_step(engine: Engine, questions: Questions):
