@@ -439,7 +439,6 @@ def test_a_server_that_a_weight_sync_has_paused_is_not_given_up():
 
     def hang(body):
         over.wait(60)
-        return good(body)
 
     with serving(hang) as a, serving(good) as b, engine(a, b, stall_timeout_s=0.8, max_in_flight=1) as client:
         a.moves = lambda: False
