@@ -86,6 +86,12 @@ class Config(Section):
                 f"data.choose={self.data.choose} with rollout.mode={self.rollout.mode}: questions start before a step "
                 "is complete there, and what may skip them counts complete steps; use rollout.mode=synchronous"
             )
+        if self.rollout.mode == "overlapped" and self.sync.in_flight == "finish":
+            raise ValueError(
+                "sync.in_flight=finish with rollout.mode=overlapped: answers are always under way there, so a sync "
+                "would wait for the longest and lose its servers after sync.timeout_s; set sync.in_flight to abort or "
+                "continue, or leave it out"
+            )
         if not self.rollout.uses_servers and self.sync.transport not in ("auto", "tensor"):
             raise ValueError(f"sync.transport={self.sync.transport} needs rollout.engine sglang or vllm, not embedded")
         return self

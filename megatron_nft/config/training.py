@@ -122,9 +122,10 @@ class SyncConfig(Section):
     bucket_bytes: PositiveInt = 512 << 20
     """Bytes of weights that travel together. A leader of a sync, and with `tensor` every rank that shares a GPU with an
     engine, holds two buckets of this size beside its own weights; make it smaller where memory is short."""
-    in_flight: Literal["finish", "abort", "continue"] = "finish"
-    """What happens to requests under way when a sync begins: wait for them, abort them and ask again under the new
-    weights, or let them go on under the new weights."""
+    in_flight: Literal["finish", "abort", "continue"] | None = None
+    """What happens to requests under way when a sync begins: wait for them (not with rollout.mode=overlapped, where
+    some always are), abort them and ask again under the new weights, or let them go on under the new weights. null:
+    abort with rollout.mode=overlapped, else finish."""
     probe_tolerance: PositiveFloat | None = None
     """Largest difference between the engine's and the trainer's log-probs (nats per token) of the probe after a sync;
     a larger one ends the run. null: 1e-3 in fp32, 0.5 in bf16, 2 where the engine quantizes to FP8."""
@@ -132,6 +133,10 @@ class SyncConfig(Section):
     """Compare checksums of every tensor after each sync, where the engine offers them."""
     timeout_s: PositiveFloat = 600.0
     """Seconds that one call to an engine may take during a sync."""
+
+    def in_flight_for(self, mode: str) -> str:
+        """`in_flight`, or what fits the mode of the rollouts (rollout.mode) where it is not set."""
+        return self.in_flight or ("abort" if mode == "overlapped" else "finish")
 
 
 class CheckpointConfig(Section):

@@ -147,6 +147,10 @@ class Asker(ABC):
         """See `targets.Targets.begin`."""
         await self._targets.begin(num_in_flight)
 
+    def expect(self, num_in_flight: int) -> None:
+        """See `targets.Targets.expect`."""
+        self._targets.expect(num_in_flight)
+
     async def watch(self) -> None:
         """Watch the servers until cancelled: see watch.py."""
         await self._watch.run()
@@ -166,23 +170,30 @@ class Asker(ABC):
     async def _server_for(self, number: int, problems: list[str], wanted: Wanted | None) -> Target:
         """The server for a sample of request `number`; where none is up, the first that comes back.
 
-        EngineError where none does within rollout.server.start_timeout_s, or none is started again. Stopped where the
-        answer is not `wanted` any more.
+        EngineError where none does within rollout.server.start_timeout_s, or none is started again. One that is back
+        and only lacks the weights is waited for where answers outlive a phase (`wanted`): the next sync brings them,
+        after training of any length. Stopped where the answer is not `wanted` any more.
         """
         clock = asyncio.get_running_loop().time
         start = clock()
         while True:
+            if wanted is not None and not wanted():
+                raise Stopped
             target = await self._targets.pick(number)
             if wanted is not None and not wanted():
                 raise Stopped
             if target is not None:
                 return target
             waited_s = clock() - start
+            only_lacks_weights = wanted is not None and bool(self._targets.behind)
             given_up = self.group is not None and self.group.given_up
-            if given_up or waited_s > self._patience_s:
+            if given_up or (waited_s > self._patience_s and not only_lacks_weights):
                 problems.append(f"no server was up with the weights that are wanted, after {waited_s:.0f} s")
                 raise EngineError(self._describe(problems))
-            self._watch.note()  # there is a bound
+            if only_lacks_weights:
+                start = clock()  # no sign of progress: a phase that waits for weights in vain has stalled
+            else:
+                self._watch.note()  # there is a bound
 
     async def _post_for_long(self, target: Target, path: str, body: dict[str, Any]) -> Any:
         """See `_post`. TimeoutError once the server is given up; until then an answer may take as long as it takes."""

@@ -135,6 +135,15 @@ class HttpEngine(Asker):
         self._weight_version = version
         self._targets.note_new_weights()
 
+    @property
+    def syncing(self) -> bool:
+        """Whether a weight sync has paused the servers: they are not taken for hanging meanwhile."""
+        return self._watch.syncing
+
+    @syncing.setter
+    def syncing(self, syncing: bool) -> None:
+        self._watch.syncing = syncing
+
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, on_wait: OnWait | None = None
     ) -> Iterator[tuple[int, int, Completion]]:

@@ -30,7 +30,7 @@ def create_engine(config: Config, layout: Ranks) -> Engine:
         layout=layout,
         load_weights=False,
         # A request that is held during a sync was asked for under the old weights.
-        allow_version_change=config.sync.in_flight != "finish" or config.rollout.mode == "overlapped",
+        allow_version_change=config.sync.in_flight_for(config.rollout.mode) != "finish",
     )
 
 

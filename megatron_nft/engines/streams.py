@@ -95,9 +95,10 @@ class HttpStream:
 
     async def _add(self, requests: Sequence[AnswerRequest]) -> None:
         if self._watching is None:
-            await self._asker.begin(min(self._max_in_flight, len(requests)))
+            await self._asker.begin(0)
             self._watching = asyncio.create_task(self._asker.watch())
             self._watching.add_done_callback(self._note_failure)
+        self._asker.expect(min(self._max_in_flight, self._num_open))
         for request in requests:
             task = asyncio.create_task(self._make(request))
             self._tasks.add(task)
@@ -138,6 +139,7 @@ class HttpStream:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._asker.expect(0)
 
     def _note_failure(self, finished: asyncio.Task[None]) -> None:
         error = None if finished.cancelled() else finished.exception()

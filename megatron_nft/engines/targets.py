@@ -46,7 +46,9 @@ class Targets:
         self._targets = near + ([] if self.routed else [Target(url, near=False) for url in far])
         self._num_near = len(near)
         self._looking = asyncio.Lock()
+        self._num_looks = 0
         self._next = first % len(near)
+        self._num_streamed = 0  # answers under way in a stream, whatever else is asked beside it
         self._share = 1  # answers under way on each near server, or one more, if all are up
         self._of_question: dict[int, Target] = {}
         self.behind: set[str] = set()
@@ -71,13 +73,22 @@ class Targets:
     async def begin(self, num_in_flight: int) -> None:
         """See which servers that were down have come back, before a phase of generation.
 
-        num_in_flight: answers that will be under way at once.
+        num_in_flight: answers that will be under way at once, beside those of an open stream.
         """
-        self._share = max(1, num_in_flight // self._num_near)
-        self._of_question = {}
+        if not self._num_streamed:
+            self._of_question = {}
+        self._share_out(self._num_streamed + num_in_flight)
         if self.routed is not None:
             self.routed.target.down = True  # it may have servers that came back without the weights
         await self.look_at_those_down()
+
+    def expect(self, num_in_flight: int) -> None:
+        """Take note of how many answers of a stream will be under way at once from here on; 0 once it has ended."""
+        self._num_streamed = num_in_flight
+        self._share_out(num_in_flight)
+
+    def _share_out(self, num_in_flight: int) -> None:
+        self._share = max(1, num_in_flight // self._num_near)
 
     async def pick(self, question: int | None = None) -> Target | None:
         """Return the server for one answer to a question; None where none is up, after another look at them.
@@ -114,13 +125,15 @@ class Targets:
         return self.routed is None and all(t.down for t in self._targets)
 
     async def _look_once(self) -> None:
-        """Look at servers when all are down. Of the requests that wait for one, only one at a time looks."""
+        """Look at servers when all are down. Of the requests that wait, one looks, and the others go by that."""
+        seen = self._num_looks
         async with self._looking:
-            if not all(t.down for t in self._targets):
+            if self._num_looks != seen or not all(t.down for t in self._targets):
                 return
             await self.look_at_those_down()
             if all(t.down for t in self._targets):
                 await asyncio.sleep(LOOK_AGAIN_S)
+            self._num_looks += 1
 
     async def look_at_those_down(self) -> None:
         """Give requests again to servers that work again and have the wanted weights."""

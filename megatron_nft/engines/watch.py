@@ -2,7 +2,8 @@
 
 An answer may take as long as it takes: no limit stands on a request. What counts is that the server moves: an answer
 came from it, or its own sign of progress (`ProgressQuery`) changed. A server that does neither for
-`rollout.server.stall_timeout_s` is given up: its requests end with a TimeoutError and are made elsewhere.
+`rollout.server.stall_timeout_s` is given up: its requests end with a TimeoutError and are made elsewhere. A weight sync
+pauses servers, with requests that wait in them; its seconds do not count.
 
 Of a server behind a router nobody knows which requests it has. It is withdrawn from the router instead, and its
 requests end as soon as whoever started it has ended it; where nobody will, all requests through the router are made
@@ -12,6 +13,7 @@ again.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -47,6 +49,16 @@ class Watch:
         self._period_s = min(MAX_PERIOD_S, max(MIN_PERIOD_S, stall_timeout_s / LOOKS_PER_TIMEOUT))
         self._patience_s = max(self._timeout_s, self._period_s)  # for a server's answer to one question
         self._moved = False
+        self._syncing, self._synced_at = False, 0.0
+
+    @property
+    def syncing(self) -> bool:
+        """Whether a weight sync has paused the servers. Any thread may set it."""
+        return self._syncing
+
+    @syncing.setter
+    def syncing(self, syncing: bool) -> None:
+        self._syncing, self._synced_at = syncing, time.monotonic()
 
     def note(self) -> None:
         """Take note of progress that others saw."""
@@ -67,7 +79,7 @@ class Watch:
                     tasks.create_task(self._watch_routed(routed, server))
 
     async def _watch(self, target: Target) -> None:
-        clock = asyncio.get_running_loop().time
+        clock = time.monotonic
         seen: tuple[int, float | None] = (0, None)  # answers so far, the last sign of progress
         moved_at = clock()
         while True:
@@ -83,12 +95,12 @@ class Watch:
             if now_seen != seen:
                 seen, moved_at = now_seen, clock()
                 self.note()
-            elif clock() - moved_at >= self._timeout_s:
+            elif self._is_stalled(moved_at):
                 target.give_up()
                 self._on_stall(target.url)
 
     async def _watch_routed(self, routed: Routed, server: Target) -> None:
-        clock = asyncio.get_running_loop().time
+        clock = time.monotonic
         moved_at, state = clock(), State.READY
         may_have_requests = not server.down
         while True:
@@ -101,13 +113,16 @@ class Watch:
             await routed.heed(server, state)
             if state is not State.SILENT:
                 moved_at, may_have_requests = clock(), state is State.READY
-            elif may_have_requests and clock() - moved_at >= self._timeout_s:
+            elif may_have_requests and self._is_stalled(moved_at):
                 may_have_requests = False
                 await routed.withdraw(server)
                 if not self._on_stall(server.url):
                     routed.target.give_up()
             if state is State.READY:
                 self.note()
+
+    def _is_stalled(self, moved_at: float) -> bool:
+        return not self._syncing and time.monotonic() - max(moved_at, self._synced_at) >= self._timeout_s
 
     async def _state(self, url: str) -> State:
         try:

@@ -68,8 +68,9 @@ def train(parts: Parts, state: RunState) -> RunState:
     except Interrupted as interrupted:
         newer = interrupted.state if isinstance(interrupted, StreamInterrupted) else None
         if producer is not None and newer is None:
-            producer.stop()
-            newer = producer.hold(state)
+            with parts.life.phases("generate"):
+                producer.stop()
+                newer = producer.hold(state)
         save_and_say(parts, newer or state, interrupted, again=newer is not None)
         raise
     finally:
@@ -144,7 +145,10 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, producer: Produc
         waiting=found.waiting,
         steps_over_gap=over,
     )
-    return after if producer is None else producer.hold(after)
+    if producer is None:
+        return after
+    with phases("generate"):  # verdicts are waited for
+        return producer.hold(after)
 
 
 def open_producer(parts: Parts, state: RunState) -> Producer:

@@ -88,6 +88,7 @@ class Producer:
         self._answers: AnswerStream | None = None  # under way
         self._is_new = False  # the stream has not got the answers that were stopped
         self._num_tokens = self._buffer.num_tokens  # of those, that earlier steps have counted
+        self._verify_wait_s = 0.0  # that no step has counted yet: `hold` waits after the record of its step
 
     def collect(self, state: RunState, metrics: Metrics, rounds: Rounds) -> Collected:
         """Generate until the groups of the step after `state` are known. Collective.
@@ -98,7 +99,7 @@ class Producer:
         if has != wanted:
             raise WeightVersionError(f"the engine has weight version {has}, not {wanted}")
         self._outcomes = Outcomes()  # of the answers of groups that this step finds complete
-        self._num_complete, self._verify_wait_s = 0, 0.0
+        self._num_complete = 0
         answers = self._open()
         try:
             self._run(answers, rounds, state.weight_version)
@@ -229,6 +230,7 @@ class Producer:
         found.samples = {key: sample for key, sample in self._samples.items() if key[0] in gone}
         self._samples = {key: sample for key, sample in self._samples.items() if key[0] not in gone}
         record.add_rollouts(metrics, found.groups, self._verify_wait_s, tokens_generated=generated)
+        self._verify_wait_s = 0.0
         record.add_groups(metrics, self._layout.rank, leaving)
         record.add_stream(metrics, found.groups, found.waiting)
         return found

@@ -85,7 +85,7 @@ class Session:
     def __init__(self, ranks: Ranks, **sync) -> None:
         self.run_dir = ranks.scratch / "run"
         config = settings(self.run_dir, **sync)
-        changes = config.sync.in_flight != "finish"
+        changes = config.sync.in_flight_for(config.rollout.mode) != "finish"
         self.engine = CLIENTS[World.kind](
             World.urls, config.rollout.server, weight_version=World.version, allow_version_change=changes
         )

@@ -13,8 +13,8 @@ import pytest
 from answering import engine, failing_first, good, requests, run, sample, serving
 from processes import wait_until
 
-from megatron_nft.engines import asking
-from megatron_nft.engines.engine import EngineError, SamplingParams, WeightVersionError
+from megatron_nft.engines import asking, targets
+from megatron_nft.engines.engine import AnswerRequest, EngineError, SamplingParams, WeightVersionError
 from megatron_nft.engines.target import State
 from megatron_nft.engines.targets import Targets
 
@@ -338,6 +338,26 @@ def test_answers_to_one_question_stay_together_while_the_load_is_even():
     assert placed[4, "a"] == 16
 
 
+def test_a_stream_that_grows_has_a_share_of_all_its_answers_whatever_is_asked_beside_it():
+    """Four servers, a question, then 64 answers under way, and held-out questions meanwhile."""
+    placed = Counter()
+
+    async def simulate():
+        targets = Targets(list("abcd"), None, None, None)
+        await targets.begin(0)
+        targets.expect(4)
+        targets.expect(64)
+        for number in range(64):
+            if number % 16 == 8:
+                await targets.begin(4)
+            target = await targets.pick(number // 16)
+            target.in_flight += 1
+            placed[number // 16, target.url] += 1
+
+    asyncio.run(simulate())
+    assert sorted(placed.values()) == [16] * 4
+
+
 def test_what_lost_servers_cannot_take_goes_to_other_hosts_alike():
     """Two servers here and four elsewhere, all with 32 answers of their own; one of ours is lost."""
 
@@ -411,6 +431,51 @@ def test_what_a_server_has_is_given_up_where_it_fails_one_request_and_hangs():
         a.moves = lambda: False
         assert len(run(client, requests(8))) == 16
         never.set()
+
+
+def test_a_server_that_a_weight_sync_has_paused_is_not_given_up():
+    """Nor is it once the sync is over, until it has been silent for as long again."""
+    over = threading.Event()
+
+    def hang(body):
+        over.wait(60)
+
+    with serving(hang) as a, serving(good) as b, engine(a, b, stall_timeout_s=0.8, max_in_flight=1) as client:
+        a.moves = lambda: False
+        client.syncing = True
+        with client.stream(SamplingParams(8)) as stream:
+            stream.add([AnswerRequest(0, np.array([1, 2], dtype=np.int32), (0, 0))])
+            while a.looks.count("/health_generate") < 10:  # five each second: it has been silent for two limits
+                assert not stream.advance().ended
+            assert not b.bodies
+            client.syncing = False
+            ended = []
+            while not ended:
+                ended = stream.advance().ended
+        over.set()
+    assert ended[0][0] == 0 and len(b.bodies) == 1
+
+
+def test_answers_of_a_stream_wait_for_the_sync_that_brings_a_server_the_weights(monkeypatch):
+    """It died and came back while the trainer trains, for longer than a server is waited for."""
+    monkeypatch.setattr(targets, "LOOK_AGAIN_S", 0.05)
+
+    def answer(body):
+        return 200, sample(version=a.version)
+
+    with (
+        serving(answer, version="2") as a,
+        engine(a, options={"patience_s": 0.2}) as client,
+        client.stream(SamplingParams(8)) as stream,
+    ):
+        stream.add([AnswerRequest(0, np.array([1, 2], dtype=np.int32), (0, 0))])
+        while len(a.looks) < 60:  # two for each look at the server, and at most 21 looks a second
+            assert not stream.advance().ended
+        assert client.left_behind() == [a.url] and not stream.advance().moved
+        a.version, ended = "3", []
+        while not ended:
+            ended = stream.advance().ended
+    assert ended[0][1].weight_version == 3
 
 
 def test_the_caller_is_told_when_nothing_moves():

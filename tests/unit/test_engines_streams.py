@@ -7,11 +7,12 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import numpy as np
 import pytest
 
 from megatron_nft.config import ServerConfig
-from megatron_nft.engines import asking
+from megatron_nft.engines import asking, targets
 from megatron_nft.engines.engine import AnswerRequest, EngineError, SamplingParams
 from megatron_nft.engines.sglang.client import SGLangEngine
 
@@ -234,3 +235,37 @@ def test_an_answer_that_cannot_be_had_is_an_error(server):
         with pytest.raises(EngineError, match="no answer after 2 tries"):
             while True:
                 stream.advance()
+
+
+def test_answers_that_wait_for_a_server_stop_together(server, monkeypatch):
+    """Each waits for a look at the servers; none looks by itself."""
+    looks = threading.Semaphore(0)
+
+    async def is_gone(*_):
+        looks.release()
+        raise httpx.ConnectError("nobody listens")
+
+    monkeypatch.setattr(targets, "LOOK_AGAIN_S", 0.3)
+    monkeypatch.setattr(SGLangEngine, "_version", is_gone)
+    prompt = np.array([11, 2, 0], dtype=np.int32)
+    with engine(server) as client, client.stream(SAMPLING) as stream:
+        next(iter(client._targets)).down = True
+        stream.add([AnswerRequest(number, prompt, (0, number)) for number in range(50)])
+        for _ in range(4):
+            assert looks.acquire(timeout=60)
+        assert stream.stop() == []
+        left = sum(looks.acquire(blocking=False) for _ in range(50))
+    assert left < 10, left
+
+
+def test_servers_share_all_open_answers_of_a_stream(server):
+    with engine(server) as client:
+        with client.stream(SAMPLING) as stream:
+            stream.add(requests()[:2])
+            stream.add(requests()[2:])
+            assert client._targets._share == len(PROMPTS)
+            client._submit(client.begin(1)).result()  # held-out questions
+            assert client._targets._share == len(PROMPTS) + 1
+            stream.stop()
+        client._submit(client.begin(1)).result()
+        assert client._targets._share == 1

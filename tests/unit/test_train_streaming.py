@@ -17,6 +17,7 @@ from megatron_nft.config import Config
 from megatron_nft.engines.completions import joined
 from megatron_nft.engines.engine import Advance, Completion
 from megatron_nft.metrics import Metrics
+from megatron_nft.train import streaming
 from megatron_nft.train.buffer import OpenGroup
 from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.collect import EmptyBatchError
@@ -294,6 +295,23 @@ def test_overlapped_steps_train_the_same_groups_and_nothing_older(staleness):
     assert ended <= generated <= ended + held
 
 
+def test_the_wait_for_verdicts_after_a_step_is_counted_in_the_next(monkeypatch):
+    rank = Rank(settings(mode="overlapped", engine="sglang"), Engine(kind=OverlappedStream))
+    producer, clock = rank.producer(), [0.0]
+    monkeypatch.setattr(streaming, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    found = rank.collect(producer)
+    with monkeypatch.context() as slow:
+        slow.setattr(producer._buffer, "take_verdicts", lambda _: clock.append(clock.pop() + 5.0))
+        rank.state = producer.hold(RunState(1, 1, found.cursor))
+    rank.engine.streams[0].swap()
+    counted = []
+    for _ in range(2):
+        rank.metrics = Metrics()
+        rank.collect(producer)
+        counted.append(metrics_of(rank)["seconds/verify_wait"])
+    assert counted == [5.0, 0.0]
+
+
 def naive_step(engine: Engine, questions: Questions):
     """The first groups that are complete: what a phase must not end with."""
     stream, answers, complete = Stream(engine), Counter(), []
@@ -477,3 +495,25 @@ def test_modes_that_cannot_be_are_refused(rollout, why):
 def test_old_tokens_are_corrected_for_unless_the_settings_say_otherwise(mode, algorithm, expected):
     values = {"run_dir": "/tmp", "model": {"path": "/tmp"}, "data": {"train": ["/tmp"]}, "algorithm": algorithm}
     assert Config(**values).algorithm.with_correction_for(mode).correction == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "sync", "expected"),
+    [
+        ("synchronous", {}, "finish"),
+        ("streaming", {}, "finish"),
+        ("overlapped", {}, "abort"),
+        ("overlapped", {"in_flight": "continue"}, "continue"),
+        ("streaming", {"in_flight": "abort"}, "abort"),
+    ],
+)
+def test_a_sync_waits_for_answers_only_where_they_end(mode, sync, expected):
+    values = {"run_dir": "/tmp", "model": {"path": "/tmp"}, "data": {"train": ["/tmp"]}, "sync": sync}
+    config = Config(**values, rollout={"mode": mode, "engine": "sglang"})
+    assert config.sync.in_flight_for(config.rollout.mode) == expected
+
+
+def test_a_sync_that_would_wait_for_answers_that_never_all_end_is_refused():
+    values = {"run_dir": "/tmp", "model": {"path": "/tmp"}, "data": {"train": ["/tmp"]}}
+    with pytest.raises(ValueError, match=r"sync\.in_flight=finish with rollout\.mode=overlapped"):
+        Config(**values, rollout={"mode": "overlapped", "engine": "vllm"}, sync={"in_flight": "finish"})

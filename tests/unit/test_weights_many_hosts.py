@@ -139,6 +139,7 @@ class Simulation:
         """One sync, as `weights.sync.WeightSync` makes it, on this rank."""
         rank, urls = layout.rank, set(transport.engines())
         transport.pause(only)
+        assert transport._engine.syncing == (only is None)
         transport.begin(1)
         ledger.open()
         if rank in transport.receivers.ranks:
@@ -150,6 +151,7 @@ class Simulation:
         assert self.world.gather(rank, transport.lost) == [spared] * WORLD
         checked = transport.check({"w": "0"})
         transport.resume(1)
+        assert not transport._engine.syncing
         transport.probe(np.zeros(3, np.int32), np.zeros(2, np.float32))
         total = sum(self.world.gather(rank, checked))
         assert total == (HOSTS * self.num_servers if only is None else len(only)) * self.tp_size

@@ -38,6 +38,7 @@ class Versioned(Protocol):
     """This rank's engine client, which asks for answers of one version."""
 
     weight_version: int
+    syncing: bool  # servers are paused, and their silence means nothing
 
 
 class ServerTransport(Transport):
@@ -115,7 +116,9 @@ class ServerTransport(Transport):
 
     def pause(self, only: Collection[str] | None = None) -> None:
         self.lost = {s.url: SPARED for s in self._servers if only is not None and s.url not in only}
-        self._each(lambda server: server.pause(self._config.sync.in_flight))
+        self._engine.syncing = only is None  # else those that have requests go on with them
+        in_flight = self._config.sync.in_flight_for(self._config.rollout.mode)
+        self._each(lambda server: server.pause(in_flight))
 
     def begin(self, version: int) -> None:
         self._each(lambda server: server.begin())
@@ -167,6 +170,7 @@ class ServerTransport(Transport):
     def resume(self, version: int) -> None:
         self._each(lambda server: server.resume())
         self._engine.weight_version = version
+        self._engine.syncing = False
 
     def probe(self, token_ids: np.ndarray, logprobs: np.ndarray) -> float | None:
         def difference(server: WeightClient) -> float:
