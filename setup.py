@@ -60,6 +60,8 @@ setup(
             "types-PyYAML",
             "types-psutil",
             "matplotlib>=3.9",
+            "gguf>=0.10",  # the tests with a real model read it, as examples/smollm2_digits does
+            "accelerate>=1",
             "gmpy2>=2.2",  # hostile answers are graded with and without it
             "triton>=3.3,<4",  # its interpreter runs the GPU kernels on a CPU
         ],
