@@ -28,8 +28,8 @@ from megatron_nft.files import sha256_of_file
 from megatron_nft.policy import cpu
 from megatron_nft.policy.checkpoint import Saver, load_sharded, save_sharded
 from megatron_nft.policy.checkpoint_optimizer import fill_adam_state, separate_steps
-from megatron_nft.policy.checkpoint_pieces import distributed_parts
 from megatron_nft.policy.checkpoint_state import sharded_models, without_classes
+from megatron_nft.policy.own_ranges import distributed_parts
 from megatron_nft.policy.policy import Policy
 
 LAYOUTS = {

@@ -45,9 +45,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"host": os.uname().nodename, **told})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.may_pass():
-            self.act(body)
+            self.act(json.loads(body))
 
     def act(self, body: dict) -> None:
         if self.path == "/die":
