@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -212,9 +211,8 @@ def test_one_that_died_is_started_again_within_the_bound(tmp_path, ours):
         assert "ended with exit code 7" in servers.failures()
         with pytest.raises(httpx.TransportError):
             get(server.url + "/die")
-        wait_until(lambda: server.exit_code() == 7)
-        time.sleep(1.5)
-        assert server.exit_code() == 7  # the bound is used up
+        wait_until(lambda: servers.given_up)  # the bound is used up
+        assert server.exit_code() == 7
         assert servers.failures().count("ended with exit code 7") == 2
     finally:
         servers.close()
