@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ def test_at_most_ten_tests_may_be_tried_again_and_each_says_why() -> None:
     without = [name for name, arguments in marks if not (len(arguments) == 1 and str(arguments[0]).strip())]
     assert not without, f"{without}: say why, as in pytest.mark.flaky('the reason')"
     assert len(marks) <= MAY_BE_TRIED_AGAIN
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Test folders are no packages: pytest cannot collect both in one call, as level 2 does on the newer stack."""
+    names = Counter(path.name for path in TESTS.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_marks_are_found() -> None:
