@@ -245,11 +245,9 @@ class Phases:
 
 def leave_at_once(status: int) -> NoReturn:
     """End the process without atexit's handlers, but not without torch's helper for shared memory, which would live on
-    and keep our output open."""
-    if "torch" in sys.modules:
-        from megatron_nft.weights.shared_memory import clean_up
-
-        clean_up()
+    and keep our output open. Only where our module has started it: loading it now would take seconds, and print."""
+    if (shared_memory := sys.modules.get("megatron_nft.weights.shared_memory")) is not None:
+        shared_memory.clean_up()
     os._exit(status)
 
 

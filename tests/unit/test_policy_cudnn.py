@@ -57,7 +57,7 @@ def machine(tmp_path):
 
 def load(site: Path, first: str, **environment: str) -> list[str | None]:
     """[library that the engine loaded, CUDNN_HOME here, CUDNN_HOME of a server that would be started]."""
-    kept = {n: v for n, v in os.environ.items() if not n.startswith(("CUDNN_", "CUDA_"))}
+    kept = {n: v for n, v in processes.clean_environment().items() if not n.startswith(("CUDNN_", "CUDA_"))}
     given = {**kept, "PYTHONPATH": f"{site}:{ROOT}", **environment}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(first=first)], env=given, capture_output=True, text=True, check=False

@@ -121,7 +121,9 @@ def test_an_ended_tool_leaves_no_folder_that_looks_complete(model, tmp_path, nam
         process.kill()
         process.wait()
     if number == signal.SIGINT:
-        assert process.returncode == 130 and errors.strip() == f"interrupted; {tmp_path / 'out'} was not made"
+        assert process.returncode == 130
+        # torch may have warned before
+        assert errors.splitlines()[-1] == f"interrupted; {tmp_path / 'out'} was not made"
     else:
         assert process.returncode == -number
     assert not (tmp_path / "out").exists() and any((tmp_path / "out.partial").iterdir())
