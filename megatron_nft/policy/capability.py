@@ -18,10 +18,10 @@ from packaging.version import Version
 
 from megatron_nft.config import FP8_ALIGNMENT, PolicyConfig
 from megatron_nft.policy.cudnn import cudnn_versions, fits_torch
+from megatron_nft.policy.stack import MIN_TRANSFORMER_ENGINE
 
 Capability = tuple[int, int]
 
-MIN_TRANSFORMER_ENGINE = "2.9"
 UNFUSED_ATTENTION = "NVTE_UNFUSED_ATTN"  # read by Transformer Engine when it chooses an attention backend
 MIN_CUDNN = (9, 6)  # packed (thd) attention with grouped queries, on compute capability 9.0 and above
 

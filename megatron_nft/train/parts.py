@@ -30,7 +30,8 @@ from megatron_nft.policy import checkpoint as policy_checkpoint
 from megatron_nft.policy.family import ModelSpec, read_family
 from megatron_nft.policy.parallel import ParallelLayout, new_gloo_group
 from megatron_nft.policy.policy import Policy
-from megatron_nft.policy.stack import check_stack, read_stack
+from megatron_nft.policy.stack import read_stack, untested
+from megatron_nft.policy.stack import table as stack_table
 from megatron_nft.train.checkpoints import CheckpointStore, RunState, read_surplus
 from megatron_nft.train.choosing import read_past
 from megatron_nft.train.held_out import HeldOut, load_held_out
@@ -86,8 +87,8 @@ def open_parts(config: Config, layout: ParallelLayout, life: Lifecycle) -> Itera
     say = life.console.say
     profiler = Profiler(config.train, config.run_dir, layout.rank, layout.device)
     life.phases.mark = profiler.mark
-    if warning := check_stack(read_stack()):
-        say(warning)
+    if said := untested(read_stack()):
+        say(f"warning: {said}. What was:\n{stack_table()}")
     spec = read_family(config.model.path)
     questions = load_questions(config)
     say(

@@ -11,10 +11,12 @@ from megatron_nft.data.prompts import TOKENIZER_FILES
 from megatron_nft.policy.family import ModelSpec, check_layout, read_family
 from megatron_nft.policy.positions import check_positions
 from megatron_nft.policy.precision import check_sizes
+from megatron_nft.policy.stack import check_stack, read_stack
 
 
 def check_inputs(config: Config) -> None:
     """Raises ValueError or OSError with one clear line for the first problem found."""
+    check_stack(read_stack())
     spec = check_without_torch(config)
     _check_writable(config.run_dir)
     _check_graders(config.verify.grader)

@@ -15,7 +15,8 @@ from megatron_nft.plan.doctor.meeting import Answer, Meeting
 from megatron_nft.plan.doctor.table import as_text
 from megatron_nft.policy.family import ModelSpec, spec_from_config
 
-TRAINER = Environment("3.12.3", "2.11.0+cu130", "13.0", "2.28.9", [[9, 19, 0], [9, 19, 0]], {"megatron-core": "0.16.1"})
+PACKAGES = {"megatron-core": "0.16.1", "transformer-engine": "2.11.0"}
+TRAINER = Environment("3.12.3", "2.11.0+cu130", "13.0", "2.28.9", [[9, 19, 0], [9, 19, 0]], PACKAGES)
 ENGINE = Environment("3.12.3", "2.11.0+cu130", "13.0", "2.28.9", [[9, 19, 0]] * 2, {"sglang": "0.5.17"})
 H100 = Gpu("NVIDIA H100 80GB HBM3", 512, 81559, "580.95")
 NODE = NodeFacts(
@@ -79,7 +80,7 @@ def test_good_nodes_have_no_problem():
         ({"trainer": replace(TRAINER, nccl="2.27.3")}, "nccl is 2.27.3, on the other nodes 2.28.9"),
         ({"trainer": replace(TRAINER, cudnn=[[9, 19, 0], [9, 20, 1]])}, "cuDNN is 9.20.1, on the other nodes 9.19.0"),
         (
-            {"trainer": replace(TRAINER, packages={"megatron-core": "0.15.0"})},
+            {"trainer": replace(TRAINER, packages=PACKAGES | {"megatron-core": "0.15.0"})},
             "megatron-core is 0.15.0, on the other nodes 0.16.1",
         ),
         (
@@ -158,6 +159,38 @@ def test_environments_that_do_not_work():
     assert problems(replace(NODE, engine=whole), config=with_router) == []
     no_cuda = replace(TRAINER, torch="2.13.0+cpu", cuda=None, nccl=None, cudnn=None)
     assert problems(replace(NODE, trainer=no_cuda)) == ["PROBLEM h1: torch 2.13.0+cpu is built without CUDA"]
+
+
+@pytest.mark.parametrize(
+    ("packages", "expected"),
+    [
+        ({}, "PROBLEM h1: the trainer's environment has no megatron-core"),
+        ({"megatron-core": "0.16.1"}, "PROBLEM h1: the trainer's environment has no Transformer Engine"),
+        (
+            {"megatron-core": "0.16.1", "transformer-engine": "2.5.0"},
+            "PROBLEM h1: Transformer Engine is 2.5.0; megatron-core 0.16.1 needs 2.9 or newer",
+        ),
+        (
+            {"megatron-core": "0.16.1", "transformer-engine": "2.17.0"},
+            "PROBLEM h1: megatron-core 0.16.1 with Transformer Engine 2.17.0 leaves experts out of the gradient norm "
+            "(Megatron-LM #5916)",
+        ),
+        (
+            {"megatron-core": "0.19.2", "transformer-engine": "2.17.0"},
+            "warning h1: Python 3.12.3, megatron-core 0.19.2, torch 2.11.0+cu130, Transformer Engine 2.17.0 were not "
+            "tested together",
+        ),
+    ],
+)
+def test_stacks_that_would_fail(packages, expected):
+    node = replace(NODE, trainer=replace(TRAINER, packages=packages))
+    assert expected in problems(node)
+    assert problems(replace(node, ranks=0), config=settings(sync={"transport": "disk"})) == []  # engines alone
+
+
+def test_layers_without_transformer_engine():
+    node = replace(NODE, trainer=replace(TRAINER, packages={"megatron-core": "0.16.1"}))
+    assert problems(node, config=settings(policy={"layer_spec": "local"})) == []
 
 
 @pytest.mark.parametrize("name", ["sglang", "vllm"])

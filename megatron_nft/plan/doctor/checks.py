@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from packaging.version import Version
+
 from megatron_nft.config import Config
 from megatron_nft.engines.host import one_host_problem
 from megatron_nft.plan.doctor.facts import Environment, NodeFacts, engine_packages, starts_servers
@@ -15,6 +17,7 @@ from megatron_nft.plan.layout import Cluster, LayoutSettings, problems
 from megatron_nft.plan.memory import host_bytes_per_node
 from megatron_nft.policy.cudnn import fits_torch
 from megatron_nft.policy.family import ModelSpec
+from megatron_nft.policy.stack import MIN_TRANSFORMER_ENGINE, Stack, check_stack, untested
 
 GIB = 1 << 30
 RANK_BYTES = GIB  # of a process that has imported torch, megatron-core and transformers, with its graders
@@ -148,7 +151,33 @@ def _software(config: Config, node: NodeFacts) -> Iterator[Problem]:
         )
     if node.gpus and node.trainer.cuda is None:
         yield Problem(node.host, f"torch {node.trainer.torch} is built without CUDA", "install a build with CUDA")
+    elif node.ranks:
+        yield from _stack(config, node)
     yield from _engine(config, node)
+
+
+def _stack(config: Config, node: NodeFacts) -> Iterator[Problem]:
+    """megatron-core and Transformer Engine of a node with ranks."""
+    core, engine = (node.trainer.packages.get(name) for name in ("megatron-core", "transformer-engine"))
+    if core is None:
+        yield Problem(node.host, "the trainer's environment has no megatron-core", "install it anew (README.md)")
+        return
+    if node.gpus and config.policy.layer_spec != "local":
+        mend = "install the extra `te` (docs/cluster.md), or set policy.layer_spec=local"
+        if engine is None:
+            yield Problem(node.host, "the trainer's environment has no Transformer Engine", mend)
+        elif Version(engine) < Version(MIN_TRANSFORMER_ENGINE):
+            what = f"Transformer Engine is {engine}; megatron-core {core} needs {MIN_TRANSFORMER_ENGINE} or newer"
+            yield Problem(node.host, what, mend)
+    stack = Stack(node.trainer.python, core, node.trainer.torch, engine)
+    try:
+        check_stack(stack)
+    except ValueError as e:
+        what, _, mend = str(e).partition(": ")
+        yield Problem(node.host, what, mend)
+    else:
+        if what := untested(stack):
+            yield Problem(node.host, what, "docs/cluster.md names what was", fatal=False)
 
 
 def _engine(config: Config, node: NodeFacts) -> Iterator[Problem]:
