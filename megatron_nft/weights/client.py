@@ -24,6 +24,7 @@ class ServerFacts:
     quantization: str | None
     plain: bool  # one pipeline stage, no data parallelism
     device: str = "cpu"  # or cuda
+    hosts: int = 1  # that its ranks are on
     sessions: bool = True  # updates stand between a begin and an end
     finds_gpu: bool = False  # each of its ranks reads from the trainer rank on its own GPU, and finds it by itself
     one_sender: bool = False  # it is in one broadcast group at a time, of which NCCL's own id is told

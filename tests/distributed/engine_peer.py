@@ -112,9 +112,11 @@ class Handler(BaseHTTPRequestHandler):
     threads: ThreadPoolExecutor
     calls: list[tuple[str, str]]  # (address of the caller, path)
     version = "-1"  # as SGLang's, started by a run
+    refused: tuple[str, ...] = ()
+    num_nodes = 1
 
     def do_GET(self) -> None:
-        known = {"/server_info": {"tp_size": len(self.shards), "dtype": "float32"}}
+        known = {"/server_info": {"tp_size": len(self.shards), "dtype": "float32", "nnodes": self.num_nodes}}
         known["/model_info"] = {"weight_version": self.version}
         known["/seen"] = {"calls": self.calls, "read_from": [sorted(shard.read_from) for shard in self.shards]}
         known["/seen"]["groups"] = [len(shard.groups) for shard in self.shards]
@@ -124,6 +126,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         ask = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         self.note()
+        if self.path == "/from_now_on":  # of tests
+            Handler.refused, Handler.num_nodes = tuple(ask.get("refused", ())), ask.get("num_nodes", 1)
+        if self.path in self.refused:
+            self.answer(400, {"success": False, "message": "refused by the test"})
+            return
         calls = {"/init_weights_update_group": Shard.join, "/update_weights_from_distributed": Shard.receive}
         calls["/update_weights_from_tensor"] = Shard.read
         calls["/destroy_weights_update_group"] = Shard.leave

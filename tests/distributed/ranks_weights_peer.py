@@ -59,7 +59,7 @@ def start_peer(announcement: Path, port: int = 0) -> None:
     subprocess.Popen([sys.executable, *map(str, command)], preexec_fn=die_with_parent)
 
 
-def settings(ranks: Ranks) -> Config:
+def settings(ranks: Ranks, transport: str = "distributed") -> Config:
     return Config.model_validate(
         {
             "run_dir": ranks.scratch / "run",
@@ -67,7 +67,7 @@ def settings(ranks: Ranks) -> Config:
             "data": {"train": ["unused"]},
             "policy": World.policy,
             "rollout": {"engine": "sglang", "server": {"urls": World.urls}},
-            "sync": {"transport": "distributed", "bucket_bytes": 60_000, "timeout_s": 300},
+            "sync": {"transport": transport, "bucket_bytes": 60_000, "timeout_s": 300},
         }
     )
 
@@ -129,6 +129,37 @@ def check_a_flipped_bit_is_found_in_the_slice_that_has_it(ranks: Ranks) -> None:
         first = "" if World.engine_tp == 1 else "@0"
         with pytest.raises(WeightSyncError, match=rf"layers\.3\.mlp\.gate_up_proj\.weight{first} \({VICTIM}, "):
             session.push()
+
+
+def tell(ranks: Ranks, url: str, **from_now_on: object) -> None:
+    dist.barrier()
+    if ranks.rank == 0:
+        httpx.post(f"{url}/from_now_on", json=from_now_on, trust_env=False).raise_for_status()
+    dist.barrier()
+
+
+def check_an_engine_that_cannot_tell_its_checksums_does_not_count_as_checked(ranks: Ranks) -> None:
+    """Though the others can: the probe would not see a bit that is wrong."""
+    url = World.urls[-1]
+    with Session(ranks) as session:
+        tell(ranks, url, refused=["/weights_checker"])
+        with pytest.raises(WeightSyncError, match=rf"{url}/weights_checker: HTTP 400: refused by the test"):
+            session.push()
+        tell(ranks, url)
+        assert session.push().engine_checked > 0
+
+
+def check_engines_across_hosts_share_no_memory(ranks: Ranks) -> None:
+    """Their heads are on a trainer's host, as far as their addresses say."""
+    config = settings(ranks, "auto")
+    for url in World.urls:
+        tell(ranks, url, num_nodes=2)
+    engine = SGLangEngine(World.urls, config.rollout.server, weight_version=World.version)
+    with pytest.raises(WeightSyncError, match=r"are on 2 hosts, .*Allowed here: distributed, disk"):
+        open_weight_sync(config, World.spec, World.layout, engine)
+    engine.close()
+    for url in World.urls:
+        tell(ranks, url)
 
 
 def check_an_engine_that_came_back_since_the_last_sync_is_in_a_new_group(ranks: Ranks) -> None:

@@ -70,7 +70,7 @@ class Worker(Shard):
 
     def nft_facts(self) -> dict:
         known = {"tp_size": self.size, "rank": self.rank, "dtype": "float32", "quantization": None}
-        return known | {"plain": True, "device": "cpu", "gpu": ""}
+        return known | {"plain": True, "device": "cpu", "hosts": 1, "gpu": ""}
 
     def nft_begin(self) -> bool:
         self.collected, self.received, self.active = {}, {}, True

@@ -25,7 +25,15 @@ NO_EXTENSION = {
         "code": 500,
     }
 }
-WORKER = {"tp_size": 1, "rank": 0, "dtype": "bfloat16", "quantization": None, "plain": True, "device": "cuda"}
+WORKER = {
+    "tp_size": 1,
+    "rank": 0,
+    "dtype": "bfloat16",
+    "quantization": None,
+    "plain": True,
+    "device": "cuda",
+    "hosts": 1,
+}
 
 
 def config(backend: str | None, **parallel: int) -> dict:

@@ -44,7 +44,8 @@ class SGLangWeightClient(HttpWeightClient):
         first, step = info.get("base_gpu_id", 0), info.get("gpu_id_step", 1)
         gpus = tuple(str(first + rank * step) for rank in range(size)) if device == "cuda" else ()
         dtype, quantization = info.get("dtype", "auto"), info.get("quantization")
-        return ServerFacts(size, dtype, quantization, plain, device, sessions, gpus=gpus)
+        hosts = info.get("nnodes", 1)
+        return ServerFacts(size, dtype, quantization, plain, device, hosts, sessions, gpus=gpus)
 
     def version(self) -> int:
         return integer_version(self._get("/model_info")["weight_version"])
@@ -125,17 +126,18 @@ class SGLangWeightClient(HttpWeightClient):
         self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
     def checksums(self) -> dict[str, dict[int, str]] | None:
-        try:
-            answer = self._post_optional("/weights_checker", {"action": "checksum"})
-        except WeightSyncError:  # 0.5.20 and older fail without CUDA
+        if self._known.device == "cpu" and not self._known.sessions:  # 0.5.20 and older fail without CUDA
+            return None
+        answer = self._post_optional("/weights_checker", {"action": "checksum"})
+        if answer is None:
             return None
         found: dict[str, dict[int, str]] = {}
-        for info in (answer or {}).get("ranks", []):
+        for info in answer.get("ranks", []):
             placement = info["parallelism_info"]
             rank = (placement[0] if isinstance(placement, list) else placement)["tp_rank"]
             for name, value in info["checksums"].items():
                 found.setdefault(name, {})[rank] = value
-        return found or None
+        return found
 
     def reference(self, geometry: Geometry) -> Reference:
         known = self._known

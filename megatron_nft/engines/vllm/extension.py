@@ -29,7 +29,13 @@ class ExtensionCalls:
         first = workers[0]
         gpus = tuple(worker["gpu"] for worker in workers if worker["gpu"])
         return ServerFacts(
-            first["tp_size"], first["dtype"], first["quantization"], first["plain"], first["device"], gpus=gpus
+            first["tp_size"],
+            first["dtype"],
+            first["quantization"],
+            first["plain"],
+            first["device"],
+            first["hosts"],
+            gpus=gpus,
         )
 
     def begin(self) -> None:

@@ -59,6 +59,7 @@ class TransferCalls:
             model["quantization"],
             parallel["pipeline_parallel_size"] == parallel["data_parallel_size"] == 1,
             config["device_config"]["device"].partition(":")[0],
+            parallel.get("nnodes", 1),
             finds_gpu=True,
             one_sender=True,
             backend=backend,

@@ -25,7 +25,7 @@ from megatron_nft.weights.client import WeightClient
 from megatron_nft.weights.receivers import open_receivers
 from megatron_nft.weights.routes import Places
 from megatron_nft.weights.shared_memory import shared_buffer
-from megatron_nft.weights.transport import Ledger
+from megatron_nft.weights.transport import Ledger, WeightSyncError
 from megatron_nft.weights.transports.servers import ServerTransport, Versioned
 
 Shares = dict[tuple[str, int], Any]
@@ -49,6 +49,11 @@ class TensorTransport(ServerTransport):
     ) -> None:
         super().__init__(servers, places, engine, config, spec, layout, ledger)
         self._check_device()
+        if self._facts.hosts > 1:
+            raise WeightSyncError(
+                f"sync.transport=tensor: the ranks of {servers[0].url} are on {self._facts.hosts} hosts, and memory is "
+                "shared within a host alone. Allowed here: distributed, disk"
+            )
         size, timeout_s = self._facts.tp_size, config.train.collective_timeout_s
         meetings = self._places.meetings(size)
         self.receivers = open_receivers({rank for ranks in meetings.values() for rank in ranks}, layout, timeout_s)

@@ -50,6 +50,7 @@ class WeightReceiver:
             "quantization": config.model_config.quantization,
             "plain": config.parallel_config.pipeline_parallel_size == config.parallel_config.data_parallel_size == 1,
             "device": self.device.type,
+            "hosts": getattr(config.parallel_config, "nnodes", 1),  # older releases spread ranks by Ray alone
             "gpu": str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else "",
         }
 
