@@ -10,6 +10,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 NFT_NODE_DIR=$(mktemp -d "${TMPDIR:-/tmp}/nft-${SLURM_JOB_ID:-0}-XXXXXX") || exit 1
 export NFT_NODE_DIR
 trap 'rm -rf "$NFT_NODE_DIR"' EXIT
+export NFT_BEFORE_OMP_NUM_THREADS=${OMP_NUM_THREADS:-} # torchrun sets it to 1 for its ranks; servers get this one
 trap : TERM INT USR1 # torchrun gets Slurm's own signals as well; wait for it to end
 
 "$NFT_PYTHON" -m torch.distributed.run \

@@ -9,7 +9,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 RANK_VARIABLES = frozenset(
     {
@@ -21,6 +21,8 @@ RANK_VARIABLES = frozenset(
 RANK_PREFIXES = ("TORCHELASTIC_",)
 BEFORE = "NFT_BEFORE_"
 """NFT_BEFORE_X has what X was before `set_own_variable`; empty where it was not set."""
+
+THREADS = "OMP_NUM_THREADS"
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _given: set[int] = set()
@@ -34,14 +36,14 @@ def allow_open_files(number: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def set_own_variable(name: str, value: str) -> None:
+def set_own_variable(name: str, value: str, environment: MutableMapping[str, str] = os.environ) -> None:
     """Set a variable for this process and the ranks that it starts, but not for what has an environment of its own.
 
     `clean_environment` gives the value back that it had before, also in a rank that inherited it from its launcher.
     """
-    if os.environ.get(name) != value:
-        os.environ.setdefault(BEFORE + name, os.environ.get(name, ""))
-        os.environ[name] = value
+    if environment.get(name) != value:
+        environment.setdefault(BEFORE + name, environment.get(name, ""))
+        environment[name] = value
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -66,9 +68,12 @@ def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, 
     """`environment` without what makes a process a rank of a job; everything else as it was given to us.
 
     A server that inherited TORCHELASTIC_USE_AGENT_STORE, RANK or MASTER_ADDR from torchrun would wait in its own
-    `init_process_group` for a store that nobody opens.
+    `init_process_group` for a store that nobody opens. OMP_NUM_THREADS=1 is torchrun's own choice for several ranks of
+    a host, unless NFT_BEFORE_OMP_NUM_THREADS says what it was given: servers have more cores.
     """
     before = {n.removeprefix(BEFORE): value for n, value in environment.items() if n.startswith(BEFORE)}
+    if "TORCHELASTIC_RUN_ID" in environment and environment.get(THREADS) == "1":
+        before.setdefault(THREADS, "")
     left_out = RANK_VARIABLES | before.keys()
     kept = {n: v for n, v in environment.items() if n not in left_out and not n.startswith((*RANK_PREFIXES, BEFORE))}
     return kept | {n: v for n, v in before.items() if v}

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_nft.processes import die_with_parent, free_port
+from megatron_nft.processes import THREADS, die_with_parent, free_port, set_own_variable
 
 GRACE_S = 30.0  # for the other ranks to end by themselves once one has failed
 EXIT_SAVED = 75  # EX_TEMPFAIL: state is saved, run the same command again
@@ -56,8 +56,10 @@ def start_local(command: Sequence[str], num_processes: int) -> int:
     """
     base = {**os.environ, "WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    base.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-    base.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    threads = str(max(1, len(os.sched_getaffinity(0)) // num_processes))
+    for name, value in (THREADS, threads), ("GLOO_SOCKET_IFNAME", "lo"):
+        if name not in base:
+            set_own_variable(name, value, base)
     ranks: list[subprocess.Popen[bytes]] = []
 
     def forward(signum: int, _frame: object) -> None:

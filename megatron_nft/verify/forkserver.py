@@ -11,7 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
-from megatron_nft.processes import clean_environment
+from megatron_nft.processes import THREADS, clean_environment
 
 HEADER = struct.Struct(
     ">QIQ"
@@ -30,6 +30,7 @@ class ForkServer:
         self.control, theirs = socket.socketpair()
         environment = clean_environment()
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # for dotted paths
+        environment.setdefault(THREADS, "1")  # there are as many workers as the machine is to be busy with
         environment["PYTHONHASHSEED"] = "0"  # sympy orders sets by hash: the same verdict every time
         command = [sys.executable, "-P", "-m", "megatron_nft.verify.worker"]
         with theirs:

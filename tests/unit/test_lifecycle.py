@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from processes import alive, wait_until
 
 from megatron_nft.distributed import CollectiveError
+from megatron_nft.processes import clean_environment
 from megatron_nft.train import launch, lifecycle
 from megatron_nft.train.lifecycle import Interrupted, Phases, StopSignals
 from megatron_nft.train.rank import _explain
@@ -225,17 +227,38 @@ def test_the_status_of_a_run_follows_from_its_ranks(codes, expected):
     assert launch.start_local([sys.executable, "-c", code], len(codes)) == expected
 
 
-@pytest.mark.parametrize(("given", "of_ranks"), [(None, "lo"), ("eth7", "eth7")])
-def test_loopback_is_set_for_the_launchers_own_ranks_alone(tmp_path, monkeypatch, given, of_ranks):
-    """A run on many hosts that inherited it could not connect its ranks."""
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+@pytest.mark.parametrize(("name", "own"), [("GLOO_SOCKET_IFNAME", "lo"), ("OMP_NUM_THREADS", "1")])
+@pytest.mark.parametrize("given", [None, "7"])
+def test_what_the_launcher_sets_is_for_its_ranks_alone(tmp_path, monkeypatch, name, own, given):
+    """A run on many hosts that inherited it could not connect its ranks; servers would have one thread each."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.delenv(name, raising=False)
     if given:
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
+        monkeypatch.setenv(name, given)
     before = dict(os.environ)
-    code = "import os, pathlib, sys; pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(os.environ[sys.argv[2]])"
-    assert launch.start_local([sys.executable, "-c", code, str(tmp_path), "GLOO_SOCKET_IFNAME"], 2) == 0
-    assert [(tmp_path / r).read_text() for r in "01"] == [of_ranks, of_ranks]
+    code = (
+        "import json, os, pathlib, sys\n"
+        "from megatron_nft.processes import clean_environment\n"
+        "found = [environment.get(sys.argv[2]) for environment in (os.environ, clean_environment())]\n"
+        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(json.dumps(found))"
+    )
+    assert launch.start_local([sys.executable, "-c", code, str(tmp_path), name], 2) == 0
+    assert [json.loads((tmp_path / r).read_text()) for r in "01"] == [[given or own, given]] * 2
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}, None),  # torchrun's own choice
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1", "NFT_BEFORE_OMP_NUM_THREADS": ""}, None),
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1", "NFT_BEFORE_OMP_NUM_THREADS": "1"}, "1"),
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "8"}, "8"),
+        ({"OMP_NUM_THREADS": "1"}, "1"),
+    ],
+)
+def test_threads_of_what_a_rank_under_torchrun_starts(environment, threads):
+    assert clean_environment(environment).get("OMP_NUM_THREADS") == threads
 
 
 def test_ranks_are_told_who_they_are_and_end_with_the_launcher(tmp_path):
