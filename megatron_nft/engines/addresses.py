@@ -75,8 +75,8 @@ def check_reachable(host: str, names: Sequence[str]) -> None:
     hosts = list(dict.fromkeys(names))
     if host != "auto" and is_local(host) and len(hosts) > 1:
         raise EngineError(
-            f"rollout.server.host={host}: the run has {len(hosts)} hosts ({', '.join(hosts)}), and rank 0 calls the "
-            "servers of each; leave it at auto, or set it to 0.0.0.0"
+            f"rollout.server.host={host}: the run has {len(hosts)} hosts ({', '.join(hosts)}), and ranks of one "
+            "call the servers of another whose own are lost; leave it at auto, or set it to 0.0.0.0"
         )
 
 

@@ -13,6 +13,7 @@ import yaml
 from megatron_nft.cli import main
 from megatron_nft.config import load_config
 from megatron_nft.data.synthetic import write_model, write_task
+from megatron_nft.policy.stack import Stack
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,6 +140,15 @@ def test_unusable_questions_are_refused_before_any_rank_starts(
     assert train(start, tmp_path, f"{key}=[{path}]") == 2
     error = capsys.readouterr().err
     assert said in error and str(path) in error
+
+
+def test_a_stack_that_computes_wrong_numbers_is_refused(start, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_nft.train.launch.start_local", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(
+        "megatron_nft.train.preflight.read_stack", lambda: Stack("3.11.7", "0.16.1", "2.13.0", "2.13.0")
+    )
+    assert train(start, tmp_path) == 2
+    assert "leaves experts out of the gradient norm" in capsys.readouterr().err
 
 
 def test_architecture_that_disagrees_with_the_folder_is_refused(start, tmp_path, capsys, monkeypatch):
