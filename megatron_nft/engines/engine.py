@@ -188,7 +188,7 @@ class Engine(Protocol):
         ...
 
     def stream(self, sampling: SamplingParams) -> AnswerStream:
-        """Answers one by one, under the version that the engine has; one stream at a time."""
+        """Answers one by one, under the version that the engine has. The embedded engine has one stream at a time."""
         ...
 
     is_deterministic: bool

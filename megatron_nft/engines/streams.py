@@ -1,9 +1,9 @@
 """Answers of servers that come and go one by one: see `engine.AnswerStream`.
 
 Every answer is a task on the client's event loop. It asks again, with what there is as the prefix of the prompt, as
-often as a server gives it up: because it was told to by another client or for a weight sync, or because it died. Tokens
-go to the server as they came from it, never as text. To stop them all, servers are told to abort everything, again and
-again until every request has been answered: one that was on its way is not in the server yet.
+often as a server gives it up: because it was told to by another client or stream or for a weight sync, or because it
+died. Tokens go to the server as they came from it, never as text. To stop them all, servers are told to abort
+everything, again and again until every request has been answered: one that was on its way is not in the server yet.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -42,6 +43,7 @@ class HttpStream:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._num_open = 0  # added and not handed back
+        self._of_question: Counter[int] = Counter()  # answers under way, by question
         self._begun: dict[int, Completion] = {}  # given up by a server since the last `advance`, and asked again
         self._stopping = False
 
@@ -98,14 +100,23 @@ class HttpStream:
             await self._asker.begin(0)
             self._watching = asyncio.create_task(self._asker.watch())
             self._watching.add_done_callback(self._note_failure)
-        self._asker.expect(min(self._max_in_flight, self._num_open))
+        self._asker.expect(self, min(self._max_in_flight, self._num_open))
         for request in requests:
-            task = asyncio.create_task(self._make(request))
+            question = hash(request.prompt_ids.tobytes())  # its answers share the server that has read it
+            self._of_question[question] += 1
+            task = asyncio.create_task(self._make(request, question))
+            task.add_done_callback(lambda _, question=question: self._note_end(question))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             task.add_done_callback(self._note_failure)
 
-    async def _make(self, request: AnswerRequest) -> None:
+    def _note_end(self, question: int) -> None:
+        self._of_question[question] -= 1
+        if not self._of_question[question]:
+            del self._of_question[question]
+            self._asker.forget(question)
+
+    async def _make(self, request: AnswerRequest, question: int) -> None:
         """Put the whole answer, or what there is of it once the stream is stopped."""
         answer = request.prefix
         async with self._turns:
@@ -114,7 +125,6 @@ class HttpStream:
                 ids = request.prompt_ids if answer is None else np.concatenate([request.prompt_ids, answer.token_ids])
                 sampling = replace(self._sampling, max_tokens=self._sampling.max_tokens - start)
                 asked = Request(ids, 1, request.seed_key)
-                question = hash(request.prompt_ids.tobytes())  # its answers share the server that has read it
                 try:
                     rest = await self._asker.ask(question, asked, sampling, lambda: not self._stopping)
                 except Stopped:
@@ -139,7 +149,7 @@ class HttpStream:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._asker.expect(0)
+        self._asker.expect(self, 0)
 
     def _note_failure(self, finished: asyncio.Task[None]) -> None:
         error = None if finished.cancelled() else finished.exception()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -264,8 +266,25 @@ def test_servers_share_all_open_answers_of_a_stream(server):
             stream.add(requests()[:2])
             stream.add(requests()[2:])
             assert client._targets._share == len(PROMPTS)
-            client._submit(client.begin(1)).result()  # held-out questions
-            assert client._targets._share == len(PROMPTS) + 1
+            with client.stream(SAMPLING) as other:  # held-out questions
+                other.add(requests()[:1])
+                assert client._targets._share == len(PROMPTS) + 1
+            assert client._targets._share == len(PROMPTS)
             stream.stop()
         client._submit(client.begin(1)).result()
         assert client._targets._share == 1
+
+
+def test_of_a_question_whose_answers_have_ended_nothing_is_kept(server):
+    """A run asks new questions as long as it lasts."""
+    server.tokens_per_call = 100
+    with engine(server) as client, client.stream(SAMPLING) as stream:
+        found = {}
+        for asked in (requests()[:6], requests()[6:]):
+            stream.add([replace(request, number=request.number + 100 * k) for request in asked for k in range(3)])
+            expected = len(found) + 18
+            while len(found) < expected:
+                found |= dict(stream.advance().ended)
+                assert len(client._targets._of_question) <= 6
+            client._submit(asyncio.sleep(0)).result()  # what follows the end of the last answer
+            assert not client._targets._of_question and not stream._of_question
