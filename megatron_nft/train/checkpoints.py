@@ -58,6 +58,7 @@ class RunState:
     past: Mapping[int, Past] = field(default_factory=dict, repr=False)  # of questions by Prompt.index, for data.choose
     waiting: tuple[OpenGroup, ...] = field(default=(), repr=False)  # owned by this rank
     steps_over_gap: int = 0  # steps in a row, up to this one, whose mean gap was above algorithm.gap_limit
+    evaluation_due: bool = False  # an evaluation could not be ended under its weights, and is due after this step
     unwritten: dict[str, Any] | None = field(default=None, repr=False)  # Manifest.figures
 
 
@@ -83,6 +84,10 @@ class CheckpointStore:
         self._own_is_written = threading.Event()
         self.saved_step = 0  # of the newest checkpoint that was found or written; 0 without one
         self.pending_step = 0  # of the one that is being written beside the training; 0 without one
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether a checkpoint is to be saved after `step`: that of a multiple of `every` that has none yet."""
+        return step // every > max(self.saved_step, self.pending_step) // every
 
     def save(self, state: RunState, take: Callable[[], Snapshot], surplus: Sequence[TrainingSample] | None) -> Path:
         """Write `state` and the snapshot that `take` returns; `surplus` is None except on replica leaders.
@@ -205,6 +210,7 @@ class CheckpointStore:
             weight_version=state.weight_version,
             cursor=state.cursor,
             steps_over_gap=state.steps_over_gap,
+            evaluation_due=state.evaluation_due,
             figures=state.unwritten,
             files=dict(sorted(files.items())),
             **self._identity,

@@ -241,6 +241,7 @@ def restore(
         past={} if config.data.choose is None else read_past(folder),
         waiting=tuple(waiting),
         steps_over_gap=manifest.steps_over_gap,
+        evaluation_due=manifest.evaluation_due,
         unwritten=manifest.figures,
     )
 

@@ -95,14 +95,14 @@ class Producer:
 
         Errors as those of `collect.collect`; StreamInterrupted after a stop signal on any rank.
         """
-        has, wanted = self._engine.weight_version, state.weight_version
-        if has != wanted:
+        if not 0 <= self._lag(state) <= (self._config.rollout.max_staleness if self._overlaps else 0):
+            has, wanted = self._engine.weight_version, state.weight_version
             raise WeightVersionError(f"the engine has weight version {has}, not {wanted}")
         self._outcomes = Outcomes()  # of the answers of groups that this step finds complete
         self._num_complete = 0
         answers = self._open()
         try:
-            self._run(answers, rounds, state.weight_version)
+            self._run(answers, rounds, state)
         except Interrupted as interrupted:
             self.stop()
             raise StreamInterrupted(interrupted.signum, self.hold(state)) from None
@@ -110,7 +110,7 @@ class Producer:
             self.stop()
         found = self._finish(metrics, state.step + 1)
         if self._overlaps:
-            answers.add(self._start_questions(self._config.rollout.max_staleness))
+            answers.add(self._start_questions(self._config.rollout.max_staleness - self._lag(state)))
         return found
 
     def hold(self, state: RunState) -> RunState:
@@ -133,6 +133,10 @@ class Producer:
         self._answers = None
         self._closing.close()
 
+    def _lag(self, state: RunState) -> int:
+        """Weight syncs that were put off, for an evaluation beside the training."""
+        return state.weight_version - self._engine.weight_version
+
     def _open(self) -> AnswerStream:
         """The stream of this producer; a new one goes on with all answers that have not ended."""
         if self._answers is None:
@@ -141,15 +145,15 @@ class Producer:
             self._is_new = True
         return self._answers
 
-    def _run(self, answers: AnswerStream, rounds: Rounds, version: int) -> None:
+    def _run(self, answers: AnswerStream, rounds: Rounds, state: RunState) -> None:
         """Until the groups of the step are known, or cannot be had."""
-        self._hear(rounds.meet(self._tell(self._buffer.too_old(version), "too_old"), True))
+        self._hear(rounds.meet(self._tell(self._buffer.too_old(state.weight_version), "too_old"), True))
         self._hear(rounds.meet(self._tell(self._buffer.complete()), True))
         if self._is_new:
             answers.add(self._buffer.requests())
             self._is_new = False
         while not self._is_decided:
-            answers.add(self._start_questions(self._config.rollout.max_staleness + 1))
+            answers.add(self._start_questions(self._config.rollout.max_staleness + 1 - self._lag(state)))
             advance = answers.advance()
             self._take(advance)
             # Where a run must repeat itself, no verdict may come in a later round than the other time.

@@ -9,6 +9,10 @@ at place p in the generation of step t trains at step t + p // N <= t + max_stal
 being trained its groups count no more, and the limit is max_staleness x N. So no answer is thrown away for its age,
 unless the bound itself is lowered between two starts of a run.
 
+While syncs are put off (train/overlap.py) the engine is some versions behind the trainer, and what it generates is as
+many syncs older when it trains: both limits are lower by N for each of them. Once max_staleness + 1 were put off, all
+that was started before has been trained, and nothing may be started.
+
 Every rank has a window of its own, and makes the same calls in the same order.
 """
 

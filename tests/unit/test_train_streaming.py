@@ -15,7 +15,7 @@ import pytest
 from megatron_nft.algorithms import open_algorithm
 from megatron_nft.config import Config
 from megatron_nft.engines.completions import joined
-from megatron_nft.engines.engine import Advance, Completion
+from megatron_nft.engines.engine import Advance, Completion, WeightVersionError
 from megatron_nft.metrics import Metrics
 from megatron_nft.train import streaming
 from megatron_nft.train.buffer import OpenGroup
@@ -293,6 +293,38 @@ def test_overlapped_steps_train_the_same_groups_and_nothing_older(staleness):
     held += sum(len(r.response_ids) for g in rank.state.waiting for r in g.answers.values())
     ended = sum(len(answer_of(draw, k)) for draw in written for k in range(SAMPLES))
     assert ended <= generated <= ended + held
+
+
+def test_syncs_that_are_put_off_train_the_same_groups_and_nothing_older():
+    """The engine stays at most `staleness` versions behind; of every five syncs two or three are put off."""
+    staleness, behind = 2, Counter()
+    rank = Rank(settings(staleness, mode="overlapped", engine="sglang"), Engine(kind=OverlappedStream))
+    producer, trained, written = rank.producer(), [], []
+    for step in range(1, 31):
+        found = producer.collect(rank.state, rank.metrics, Rounds(rank.life, None))
+        trained += [f.draw for f in found.kept]
+        written += [group.draw for group in found.groups]
+        for rollout in (r for group in found.groups for r in group.rollouts):
+            assert rollout.response_ids.tolist() == answer_of(rollout.draw, rollout.sample_index).tolist()
+            assert 0 <= step - 1 - rollout.version_spans[0][0] <= staleness
+        (stream,) = rank.engine.streams
+        stream.go_on(3)
+        if step % 5 < 3 or step - rank.engine.weight_version > staleness:
+            stream.swap()
+            rank.engine.weight_version = step
+        behind[step - rank.engine.weight_version] += 1
+        rank.state = producer.hold(RunState(step, step, found.cursor))
+    assert trained == kept_draws(30 * PER_STEP)
+    assert len(written) == len(set(written))
+    assert behind[1] and behind[2], behind
+
+
+@pytest.mark.parametrize(("mode", "behind"), [("overlapped", 2), ("overlapped", -1), ("streaming", 1)])
+def test_an_engine_too_far_behind_is_refused(mode, behind):
+    rank = Rank(settings(1, mode=mode, engine="sglang"), Engine(), RunState(5, 5))
+    rank.engine.weight_version = 5 - behind
+    with pytest.raises(WeightVersionError, match=f"the engine has weight version {5 - behind}, not 5"):
+        rank.producer().collect(rank.state, rank.metrics, Rounds(rank.life, None))
 
 
 def test_the_wait_for_verdicts_after_a_step_is_counted_in_the_next(monkeypatch):
