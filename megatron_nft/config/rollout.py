@@ -25,7 +25,7 @@ class DataConfig(Section):
     choose: str | None = None
     """What may skip drawn questions, from how they were answered before: skip_solved (a question whose last two groups
     were all right is skipped with probability 0.75, or P as skip_solved:P), or the dotted path of a function of your
-    own (docs/extending.md). null asks every question that is drawn. With rollout.mode=synchronous."""
+    own (docs/extending.md). null asks every question that is drawn."""
 
 
 class ServerConfig(Section):

@@ -30,7 +30,7 @@ from megatron_nft.data.sample_file import read_samples, write_samples
 from megatron_nft.distributed import gather_objects, largest, run_everywhere
 from megatron_nft.files import publish_folder, sha256_of_file, write_atomically
 from megatron_nft.train.background import Background
-from megatron_nft.train.choosing import write_past
+from megatron_nft.train.choosing import Rate, write_past
 from megatron_nft.train.manifest import FORMAT, Manifest, complete_steps, folder_of, size_and_digest, what_is_missing
 from megatron_nft.train.waiting_file import write_waiting
 from megatron_nft.types import TrainingSample
@@ -56,6 +56,7 @@ class RunState:
     cursor: int = 0  # next draw of the prompt stream
     surplus: tuple[TrainingSample, ...] = field(default=(), repr=False)  # held by this rank's replica
     past: Mapping[int, Past] = field(default_factory=dict, repr=False)  # of questions by Prompt.index, for data.choose
+    ahead: tuple[Rate, ...] = field(default=(), repr=False)  # of dropped groups that `past` does not count yet
     waiting: tuple[OpenGroup, ...] = field(default=(), repr=False)  # owned by this rank
     steps_over_gap: int = 0  # steps in a row, up to this one, whose mean gap was above algorithm.gap_limit
     evaluation_due: bool = False  # an evaluation could not be ended under its weights, and is due after this step
@@ -199,7 +200,7 @@ class CheckpointStore:
         if self._rank != 0:
             return
         snapshot.finish(partial / "megatron", [part for part, _ in parts])
-        write_past(partial, state.past)
+        write_past(partial, state.past, state.ahead)
         files = {name: facts for _, own in parts for name, facts in own.items()}
         for path in (path for path in partial.rglob("*") if path.is_file()):
             if (name := str(path.relative_to(partial))) not in files:

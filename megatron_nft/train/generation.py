@@ -33,6 +33,7 @@ def open_producer(parts: Parts, state: RunState) -> Producer:
         layout=parts.layout,
         stream=questions.stream,
         algorithm=parts.algorithm,
+        choice=questions.choice,
         end_tokens=questions.end_tokens,
     )
 

@@ -135,6 +135,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, overlap: Overlap
         weight_version=version,
         cursor=found.cursor,
         past=found.past,
+        ahead=found.ahead,
         surplus=tuple(s for (draw, _), s in samples.items() if draw in plan.surplus),
         waiting=found.waiting,
         steps_over_gap=over,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from megatron_nft.algorithms import Algorithm
 from megatron_nft.config import Config
+from megatron_nft.data.choice import Choice
 from megatron_nft.data.prompts import PromptStream
 from megatron_nft.distributed import gather_objects
 from megatron_nft.engines.answers import training_sampling
@@ -30,6 +31,7 @@ from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.train import record
 from megatron_nft.train.buffer import RolloutBuffer
 from megatron_nft.train.checkpoints import RunState
+from megatron_nft.train.choosing import Memory, Rate, draw_questions, rates_of
 from megatron_nft.train.collect import Collected, empty_batch, grading_failed, judge, shuffle_verdicts
 from megatron_nft.train.lifecycle import Interrupted
 from megatron_nft.train.reasons import Outcomes
@@ -41,6 +43,10 @@ from megatron_nft.verify import VerifierPool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Told = tuple[list[GroupFacts], Outcomes, list[Rate]]
+"""What a rank tells of its groups in a round."""
 
 
 class StreamInterrupted(Interrupted):
@@ -70,11 +76,14 @@ class Producer:
         layout: ParallelLayout,
         stream: PromptStream,
         algorithm: Algorithm,
+        choice: Choice | None = None,
         end_tokens: Sequence[EndToken] = (),
     ) -> None:
         """Go on from `state`. Collective."""
         self._engine, self._config, self._layout = engine, config, layout
         self._stream, self._algorithm, self._end_tokens = stream, algorithm, end_tokens
+        self._choice, self._memory = choice, Memory(state.past, state.ahead)
+        self._asked = self._skipped = 0  # draws that no step has counted yet
         self._overlaps = config.rollout.mode == "overlapped"
         self._needed = config.train.questions_per_step
         stream.cursor = state.cursor
@@ -176,7 +185,12 @@ class Producer:
         """Draw the questions that may be started while fewer groups than `steps` train are open; returns the requests
         of those that this rank owns."""
         own = []
-        for draw, prompt in self._stream.draw(self._window.room(steps * self._needed)):
+        if not (count := self._window.room(steps * self._needed)):
+            return []
+        group, past = self._layout.world_gloo, self._memory.past
+        drawn, skipped = draw_questions(self._stream, count, self._choice, past, group)
+        self._asked, self._skipped = self._asked + count, self._skipped + skipped
+        for draw, prompt in drawn:
             self._window.start(draw)
             if draw % self._layout.world_size == self._layout.rank:
                 self._buffer.open(draw, prompt)
@@ -192,7 +206,7 @@ class Producer:
         self._buffer.take_verdicts(timeout_s)
         self._verify_wait_s += time.perf_counter() - start
 
-    def _tell(self, groups: list[RolloutGroup], fate: str | None = None) -> tuple[list[GroupFacts], Outcomes]:
+    def _tell(self, groups: list[RolloutGroup], fate: str | None = None) -> Told:
         """What the other ranks get to know of this rank's groups. fate: of all of them, where that is known."""
         if self._config.verify.shuffle_within_groups:
             shuffle_verdicts(groups, self._config.seed)
@@ -202,11 +216,13 @@ class Producer:
             self._samples |= samples
             self._own[group.draw] = group
             facts.append(fact)
-        return facts, Outcomes.of(groups)
+        rates = [] if self._choice is None else rates_of(groups, [fact.fate for fact in facts])
+        return facts, Outcomes.of(groups), rates
 
-    def _hear(self, ranks: list[tuple[list[GroupFacts], Outcomes]]) -> None:
-        for facts, outcomes in ranks:
+    def _hear(self, ranks: list[Told]) -> None:
+        for facts, outcomes, rates in ranks:
             self._outcomes.add(outcomes)
+            self._memory.add(rates)
             self._num_complete += len(facts)
             for fact in facts:
                 self._facts[fact.draw] = fact
@@ -224,18 +240,22 @@ class Producer:
         self._window.remove(draws)
         self._buffer.remove(fact.draw for fact in leaving)
         self._num_tokens = self._buffer.num_tokens
-        found = Collected(chosen, [], [], {}, self._stream.cursor, waiting=self._buffer.snapshot())
+        self._memory.count_up_to(draws[-1])
+        found = Collected(chosen, [], [], {}, self._stream.cursor, self._memory.past, waiting=self._buffer.snapshot())
         for fact in leaving:
             del self._facts[fact.draw]
             if fact.draw in self._own:
                 found.groups.append(self._own.pop(fact.draw))
                 found.fates.append(fact.fate)
+        found.ahead = self._memory.ahead(self._facts)
         gone = {fact.draw for fact in leaving}
         found.samples = {key: sample for key, sample in self._samples.items() if key[0] in gone}
         self._samples = {key: sample for key, sample in self._samples.items() if key[0] not in gone}
         record.add_rollouts(metrics, found.groups, self._verify_wait_s, tokens_generated=generated)
         self._verify_wait_s = 0.0
         record.add_groups(metrics, self._layout.rank, leaving)
+        record.add_choice(metrics, self._layout.rank, asked=self._asked, skipped=self._skipped)
+        self._asked = self._skipped = 0
         record.add_stream(metrics, found.groups, found.waiting)
         return found
 

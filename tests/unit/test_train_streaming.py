@@ -14,12 +14,14 @@ import pytest
 
 from megatron_nft.algorithms import open_algorithm
 from megatron_nft.config import Config
+from megatron_nft.data.choice import Choice, Past
 from megatron_nft.engines.completions import joined
 from megatron_nft.engines.engine import Advance, Completion, WeightVersionError
 from megatron_nft.metrics import Metrics
 from megatron_nft.train import streaming
 from megatron_nft.train.buffer import OpenGroup
 from megatron_nft.train.checkpoints import RunState
+from megatron_nft.train.choosing import read_past, write_past
 from megatron_nft.train.collect import EmptyBatchError
 from megatron_nft.train.rounds import Rounds
 from megatron_nft.train.streaming import Producer, StreamInterrupted
@@ -149,7 +151,7 @@ class Tokenizer:
 
 
 class Questions:
-    cursor = 0
+    cursor, num_prompts = 0, QUESTIONS
 
     def draw(self, n):
         draws = range(self.cursor, self.cursor + n)
@@ -178,7 +180,10 @@ def settings(max_staleness: int = 1, **rollout) -> Config:
 class Rank:
     """The only rank of a run, which trains nothing."""
 
-    def __init__(self, config: Config, engine: Engine, state: RunState | None = None) -> None:
+    def __init__(
+        self, config: Config, engine: Engine, state: RunState | None = None, choice: Choice | None = None
+    ) -> None:
+        self.choice = choice
         self.config, self.engine, self.state = config, engine, state or RunState()
         self.life, self.questions, self.metrics = Life(), Questions(), Metrics()
         self.algorithm = open_algorithm(config.algorithm, max_response_tokens=config.rollout.max_response_tokens)
@@ -193,6 +198,7 @@ class Rank:
             layout=SimpleNamespace(rank=0, world_size=1, world_gloo=None),
             stream=self.questions,
             algorithm=self.algorithm,
+            choice=self.choice,
         )
 
     def collect(self, producer: Producer | None = None):
@@ -201,8 +207,8 @@ class Rank:
 
     def step(self):
         found = self.collect()
-        before = self.state
-        self.state = RunState(before.step + 1, before.weight_version + 1, found.cursor, waiting=found.waiting)
+        before, known = self.state, {"past": found.past, "ahead": found.ahead, "waiting": found.waiting}
+        self.state = RunState(before.step + 1, before.weight_version + 1, found.cursor, **known)
         return found
 
 
@@ -342,6 +348,73 @@ def test_the_wait_for_verdicts_after_a_step_is_counted_in_the_next(monkeypatch):
         rank.collect(producer)
         counted.append(metrics_of(rank)["seconds/verify_wait"])
     assert counted == [5.0, 0.0]
+
+
+def rate_of(draw: int) -> float:
+    return sum(int(answer_of(draw, sample)[0]) for sample in range(SAMPLES)) / SAMPLES
+
+
+class Chooser:
+    """Skips half of what was ever answered, and notes what it was told: (draw, past)."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, Past]] = []
+
+    def __call__(self, question) -> bool:
+        self.seen.append((question.draw, question.past))
+        return not question.past.asked or question.chance < 0.5
+
+
+@pytest.mark.parametrize("mode", ["streaming", "overlapped"])
+def test_a_choice_sees_all_groups_up_to_the_last_that_was_trained_and_no_other(mode):
+    chooser = Chooser()
+    config, overlaps = settings(2, mode=mode, engine="sglang"), mode == "overlapped"
+    rank = Rank(config, Engine(kind=OverlappedStream if overlaps else Stream), choice=Choice("own", chooser, 3))
+    producer = rank.producer() if overlaps else None
+    asked, known = set(), {}
+    skipped_share = ahead = 0
+    for _ in range(25):
+        seen, rank.metrics = len(chooser.seen), Metrics()
+        if producer is None:
+            found = rank.step()
+        else:
+            found = rank.collect(producer)
+            rank.engine.streams[0].swap()
+            state = RunState(rank.state.step + 1, rank.state.step + 1, found.cursor, past=found.past, ahead=found.ahead)
+            rank.state = producer.hold(state)
+        asked |= {group.draw for group in found.groups}
+        last, ahead = found.kept[-1].draw, max(ahead, len(found.ahead))
+        expected: dict[int, Past] = {}
+        for draw in sorted(draw for draw in asked if draw <= last):
+            index = prompt_of(draw).index
+            expected[index] = expected.get(index, Past()).with_rate(rate_of(draw))
+        assert found.past == expected
+        assert [draw for draw, _ in chooser.seen] == list(range(len(chooser.seen)))  # each draw once, in order
+        for draw, past in chooser.seen[seen:]:
+            index = prompt_of(draw).index
+            assert past in (known.get(index, Past()), expected.get(index, Past()) if overlaps else None)
+        known, skipped_share = expected, metrics_of(rank)["questions/skipped_share"] or skipped_share
+    assert 0 < skipped_share < 1 and ahead
+    trained_or_dropped = {draw for draw in asked if draw <= last}
+    skipped = set(range(last + 1)) - trained_or_dropped
+    assert skipped and all(past.asked for draw, past in chooser.seen if draw in skipped)
+
+
+def test_a_choice_goes_on_from_a_file_as_if_it_had_not_stopped(tmp_path):
+    config = settings(2)
+    rank = Rank(config, Engine(), choice=Choice("own", Chooser(), 3))
+    while not rank.state.ahead:
+        rank.step()
+    (tmp_path / "waiting").mkdir()
+    write_waiting(tmp_path / "waiting" / "rank_00000.parquet", rank.state.waiting)
+    write_past(tmp_path, rank.state.past, rank.state.ahead)
+    past, ahead = read_past(tmp_path)
+    again = replace(rank.state, waiting=tuple(read_waiting(tmp_path, prompt_of, 0, 1)), past=past, ahead=ahead)
+    other = Rank(config, Engine(), again, choice=Choice("own", Chooser(), 3))
+    for _ in range(6):
+        a, b = rank.step(), other.step()
+        assert (a.kept, a.cursor, a.past, a.ahead) == (b.kept, b.cursor, b.past, b.ahead)
+    assert rank.choice.function.seen[-100:] == other.choice.function.seen[-100:]
 
 
 def naive_step(engine: Engine, questions: Questions):
