@@ -7,6 +7,7 @@ from functools import partial
 
 from megatron_nft.engines.end_tokens import token_ids
 from megatron_nft.metrics import Metrics
+from megatron_nft.policy.parallel import new_gloo_group
 from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.collect import Ask, Collected, collect, generate
 from megatron_nft.train.overlap import Overlap
@@ -18,7 +19,8 @@ from megatron_nft.train.sync import readmit
 
 def open_overlap(parts: Parts, state: RunState) -> Overlap:
     """What goes on beside the training from `state` on. Collective."""
-    return Overlap(parts, open_producer(parts, state), evaluation_due=state.evaluation_due)
+    group = new_gloo_group(parts.config.train.collective_timeout_s)
+    return Overlap(parts, open_producer(parts, state), group, evaluation_due=state.evaluation_due)
 
 
 def open_producer(parts: Parts, state: RunState) -> Producer:

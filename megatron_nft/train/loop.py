@@ -85,6 +85,8 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, overlap: Overlap
     with phases("generate"):
         found = generate_step(parts, state, metrics, overlap)
         release_engine(parts.engine, layout)
+    if overlap is not None:
+        overlap.begin_training(state)
     with phases("exchange"):
         plan = plan_step(
             found.kept,
@@ -122,8 +124,10 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, overlap: Overlap
                 outcome = policy.train_step(batches, parts.algorithm, denominator, config.rollout.temperature)
             record.add_optimizer_step(metrics, layout.rank, outcome, config.optimizer.clip_grad)
             skipped = count_skipped(skipped, outcome, config.train.max_skipped_steps, parts.store.saved_step)
-    version = state.weight_version + 1
-    is_synced = overlap is None or overlap.lets_sync(step, version)
+    version, is_synced = state.weight_version + 1, True
+    if overlap is not None:
+        overlap.end_training()
+        is_synced = overlap.lets_sync(step, version)
     if is_synced:
         with phases("sync"):
             questions = parts.questions

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from megatron_nft.engines.end_tokens import token_ids
 from megatron_nft.metrics import Metrics
@@ -20,11 +22,15 @@ from megatron_nft.train import record
 from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.evaluation import Evaluation
 from megatron_nft.train.lifecycle import Interrupted
+from megatron_nft.train.meanwhile import Meanwhile
 from megatron_nft.train.parts import Parts
 from megatron_nft.train.rounds import Rounds
 from megatron_nft.train.step_record import evaluates_after, write_record
 from megatron_nft.train.streaming import Producer
 from megatron_nft.train.sync import readmit, sync_weights
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 class Overlap:
@@ -33,9 +39,12 @@ class Overlap:
     The engine is behind the trainer only while an evaluation is under way.
     """
 
-    def __init__(self, parts: Parts, producer: Producer, *, evaluation_due: bool) -> None:
-        """evaluation_due: RunState.evaluation_due."""
+    def __init__(
+        self, parts: Parts, producer: Producer, group: dist.ProcessGroup | None, *, evaluation_due: bool
+    ) -> None:
+        """group: of all ranks, for the producer's thread. evaluation_due: RunState.evaluation_due."""
         self._parts, self.producer = parts, producer
+        self._group, self._meanwhile = group, Meanwhile(group)
         self.evaluation: Evaluation | None = None
         self.is_owed = evaluation_due  # an evaluation could not be ended under its weights, and is to be begun anew
 
@@ -54,6 +63,15 @@ class Overlap:
                 world=self._parts.layout,
                 stop_token_ids=token_ids(questions.end_tokens),
             )
+
+    def begin_training(self, state: RunState) -> None:
+        """Let the producer go on by itself while the step after `state` is trained."""
+        self._meanwhile.start(partial(self.producer.go_on, state, self._group))
+
+    def end_training(self) -> None:
+        """Take the producer back. Collective. Raises what stopped it, if something did."""
+        with self._parts.life.phases("generate"):
+            self._meanwhile.end()
 
     def open_rounds(self, state: RunState, metrics: Metrics) -> Rounds:
         """What ranks tell each other while they generate the step after `state`.
@@ -134,6 +152,7 @@ class Overlap:
         if self.evaluation is not None:
             self.evaluation.close()
             self.evaluation = None
+        self._meanwhile.close()
         self.producer.close()
 
     def _look(self, rounds: Rounds, *, until_it_ends: bool) -> None:

@@ -34,6 +34,7 @@ from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.choosing import Memory, Rate, draw_questions, rates_of
 from megatron_nft.train.collect import Collected, empty_batch, grading_failed, judge, shuffle_verdicts
 from megatron_nft.train.lifecycle import Interrupted
+from megatron_nft.train.meanwhile import Meet
 from megatron_nft.train.reasons import Outcomes
 from megatron_nft.train.rounds import Rounds
 from megatron_nft.train.schedule import GroupFacts, SampleKey
@@ -42,6 +43,7 @@ from megatron_nft.types import RolloutGroup, TrainingSample
 from megatron_nft.verify import VerifierPool
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from transformers import PreTrainedTokenizerBase
 
 
@@ -61,8 +63,8 @@ class Producer:
     """One rank's part in the generation of steps, and what all ranks know of it. All ranks make the same calls.
 
     In `streaming` a producer lives for one step, and everything that goes on is in the RunState. In `overlapped` it
-    lives as long as the run: answers go on while the trainer trains and the weights are swapped under them; questions
-    for that time are started when the groups of the step are known, and what ends meanwhile is looked at afterwards.
+    lives as long as the run: answers go on while the trainer trains and the weights are swapped under them, and further
+    questions are started in rounds of another thread, to which the producer belongs meanwhile (`go_on`).
     """
 
     def __init__(
@@ -97,6 +99,8 @@ class Producer:
         self._answers: AnswerStream | None = None  # under way
         self._is_new = False  # the stream has not got the answers that were stopped
         self._num_tokens = self._buffer.num_tokens  # of those, that earlier steps have counted
+        self._outcomes = Outcomes()  # of the answers of groups that were found complete since the last step
+        self._num_complete = 0
         self._verify_wait_s = 0.0  # that no step has counted yet: `hold` waits after the record of its step
 
     def collect(self, state: RunState, metrics: Metrics, rounds: Rounds) -> Collected:
@@ -107,8 +111,6 @@ class Producer:
         if not 0 <= self._lag(state) <= (self._config.rollout.max_staleness if self._overlaps else 0):
             has, wanted = self._engine.weight_version, state.weight_version
             raise WeightVersionError(f"the engine has weight version {has}, not {wanted}")
-        self._outcomes = Outcomes()  # of the answers of groups that this step finds complete
-        self._num_complete = 0
         answers = self._open()
         try:
             self._run(answers, rounds, state)
@@ -118,9 +120,18 @@ class Producer:
         if not self._overlaps:
             self.stop()
         found = self._finish(metrics, state.step + 1)
+        self._outcomes, self._num_complete = Outcomes(), 0
         if self._overlaps:
             answers.add(self._start_questions(self._config.rollout.max_staleness - self._lag(state)))
         return found
+
+    def go_on(self, state: RunState, group: dist.ProcessGroup | None, meet: Meet) -> None:
+        """One round while the step after `state` is trained. Collective over `group`, by `meet`."""
+        answers = self._open()
+        self._take(answers.advance(at_once=True))
+        self._take_verdicts(0.0)
+        self._hear(meet(self._tell(self._buffer.complete())))
+        answers.add(self._start_questions(self._config.rollout.max_staleness - self._lag(state), group))
 
     def hold(self, state: RunState) -> RunState:
         """`state` with the open groups as they are known now, verdicts of what has ended included."""
@@ -181,14 +192,14 @@ class Producer:
         enough = self._needed * self._config.rollout.answers_per_question
         return self._outcomes.answers >= enough and self._outcomes.missing_share > self._config.verify.max_failure_share
 
-    def _start_questions(self, steps: int) -> list[AnswerRequest]:
+    def _start_questions(self, steps: int, group: dist.ProcessGroup | None = None) -> list[AnswerRequest]:
         """Draw the questions that may be started while fewer groups than `steps` train are open; returns the requests
-        of those that this rank owns."""
+        of those that this rank owns. group: where ranks meet, if not in that of the world."""
         own = []
         if not (count := self._window.room(steps * self._needed)):
             return []
-        group, past = self._layout.world_gloo, self._memory.past
-        drawn, skipped = draw_questions(self._stream, count, self._choice, past, group)
+        group = group or self._layout.world_gloo
+        drawn, skipped = draw_questions(self._stream, count, self._choice, self._memory.past, group)
         self._asked, self._skipped = self._asked + count, self._skipped + skipped
         for draw, prompt in drawn:
             self._window.start(draw)

@@ -123,7 +123,7 @@ class Run:
             sync=None,
         )
         producer = SimpleNamespace(stop=lambda: None, hold=lambda state: state, close=lambda: None)
-        self.overlap = Overlap(self.parts, producer, evaluation_due=False)
+        self.overlap = Overlap(self.parts, producer, None, evaluation_due=False)
 
     def _sync(self, sync, engine, policy, stream, tokenizer, version):
         engine.weight_version = version
@@ -235,7 +235,7 @@ def test_a_stop_signal_ends_the_wait_and_leaves_the_evaluation_to_the_next_start
 
 
 def test_what_is_owed_at_a_start_is_owed_until_it_has_begun(run):
-    other = Overlap(run.parts, run.overlap.producer, evaluation_due=True)
+    other = Overlap(run.parts, run.overlap.producer, None, evaluation_due=True)
     assert other.is_owed
     assert other.stop(RunState(5, 5)).evaluation_due
     other.begin_evaluation(5)

@@ -6,23 +6,25 @@ from collections import Counter
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from processes import wait_until
 
 from megatron_nft.algorithms import open_algorithm
 from megatron_nft.config import Config
 from megatron_nft.data.choice import Choice, Past
 from megatron_nft.engines.completions import joined
-from megatron_nft.engines.engine import Advance, Completion, WeightVersionError
+from megatron_nft.engines.engine import Advance, Completion, EngineError, WeightVersionError
 from megatron_nft.metrics import Metrics
-from megatron_nft.train import streaming
+from megatron_nft.train import meanwhile, streaming
 from megatron_nft.train.buffer import OpenGroup
 from megatron_nft.train.checkpoints import RunState
 from megatron_nft.train.choosing import read_past, write_past
 from megatron_nft.train.collect import EmptyBatchError
+from megatron_nft.train.meanwhile import Meanwhile
 from megatron_nft.train.rounds import Rounds
 from megatron_nft.train.streaming import Producer, StreamInterrupted
 from megatron_nft.train.waiting_file import read_waiting, write_waiting
@@ -116,7 +118,7 @@ class OverlappedStream(Stream):
         super().add(requests)
 
     def advance(self, *, at_once: bool = False) -> Advance:
-        if not at_once:
+        if not at_once or self.engine.moves_meanwhile:
             self.go_on(1)
         ended, self.news = self.news, []
         begun = {number: answer for number, answer in self.begun.items() if number not in dict(ended)}
@@ -130,6 +132,7 @@ class Engine:
     def __init__(self, rows: int = 24, kind: type[Stream] = Stream) -> None:
         self.rows, self.weight_version, self.rounds, self.asked = rows, 0, 0, []
         self.after_round = lambda: None
+        self.moves_meanwhile = False  # also while the trainer trains
         self.kind, self.streams = kind, []
 
     @contextmanager
@@ -299,6 +302,51 @@ def test_overlapped_steps_train_the_same_groups_and_nothing_older(staleness):
     held += sum(len(r.response_ids) for g in rank.state.waiting for r in g.answers.values())
     ended = sum(len(answer_of(draw, k)) for draw in written for k in range(SAMPLES))
     assert ended <= generated <= ended + held
+
+
+def test_questions_are_started_while_the_trainer_trains(monkeypatch):
+    """A group that is dropped then makes room at once: nothing older is trained, the same groups are, and the engine
+    has more to do."""
+    monkeypatch.setattr(meanwhile, "PERIOD_S", 0.0)
+    staleness, started = 2, 0
+    config = settings(staleness, mode="overlapped", engine="sglang")
+    rank = Rank(config, Engine(kind=OverlappedStream))
+    rank.engine.moves_meanwhile = True
+    producer, thread, trained = rank.producer(), Meanwhile(None), []
+    for step in range(1, 21):
+        found = rank.collect(producer)
+        trained += [f.draw for f in found.kept]
+        for rollout in (r for group in found.groups for r in group.rollouts):
+            assert rollout.response_ids.tolist() == answer_of(rollout.draw, rollout.sample_index).tolist()
+            assert step - 1 - rollout.version_spans[0][0] <= staleness
+        cursor, rounds = rank.questions.cursor, rank.engine.rounds
+        assert len(producer._window._is_kept) >= staleness * PER_STEP  # all that may be started when training begins
+        thread.start(partial(producer.go_on, rank.state, None))
+        wait_until(lambda rounds=rounds: rank.engine.rounds >= rounds + 20, 60)
+        thread.end()
+        assert len(producer._window._is_kept) <= max(staleness * PER_STEP, rank.questions.cursor - cursor)
+        started += rank.questions.cursor - cursor
+        rank.engine.streams[0].swap()
+        rank.engine.weight_version = step
+        rank.state = producer.hold(RunState(step, step, found.cursor))
+    assert trained == kept_draws(20 * PER_STEP)
+    assert started > 20
+
+
+def test_an_error_while_the_trainer_trains_comes_out_at_its_end(monkeypatch):
+    monkeypatch.setattr(meanwhile, "PERIOD_S", 0.0)
+    rank = Rank(settings(mode="overlapped", engine="sglang"), Engine(kind=OverlappedStream))
+    producer, thread = rank.producer(), Meanwhile(None)
+    rank.collect(producer)
+
+    def fail(**_):
+        raise EngineError("no answer after 2 tries")
+
+    rank.engine.streams[0].advance = fail
+    thread.start(partial(producer.go_on, rank.state, None))
+    with pytest.raises(EngineError, match="no answer after 2 tries"):
+        thread.end()
+    thread.close()
 
 
 def test_syncs_that_are_put_off_train_the_same_groups_and_nothing_older():

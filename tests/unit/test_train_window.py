@@ -59,6 +59,11 @@ def run(
             assert all(len(steps) - started[draw] <= staleness for draw in draws)
             window.remove(draws)
             if overlapped:  # while the step is trained; its number is not counted up yet
+                for ended in order.sample(under_way, order.randrange(len(under_way) + 1)):
+                    while window.room((staleness - behind) * per_step) and cursor < len(fates):
+                        start()
+                    under_way.remove(ended)
+                    window.decide(ended, kept=fates[ended])
                 while window.room((staleness - behind) * per_step) and cursor < len(fates):
                     start()
             steps.append((len(steps), draws))
