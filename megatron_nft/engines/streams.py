@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ROUND_S = 0.25  # of a call of `advance`
 ABORT_AGAIN_S = 0.2
+INTERRUPT_S = 5.0  # that `interrupt` waits at most: a server that is started again may take long to answer
 
 Submit = Callable[[Coroutine[Any, Any, None]], Future[None]]
 """Runs a coroutine on the client's event loop."""
@@ -42,6 +43,7 @@ class HttpStream:
         self._answers: queue.SimpleQueue[tuple[int, Completion | BaseException | None]] = queue.SimpleQueue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
+        self._requests: set[asyncio.Future[None]] = set()  # under way, each done when it has been answered
         self._num_open = 0  # added and not handed back
         self._of_question: Counter[int] = Counter()  # answers under way, by question
         self._begun: dict[int, Completion] = {}  # given up by a server since the last `advance`, and asked again
@@ -67,6 +69,10 @@ class HttpStream:
         over = {number for number, _ in ended}
         news = [(number, answer) for number, answer in begun.items() if number not in over]
         return Advance(ended, self._asker.take_moved() or bool(ended), news)
+
+    def interrupt(self) -> None:
+        """See `engine.AnswerStream.interrupt`. Servers that keep prefixes need not compute them again."""
+        self._submit(self._interrupt()).result()
 
     def stop(self) -> list[tuple[int, Completion]]:
         """See `engine.AnswerStream.stop`."""
@@ -125,10 +131,15 @@ class HttpStream:
                 ids = request.prompt_ids if answer is None else np.concatenate([request.prompt_ids, answer.token_ids])
                 sampling = replace(self._sampling, max_tokens=self._sampling.max_tokens - start)
                 asked = Request(ids, 1, request.seed_key)
+                is_answered = asyncio.get_running_loop().create_future()
+                self._requests.add(is_answered)
                 try:
                     rest = await self._asker.ask(question, asked, sampling, lambda: not self._stopping)
                 except Stopped:
                     break
+                finally:
+                    self._requests.discard(is_answered)
+                    is_answered.set_result(None)
                 answer = settled(joined(answer, rest), self._sampling)
                 if answer.finish_reason != "stopped":
                     break
@@ -137,6 +148,13 @@ class HttpStream:
         self._begun.pop(request.number, None)
         has_tokens = answer is not None and len(answer.token_ids) > 0
         self._answers.put((request.number, answer if has_tokens else None))
+
+    async def _interrupt(self) -> None:
+        """Until every request that is under way now has been answered; some may not be in a server yet."""
+        waiting, deadline = set(self._requests), time.monotonic() + INTERRUPT_S
+        while waiting and time.monotonic() < deadline:
+            await self._asker.abort_all()
+            _, waiting = await asyncio.wait(waiting, timeout=ABORT_AGAIN_S)
 
     async def _abort(self) -> None:
         while self._tasks:

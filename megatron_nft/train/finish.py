@@ -30,7 +30,7 @@ def finish_step(parts: Parts, state: RunState, overlap: Overlap | None) -> None:
     under_way = overlap is not None and overlap.evaluation is not None
     at_end = step == config.train.num_steps
     if step and not under_way and (at_end or parts.store.is_due(step, config.checkpoint.every_steps)):
-        save(parts, state)
+        save(parts, state if overlap is None else overlap.hold(state))
     figures: dict[str, float] = {}
     due = evaluates_after(step, config) or state.evaluation_due
     if overlap is not None:

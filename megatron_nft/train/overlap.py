@@ -64,6 +64,13 @@ class Overlap:
                 stop_token_ids=token_ids(questions.end_tokens),
             )
 
+    def hold(self, state: RunState) -> RunState:
+        """`state`, of the last complete step, for a checkpoint. What servers have of running answers is asked for where
+        the last sync did not make them tell it (sync.in_flight=continue)."""
+        in_flight = self._parts.config.sync.in_flight_for("overlapped")
+        with self._parts.life.phases("generate"):
+            return self.producer.hold(state, interrupt=in_flight == "continue")
+
     def begin_training(self, state: RunState) -> None:
         """Let the producer go on by itself while the step after `state` is trained."""
         self._meanwhile.start(partial(self.producer.go_on, state, self._group))

@@ -133,9 +133,14 @@ class Producer:
         self._hear(meet(self._tell(self._buffer.complete())))
         answers.add(self._start_questions(self._config.rollout.max_staleness - self._lag(state), group))
 
-    def hold(self, state: RunState) -> RunState:
-        """`state` with the open groups as they are known now, verdicts of what has ended included."""
+    def hold(self, state: RunState, *, interrupt: bool = False) -> RunState:
+        """`state` with the open groups as they are known now, verdicts of what has ended included.
+
+        interrupt: let servers tell what there is of answers under way, which go on.
+        """
         if self._answers is not None:
+            if interrupt:
+                self._answers.interrupt()
             self._take(self._answers.advance(at_once=True))
             self._take_verdicts(None)
         return replace(state, cursor=self._stream.cursor, waiting=self._buffer.snapshot())

@@ -37,6 +37,7 @@ ENGINE = {
     "spread": 0.8,
     "seed": 0,
     "sync_s": 0.05,
+    "sessions": True,
 }
 
 
@@ -142,10 +143,19 @@ def versions_of(call: dict) -> list[tuple[int, int]]:
     ]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
-def test_killed_at_random_moments(server, tmp_path, kills):
+@pytest.mark.parametrize(
+    ("kills", "in_flight"),
+    [
+        (3, "abort"),
+        pytest.param(3, "continue", marks=pytest.mark.long),
+        pytest.param(20, "abort", marks=pytest.mark.long),
+    ],
+)
+def test_killed_at_random_moments(server, tmp_path, kills, in_flight):
+    """With `continue` a sync tells nothing of running answers, so that a checkpoint has to ask for it."""
     steps = 2 * kills
-    made, chance = settings(tmp_path, server.url, steps), random.Random(kills)
+    made = merge(settings(tmp_path, server.url, steps), sync__in_flight=in_flight)
+    chance = random.Random(kills)
     for _ in range(kills):
         run = Run(made)
         done, calls = run.steps_done(), len(server.calls()) + chance.randrange(5, 60)
@@ -157,6 +167,7 @@ def test_killed_at_random_moments(server, tmp_path, kills):
     check(run.run_dir, server, steps)
     rows = metrics_of(run.run_dir)[1:]
     assert sum(row["answers/continued"] for row in rows) > 0
+    assert any(call["start"] for call in server.calls()), "nothing went on from a prefix"
     assert max(row["age/max"] for row in rows) == 2
     assert all("eval/accuracy" in row for row in rows if row["step"] % 2 == 0)  # asked beside the training questions
 
