@@ -20,7 +20,8 @@ from megatron_nft.train.sync import readmit
 def open_overlap(parts: Parts, state: RunState) -> Overlap:
     """What goes on beside the training from `state` on. Collective."""
     group = new_gloo_group(parts.config.train.collective_timeout_s)
-    return Overlap(parts, open_producer(parts, state), group, evaluation_due=state.evaluation_due)
+    is_owed = state.evaluation_due and parts.recorder.has_unwritten  # else it has ended since the checkpoint
+    return Overlap(parts, open_producer(parts, state), group, evaluation_due=is_owed)
 
 
 def open_producer(parts: Parts, state: RunState) -> Producer:

@@ -69,7 +69,8 @@ class Overlap:
         the last sync did not make them tell it (sync.in_flight=continue)."""
         in_flight = self._parts.config.sync.in_flight_for("overlapped")
         with self._parts.life.phases("generate"):
-            return self.producer.hold(state, interrupt=in_flight == "continue")
+            held = self.producer.hold(state, interrupt=in_flight == "continue")
+        return replace(held, evaluation_due=self.is_owed)
 
     def begin_training(self, state: RunState) -> None:
         """Let the producer go on by itself while the step after `state` is trained."""

@@ -117,8 +117,9 @@ class Rounds:
         if signum := max(rank[1] for rank in ranks):
             raise Interrupted(signum)
         if all(rank[3] for rank in ranks):
-            self._end_beside()
-        self._bring_weights([rank[4] for rank in ranks])
+            self._end_beside()  # servers that want weights may have got them with that
+        else:
+            self._bring_weights([rank[4] for rank in ranks])
         return [rank[0] for rank in ranks]
 
     def _start(self, *, done: bool) -> None:

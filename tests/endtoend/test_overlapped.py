@@ -222,8 +222,8 @@ def test_training_goes_on_during_an_evaluation_as_far_as_the_bound_admits(gated,
     assert versions_synced(run) == [0, 3, 4] and checkpoints(run) == [3, 4]
     rows = metrics_of(run.run_dir)
     assert ["eval/accuracy" in row for row in rows] == [True, False, False, False]
-    assert [row["sync/put_off"] for row in rows[1:]] == [1, 1, 0]
-    assert seconds_waited(run)[2] > 0
+    assert every_figure(run, "sync/put_off") == [1, 1, 0]
+    assert every_figure(run, "seconds/evaluate_wait")[2] > 0
     assert trained_steps(run) == set(range(1, 8))
 
     run.kill()
@@ -251,6 +251,7 @@ def test_training_goes_on_during_an_evaluation_as_far_as_the_bound_admits(gated,
     assert all(row["groups/too_old"] == 0 for row in rows[1:])
 
 
-def seconds_waited(run: Run) -> list[float]:
+def every_figure(run: Run, name: str) -> list[float]:
+    """Of steps 1, 2, and so on."""
     rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row["seconds/evaluate_wait"] for row in rows[1:]]
+    return [row[name] for row in rows[1:]]

@@ -107,7 +107,8 @@ class Run:
         memory = SimpleNamespace(take=dict)
         values = {"run_dir": "unused", "model": {"path": "unused"}, "data": {"train": ["unused"]}}
         values |= {"rollout": {"max_staleness": STALENESS}, "train": {"num_steps": num_steps}}
-        prompts = [Prompt(i, "sums", (), str(i % 2), np.array([i], np.int32)) for i in range(QUESTIONS)]
+        told = [({"role": "user", "content": str(i)},) for i in range(QUESTIONS)]
+        prompts = [Prompt(i, "sums", told[i], str(i % 2), np.array([i], np.int32)) for i in range(QUESTIONS)]
         self.recorder = Recorder([SimpleNamespace(write=lambda *_: None)], self.phases, memory, layout)
         self.parts = SimpleNamespace(
             config=Config(**values, eval={"every_steps": EVERY, "samples": SAMPLES}),
@@ -122,7 +123,7 @@ class Run:
             policy=None,
             sync=None,
         )
-        producer = SimpleNamespace(stop=lambda: None, hold=lambda state: state, close=lambda: None)
+        producer = SimpleNamespace(stop=lambda: None, hold=lambda state, **_: state, close=lambda: None)
         self.overlap = Overlap(self.parts, producer, None, evaluation_due=False)
 
     def _sync(self, sync, engine, policy, stream, tokenizer, version):
@@ -263,12 +264,20 @@ def test_where_the_weights_of_an_evaluation_are_gone_it_begins_anew_under_newer_
     assert run.written[2:] == [(2, True)]
 
 
+def test_a_server_that_comes_back_as_the_evaluation_ends_waits_for_the_sync(run):
+    stream = run.begin(0)
+    stream.at_once, run.engine.behind = ALL, ["http://a"]
+    assert run.step(1)
+    assert run.syncs == [1] and not run.overlap.is_owed and run.written[0] == (0, True)
+
+
 def test_the_same_at_the_end_of_a_step_leaves_it_to_the_end_of_the_step(run):
     run.begin(0)
     for step in (1, 2):
         run.step(step)
     run.engine.behind = ["http://a"]
     assert run.step(3)
+    assert run.overlap.hold(RunState(3, 3)).evaluation_due  # in a checkpoint of that step too
     assert run.overlap.is_owed and run.overlap.evaluation is None and run.syncs == [3]
     assert run.written == [(0, False), (1, False), (2, False), (3, False)]
 

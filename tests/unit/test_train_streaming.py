@@ -350,7 +350,7 @@ def test_an_error_while_the_trainer_trains_comes_out_at_its_end(monkeypatch):
 
 
 def test_syncs_that_are_put_off_train_the_same_groups_and_nothing_older():
-    """The engine stays at most `staleness` versions behind; of every five syncs two or three are put off."""
+    """Of every five syncs two are put off; a third one would leave the engine more than `staleness` versions behind."""
     staleness, behind = 2, Counter()
     rank = Rank(settings(staleness, mode="overlapped", engine="sglang"), Engine(kind=OverlappedStream))
     producer, trained, written = rank.producer(), [], []
@@ -363,7 +363,7 @@ def test_syncs_that_are_put_off_train_the_same_groups_and_nothing_older():
             assert 0 <= step - 1 - rollout.version_spans[0][0] <= staleness
         (stream,) = rank.engine.streams
         stream.go_on(3)
-        if step % 5 < 3 or step - rank.engine.weight_version > staleness:
+        if step % 5 < 2 or step - rank.engine.weight_version > staleness:
             stream.swap()
             rank.engine.weight_version = step
         behind[step - rank.engine.weight_version] += 1
@@ -462,7 +462,8 @@ def test_a_choice_goes_on_from_a_file_as_if_it_had_not_stopped(tmp_path):
     for _ in range(6):
         a, b = rank.step(), other.step()
         assert (a.kept, a.cursor, a.past, a.ahead) == (b.kept, b.cursor, b.past, b.ahead)
-    assert rank.choice.function.seen[-100:] == other.choice.function.seen[-100:]
+    seen = other.choice.function.seen
+    assert seen and rank.choice.function.seen[-len(seen) :] == seen
 
 
 def naive_step(engine: Engine, questions: Questions):
