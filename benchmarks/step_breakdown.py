@@ -23,7 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ("generate", "logprobs", "train")
 """generate holds verification, which overlaps it; train holds packing, forward/backward and the optimizer."""
-ASIDE = ("evaluate", "checkpoint", "checkpoint_wait", "export")
+ASIDE = ("evaluate", "evaluate_wait", "checkpoint", "checkpoint_wait", "export")
 NUM_STEPS = 30
 
 

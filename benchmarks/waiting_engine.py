@@ -167,12 +167,13 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     engine: WaitingEngine
     sync_s = 0.0
+    has_sessions = False  # of updates, as SGLang from 0.5.21 on
     log: Any = None
     lock = threading.Lock()
 
     def do_GET(self) -> None:
         if self.path == "/begin_weight_update":
-            return self._send({}, 404)  # no update sessions
+            return self._send({}, 405 if self.has_sessions else 404)
         return self._send({"weight_version": str(self.engine.version), "busy_s": self.engine.busy_s})
 
     def do_POST(self) -> None:
@@ -231,6 +232,9 @@ class Handler(BaseHTTPRequestHandler):
         self.engine.set_version(int(body["weight_version"]))
         return {"success": True}, 200
 
+    def _end_weight_update(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        return {}, 200 if self.has_sessions else 404
+
     def _update_weight_version(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         return {"success": True}, 200
 
@@ -261,7 +265,7 @@ def main() -> None:
     model = DecodeModel(**{f.name: settings[f.name] for f in fields(DecodeModel)})
     demand = Demand(1, 1, 1, 0.5, settings["mean_tokens"], settings["max_tokens"], 0, 0, settings["spread"])
     Handler.engine = WaitingEngine(model, demand, settings["seed"])
-    Handler.sync_s = settings.get("sync_s", 0.0)
+    Handler.sync_s, Handler.has_sessions = settings.get("sync_s", 0.0), settings.get("sessions", False)
     if args.log:
         Handler.log = args.log.open("a")
     server = Server(("127.0.0.1", args.port), Handler)

@@ -25,7 +25,7 @@ class DataConfig(Section):
     choose: str | None = None
     """What may skip drawn questions, from how they were answered before: skip_solved (a question whose last two groups
     were all right is skipped with probability 0.75, or P as skip_solved:P), or the dotted path of a function of your
-    own (docs/extending.md). null asks every question that is drawn. With rollout.mode=synchronous."""
+    own (docs/extending.md). null asks every question that is drawn."""
 
 
 class ServerConfig(Section):
@@ -84,7 +84,8 @@ class ServerConfig(Section):
     router_args: list[str] = Field(default=[])
     """Further arguments for the router's command line, for example ["--policy=random"]."""
     max_in_flight: PositiveInt = 512
-    """Answers under way at once, from each trainer rank. Each is a request of its own."""
+    """Answers under way at once, from each trainer rank. Each is a request of its own. With mode=overlapped held-out
+    questions have as many beside those of the training."""
     max_retries: NonNegativeInt = 3
     """Further tries of an answer that a server failed or dropped."""
     start_timeout_s: PositiveFloat | None = None

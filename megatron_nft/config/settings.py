@@ -81,11 +81,6 @@ class Config(Section):
         if self.algorithm.average_decay is not None:
             self.policy.check_average()
         self.algorithm.check_response_limit(self.rollout.max_response_tokens)
-        if self.data.choose is not None and self.rollout.mode != "synchronous":
-            raise ValueError(
-                f"data.choose={self.data.choose} with rollout.mode={self.rollout.mode}: questions start before a step "
-                "is complete there, and what may skip them counts complete steps; use rollout.mode=synchronous"
-            )
         if self.rollout.mode == "overlapped" and self.sync.in_flight == "finish":
             raise ValueError(
                 "sync.in_flight=finish with rollout.mode=overlapped: answers are always under way there, so a sync "

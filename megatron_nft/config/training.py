@@ -48,6 +48,7 @@ class StallTimeouts(Section):
             "checkpoint": self.checkpoint,
             "checkpoint_wait": self.checkpoint,
             "evaluate": self.evaluate,
+            "evaluate_wait": self.evaluate,
             "export": self.export,
         }
         return {phase: seconds for phase, seconds in own.items() if seconds is not None}
@@ -163,7 +164,8 @@ class EvalConfig(Section):
     data: list[Path] = Field(default=[])
     """Files of held-out questions, in the same formats as data.train. Empty: no evaluation."""
     every_steps: NonNegativeInt = 0
-    """Training steps between two evaluations; 0 evaluates only before the first and after the last step."""
+    """Training steps between two evaluations; 0 evaluates only before the first and after the last step. With
+    rollout.mode=overlapped training goes on meanwhile (docs/nft.md)."""
     samples: PositiveInt = 1
     """Answers per question; accuracy is their mean."""
     temperature: Annotated[float, Field(ge=0)] = 1.0

@@ -147,9 +147,13 @@ class Asker(ABC):
         """See `targets.Targets.begin`."""
         await self._targets.begin(num_in_flight)
 
-    def expect(self, num_in_flight: int) -> None:
+    def expect(self, stream: object, num_in_flight: int) -> None:
         """See `targets.Targets.expect`."""
-        self._targets.expect(num_in_flight)
+        self._targets.expect(stream, num_in_flight)
+
+    def forget(self, question: int) -> None:
+        """See `targets.Targets.forget`."""
+        self._targets.forget(question)
 
     async def watch(self) -> None:
         """Watch the servers until cancelled: see watch.py."""

@@ -133,6 +133,11 @@ class AnswerStream(Protocol):
         there is to tell. EngineError where an answer cannot be had."""
         ...
 
+    def interrupt(self) -> None:
+        """Have what there is of answers under way told by the next `advance`; they go on. Where a server does not say
+        it soon, an answer stays as far as it was known."""
+        ...
+
     def stop(self) -> list[tuple[int, Completion]]:
         """End all answers, and hand back each that has a token; those that end at that moment as they ended."""
         ...
@@ -188,7 +193,7 @@ class Engine(Protocol):
         ...
 
     def stream(self, sampling: SamplingParams) -> AnswerStream:
-        """Answers one by one, under the version that the engine has; one stream at a time."""
+        """Answers one by one, under the version that the engine has. The embedded engine has one stream at a time."""
         ...
 
     is_deterministic: bool

@@ -48,7 +48,7 @@ class Targets:
         self._looking = asyncio.Lock()
         self._num_looks = 0
         self._next = first % len(near)
-        self._num_streamed = 0  # answers under way in a stream, whatever else is asked beside it
+        self._streamed: dict[object, int] = {}  # answers under way in each open stream
         self._share = 1  # answers under way on each near server, or one more, if all are up
         self._of_question: dict[int, Target] = {}
         self.behind: set[str] = set()
@@ -73,22 +73,29 @@ class Targets:
     async def begin(self, num_in_flight: int) -> None:
         """See which servers that were down have come back, before a phase of generation.
 
-        num_in_flight: answers that will be under way at once, beside those of an open stream.
+        num_in_flight: answers that will be under way at once, beside those of open streams.
         """
-        if not self._num_streamed:
+        if not self._streamed:
             self._of_question = {}
-        self._share_out(self._num_streamed + num_in_flight)
+        self._share_out(num_in_flight)
         if self.routed is not None:
             self.routed.target.down = True  # it may have servers that came back without the weights
         await self.look_at_those_down()
 
-    def expect(self, num_in_flight: int) -> None:
+    def forget(self, question: int) -> None:
+        """Take note that no more answers to a question are asked for."""
+        self._of_question.pop(question, None)
+
+    def expect(self, stream: object, num_in_flight: int) -> None:
         """Take note of how many answers of a stream will be under way at once from here on; 0 once it has ended."""
-        self._num_streamed = num_in_flight
-        self._share_out(num_in_flight)
+        self._streamed[stream] = num_in_flight
+        if not num_in_flight:
+            del self._streamed[stream]
+        self._share_out(0)
 
     def _share_out(self, num_in_flight: int) -> None:
-        self._share = max(1, num_in_flight // self._num_near)
+        """num_in_flight: beside those of the streams."""
+        self._share = max(1, (sum(self._streamed.values()) + num_in_flight) // self._num_near)
 
     async def pick(self, question: int | None = None) -> Target | None:
         """Return the server for one answer to a question; None where none is up, after another look at them.

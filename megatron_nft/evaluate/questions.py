@@ -47,6 +47,11 @@ class QuestionResult:
     data_source: str
     answers: list[Answer]
 
+    @classmethod
+    def of(cls, prompt: Prompt, answers: Sequence[GradedAnswer]) -> QuestionResult:
+        """The question with what an engine and the graders said."""
+        return cls(prompt.index, prompt.data_source, [_to_answer(answer) for answer in answers])
+
     @property
     def num_correct(self) -> int:
         return sum(a.verdict is Verdict.CORRECT for a in self.answers)
@@ -117,7 +122,7 @@ def evaluate_questions(
         on_wait=on_wait,
     ):
         prompt = prompts[number]
-        results[number] = QuestionResult(prompt.index, prompt.data_source, [_to_answer(a) for a in answers])
+        results[number] = QuestionResult.of(prompt, answers)
         if on_question is not None:
             on_question(results[number])
     return EvalResult([results[number] for number in range(len(prompts))])

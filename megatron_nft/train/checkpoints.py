@@ -30,7 +30,7 @@ from megatron_nft.data.sample_file import read_samples, write_samples
 from megatron_nft.distributed import gather_objects, largest, run_everywhere
 from megatron_nft.files import publish_folder, sha256_of_file, write_atomically
 from megatron_nft.train.background import Background
-from megatron_nft.train.choosing import write_past
+from megatron_nft.train.choosing import Rate, write_past
 from megatron_nft.train.manifest import FORMAT, Manifest, complete_steps, folder_of, size_and_digest, what_is_missing
 from megatron_nft.train.waiting_file import write_waiting
 from megatron_nft.types import TrainingSample
@@ -56,8 +56,10 @@ class RunState:
     cursor: int = 0  # next draw of the prompt stream
     surplus: tuple[TrainingSample, ...] = field(default=(), repr=False)  # held by this rank's replica
     past: Mapping[int, Past] = field(default_factory=dict, repr=False)  # of questions by Prompt.index, for data.choose
+    ahead: tuple[Rate, ...] = field(default=(), repr=False)  # of dropped groups that `past` does not count yet
     waiting: tuple[OpenGroup, ...] = field(default=(), repr=False)  # owned by this rank
     steps_over_gap: int = 0  # steps in a row, up to this one, whose mean gap was above algorithm.gap_limit
+    evaluation_due: bool = False  # an evaluation could not be ended under its weights, and is due after this step
     unwritten: dict[str, Any] | None = field(default=None, repr=False)  # Manifest.figures
 
 
@@ -83,6 +85,10 @@ class CheckpointStore:
         self._own_is_written = threading.Event()
         self.saved_step = 0  # of the newest checkpoint that was found or written; 0 without one
         self.pending_step = 0  # of the one that is being written beside the training; 0 without one
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether a checkpoint is to be saved after `step`: that of a multiple of `every` that has none yet."""
+        return step // every > max(self.saved_step, self.pending_step) // every
 
     def save(self, state: RunState, take: Callable[[], Snapshot], surplus: Sequence[TrainingSample] | None) -> Path:
         """Write `state` and the snapshot that `take` returns; `surplus` is None except on replica leaders.
@@ -194,7 +200,7 @@ class CheckpointStore:
         if self._rank != 0:
             return
         snapshot.finish(partial / "megatron", [part for part, _ in parts])
-        write_past(partial, state.past)
+        write_past(partial, state.past, state.ahead)
         files = {name: facts for _, own in parts for name, facts in own.items()}
         for path in (path for path in partial.rglob("*") if path.is_file()):
             if (name := str(path.relative_to(partial))) not in files:
@@ -205,6 +211,7 @@ class CheckpointStore:
             weight_version=state.weight_version,
             cursor=state.cursor,
             steps_over_gap=state.steps_over_gap,
+            evaluation_due=state.evaluation_due,
             figures=state.unwritten,
             files=dict(sorted(files.items())),
             **self._identity,

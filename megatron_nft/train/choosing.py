@@ -1,6 +1,7 @@
 """Drawing the questions that `data.choose` lets through, alike on every rank, and what a run remembers for it.
 
     checkpoints/step_000020/questions/past.json      {"17": [3, [0.5, 1.0, 1.0]]}: asked three times, and the last rates
+    checkpoints/step_000020/questions/ahead.json     [[212, 17, 1.0]]: of draw 212, which counts later (`Memory`)
 
 Only complete steps count: within a step the function sees what was known at its start, and a step that is abandoned
 leaves nothing behind.
@@ -9,8 +10,9 @@ leaves nothing behind.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -51,9 +53,9 @@ def _check_same(draws: Sequence[int], choice: Choice, group: dist.ProcessGroup |
 
 
 def rates_of(groups: Sequence[RolloutGroup], fates: Sequence[str]) -> list[Rate]:
-    """Of the groups of which enough answers count."""
+    """Of the groups that have all of their answers, of which enough count."""
     both = zip(groups, fates, strict=True)
-    return [(g.draw, g.prompt.index, g.correct_rate) for g, fate in both if fate != "too_few"]
+    return [(g.draw, g.prompt.index, g.correct_rate) for g, fate in both if fate not in ("too_few", "too_old")]
 
 
 def remember(past: Mapping[int, Past], rates: Iterable[Rate]) -> dict[int, Past]:
@@ -61,18 +63,49 @@ def remember(past: Mapping[int, Past], rates: Iterable[Rate]) -> dict[int, Past]
     return with_rates(past, ((index, rate) for _, index, rate in sorted(rates)))
 
 
-def write_past(checkpoint: Path, past: Mapping[int, Past]) -> None:
-    """Write `past` into a checkpoint's folder; nothing where there is none."""
-    if past:
-        path = checkpoint / "questions" / "past.json"
-        path.parent.mkdir()
-        write_atomically(path, json.dumps({index: [p.asked, p.rates] for index, p in sorted(past.items())}))
+class Memory:
+    """What is known of questions where groups are complete in any order (rollout.mode): the same on every rank.
+
+    They count in draw order: after a step, those of all draws up to the last one that it trained. Of these each is
+    trained or dropped, so what counts depends on the answers alone, not on when each of them came.
+    """
+
+    def __init__(self, past: Mapping[int, Past], ahead: Iterable[Rate]) -> None:
+        """past, ahead: see RunState."""
+        self.past, self._rates = dict(past), list(ahead)
+
+    def add(self, rates: Iterable[Rate]) -> None:
+        """Take note of groups that are complete, each once."""
+        self._rates += rates
+
+    def count_up_to(self, draw: int) -> None:
+        """Count the groups up to `draw`, the last one that a step trains."""
+        self.past = remember(self.past, (rate for rate in self._rates if rate[0] <= draw))
+        self._rates = [rate for rate in self._rates if rate[0] > draw]
+
+    def ahead(self, waiting: Container[int]) -> tuple[Rate, ...]:
+        """Groups that were dropped and do not count yet. waiting: draws of complete groups that are still kept, which
+        are told of again when a run goes on."""
+        return tuple(sorted(rate for rate in self._rates if rate[0] not in waiting))
 
 
-def read_past(checkpoint: Path) -> dict[int, Past]:
+def write_past(checkpoint: Path, past: Mapping[int, Past], ahead: Sequence[Rate]) -> None:
+    """Write what is remembered (see RunState) into a checkpoint's folder; nothing where there is none."""
+    folder = checkpoint / "questions"
+    if past or ahead:
+        folder.mkdir()
+        stored = {index: [p.asked, p.rates] for index, p in sorted(past.items())}
+        write_atomically(folder / "past.json", json.dumps(stored))
+    if ahead:
+        write_atomically(folder / "ahead.json", json.dumps(ahead))
+
+
+def read_past(checkpoint: Path) -> tuple[dict[int, Past], tuple[Rate, ...]]:
     """What `write_past` wrote, bit for bit; empty where nothing was."""
-    path = checkpoint / "questions" / "past.json"
-    if not path.exists():
-        return {}
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    return {int(index): Past(asked, tuple(rates)) for index, (asked, rates) in stored.items()}
+    past, ahead = (_read(checkpoint / "questions" / name) for name in ("past.json", "ahead.json"))
+    found = {int(index): Past(asked, tuple(rates)) for index, (asked, rates) in dict(past).items()}
+    return found, tuple((draw, index, rate) for draw, index, rate in ahead)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else ()

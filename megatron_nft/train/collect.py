@@ -26,7 +26,7 @@ from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.train import record
 from megatron_nft.train.buffer import OpenGroup
 from megatron_nft.train.checkpoints import RunState
-from megatron_nft.train.choosing import draw_questions, rates_of, remember
+from megatron_nft.train.choosing import Rate, draw_questions, rates_of, remember
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle
 from megatron_nft.train.reasons import Outcomes
 from megatron_nft.train.rounds import Rounds
@@ -56,6 +56,7 @@ class Collected:
     samples: dict[SampleKey, TrainingSample]  # of kept groups that this rank holds, surplus of earlier steps included
     cursor: int
     past: Mapping[int, Past] = field(default_factory=dict)  # RunState.past after this step, the same on every rank
+    ahead: tuple[Rate, ...] = ()  # RunState.ahead after this step
     waiting: tuple[OpenGroup, ...] = ()  # of this rank: what goes on in the next step
 
 

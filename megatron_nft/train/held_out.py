@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_nft.config import Config
 from megatron_nft.data.prompts import PromptStream
 from megatron_nft.distributed import gather_objects
-from megatron_nft.engines.engine import Engine
+from megatron_nft.engines.engine import Engine, SamplingParams
 from megatron_nft.evaluate.benchmark_metrics import macro_average
 from megatron_nft.evaluate.intervals import score_interval
 from megatron_nft.evaluate.questions import evaluate_questions, merge_counts, summarize_counts
@@ -79,10 +79,10 @@ def evaluate_held_out(
     """
     if not held_out.prompts:
         return {}
-    settings = config.eval
+    sampling = held_out_sampling(config, stop_token_ids)
     rounds = rounds or Rounds(life, world.world_gloo)
     mine = held_out.prompts[world.rank :: world.world_size]
-    total = len(mine) * settings.samples
+    total = len(mine) * config.eval.samples
     with life.phases("evaluate"), life.progress("held-out questions", total) as on_answer:
         counts = None
         with suppress(Interrupted):  # all ranks leave together, below
@@ -92,10 +92,10 @@ def evaluate_held_out(
                 mine,
                 tokenizer,
                 verifier,
-                samples=settings.samples,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                max_tokens=settings.max_response_tokens or config.rollout.max_response_tokens,
+                samples=config.eval.samples,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
                 seed=config.seed,
                 stop_token_ids=stop_token_ids,
                 on_answer=on_answer,
@@ -107,8 +107,19 @@ def evaluate_held_out(
         parts = [part for part in answers if part is not None]
         if len(parts) < len(answers):
             raise Interrupted(signum)
-    merged = merge_counts(parts)
-    return {f"eval/{name}": value for name, value in summarize_held_out(merged, held_out).items()}
+    return held_out_figures(parts, held_out)
+
+
+def held_out_sampling(config: Config, stop_token_ids: Sequence[int]) -> SamplingParams:
+    """How answers to held-out questions are drawn. stop_token_ids: the tokens that end them (end_tokens.py)."""
+    settings = config.eval
+    limit = settings.max_response_tokens or config.rollout.max_response_tokens
+    return SamplingParams(limit, settings.temperature, settings.top_p, stop_token_ids=tuple(stop_token_ids))
+
+
+def held_out_figures(parts: Sequence[np.ndarray], held_out: HeldOut) -> dict[str, float]:
+    """Figures under names `eval/…` of all ranks' counts, int64 [Q of the rank, 7] each."""
+    return {f"eval/{name}": value for name, value in summarize_held_out(merge_counts(parts), held_out).items()}
 
 
 def summarize_held_out(counts: np.ndarray, held_out: HeldOut) -> dict[str, float]:

@@ -28,6 +28,7 @@ class Manifest:
     layout: dict[str, int]
     files: dict[str, dict[str, Any]]  # relative path -> {bytes, sha256}
     steps_over_gap: int = 0  # of RunState
+    evaluation_due: bool = False  # of RunState
     figures: dict[str, Any] | None = None  # Metrics.state of the step, of all ranks, where its record was not written
 
     @classmethod

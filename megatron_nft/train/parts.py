@@ -231,6 +231,7 @@ def restore(
             f"{folder} holds {kept} of rollout.mode={other}, which rollout.mode={config.rollout.mode} cannot go on "
             f"with: set rollout.mode={other}, or choose another run_dir"
         )
+    past, ahead = ({}, ()) if config.data.choose is None else read_past(folder)
     draws = sorted({s.draw for s in surplus})
     mine = {d for i, d in enumerate(draws) if i % layout.dp.size == layout.dp.rank}
     say(f"going on from {folder} (step {manifest.step}, {len(draws)} surplus groups)")
@@ -239,9 +240,11 @@ def restore(
         weight_version=manifest.weight_version,
         cursor=manifest.cursor,
         surplus=tuple(s for s in surplus if s.draw in mine),
-        past={} if config.data.choose is None else read_past(folder),
+        past=past,
+        ahead=ahead,
         waiting=tuple(waiting),
         steps_over_gap=manifest.steps_over_gap,
+        evaluation_due=manifest.evaluation_due,
         unwritten=manifest.figures,
     )
 

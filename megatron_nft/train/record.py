@@ -94,6 +94,14 @@ def add_stream(metrics: Metrics, groups: Sequence[RolloutGroup], waiting: Sequen
     metrics.sum("groups/waiting", len(waiting))
 
 
+def add_put_off(metrics: Metrics, rank: int, *, put_off: bool) -> None:
+    """sync/put_off: whether the step's sync was put off for an evaluation beside the training. A step without a wait
+    for it has 0 in seconds/evaluate_wait."""
+    if rank == 0:
+        metrics.sum("sync/put_off", put_off)
+        metrics.sum("seconds/evaluate_wait", 0.0)
+
+
 def add_plan(metrics: Metrics, rank: int, kept: Sequence[GroupFacts], plan: StepPlan, step: int) -> None:
     """What was trained, kept for later and given up."""
     if rank != 0:

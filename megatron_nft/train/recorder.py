@@ -15,7 +15,8 @@ from megatron_nft.train.memory import PhaseMemory
 
 
 class Recorder:
-    """Keeps the metrics of the last complete step until they are written.
+    """Keeps the metrics of complete steps until they are written: of the last one, and of those before it that wait for
+    the figures of an evaluation beside the training.
 
     Between the two there may be a checkpoint, which takes them along (`snapshot`), so that a run that goes on from it
     can still write the record.
@@ -25,12 +26,18 @@ class Recorder:
         """`sinks`: those of the first rank, empty on others."""
         self._sinks, self._phases, self._memory, self._layout = sinks, phases, memory, layout
         self._clock = time.perf_counter()  # when seconds were added last
-        self._unwritten: Metrics | None = None
+        self._unwritten: Metrics | None = None  # of the last complete step
+        self._held: dict[int, Metrics] = {}  # by step, oldest first
 
     @property
     def has_unwritten(self) -> bool:
         """Whether the record of the last complete step is still to be written; the same on every rank."""
         return self._unwritten is not None
+
+    @property
+    def held_steps(self) -> list[int]:
+        """Steps whose records are held back, oldest first; the same on every rank."""
+        return list(self._held)
 
     def restore(self, state: RunState) -> None:
         """Take over what is known of `state.step`, if its record is still to be written: the record of step 0, or of a
@@ -51,21 +58,31 @@ class Recorder:
         self._unwritten = metrics
 
     def snapshot(self, step: int) -> dict[str, Any] | None:
-        """All ranks' unwritten metrics as one state, for the checkpoint of `step`; None where none wait. Collective."""
-        if self._unwritten is None:
+        """All ranks' unwritten metrics of `step` as one state, for its checkpoint; None where none wait. Collective."""
+        metrics = self._held.get(step, self._unwritten)
+        if metrics is None:
             return None
+        if metrics is self._unwritten:
+            self._add_costs(metrics, step)
+        return Metrics(*gather_objects(metrics.state(), self._layout.world_gloo)).state()
+
+    def hold(self, step: int) -> None:
+        """Keep the record of `step`, the last complete one, until it is written; what comes now costs another step."""
+        assert self._unwritten is not None, "a complete step has metrics"
         self._add_costs(self._unwritten, step)
-        return Metrics(*gather_objects(self._unwritten.state(), self._layout.world_gloo)).state()
+        self._held[step], self._unwritten = self._unwritten, None
 
     def write(self, step: int, evaluation: dict[str, float]) -> dict[str, Any]:
         """Write the record of `step` to every sink and return it; empty on all ranks but the first. Collective.
 
         ValueError where nothing waits to be written.
         """
-        metrics, self._unwritten = self._unwritten, None
+        metrics = self._held.pop(step, None)
         if metrics is None:
-            raise ValueError(f"no metrics of step {step} are waiting to be written")
-        self._add_costs(metrics, step)
+            metrics, self._unwritten = self._unwritten, None
+            if metrics is None:
+                raise ValueError(f"no metrics of step {step} are waiting to be written")
+            self._add_costs(metrics, step)
         states = gather_objects(metrics.state(), self._layout.world_gloo)
         if self._layout.rank != 0:
             return {}

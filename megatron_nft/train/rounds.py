@@ -12,6 +12,7 @@ ranks that have all their answers. All see the same rounds with the same numbers
 - as long as one rank makes progress, the others that wait for it are not taken for stalled.
 
 Where answers outlive a step, ranks `meet` instead: they all come to a round at about the same time, with what it tells.
+There they also see that an evaluation beside the training has all of its answers, on every rank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from megatron_nft.distributed import NumbersUnderWay, gather_objects
 from megatron_nft.train.lifecycle import Interrupted, Lifecycle
@@ -36,6 +37,15 @@ Readmit = Callable[[list[str]], None]
 """Brings the weights to servers, named by their URLs. Collective."""
 
 
+class Beside(Protocol):
+    """Held-out questions under way beside the training. See `evaluation.Evaluation`."""
+
+    def look(self) -> bool: ...
+
+    @property
+    def is_answered(self) -> bool: ...
+
+
 class Rounds:
     """One rank's part in the rounds of a phase of generation. All ranks make one, and call `wait_for_all` in the end.
 
@@ -48,10 +58,16 @@ class Rounds:
         group: dist.ProcessGroup | None,
         left_behind: Callable[[], Sequence[str]] = tuple,
         readmit: Readmit | None = None,
+        beside: Callable[[], Beside | None] = lambda: None,
+        end_beside: Callable[[], object] = lambda: None,
     ) -> None:
-        """left_behind: see `engine.Engine.left_behind`. readmit: called for the servers that any rank names."""
+        """left_behind: see `engine.Engine.left_behind`. readmit: called for the servers that any rank names.
+
+        beside: the evaluation under way, the same on every rank. end_beside: called when it is answered on all.
+        """
         self._life, self._group = life, group
         self._left_behind, self._readmit = left_behind, readmit
+        self._beside, self._end_beside = beside, end_beside
         self._under_way: NumbersUnderWay | None = None
         self._next = time.monotonic() + PERIOD_S
         self._moved = False  # since the last round was started
@@ -90,13 +106,20 @@ class Rounds:
 
         moved: whether this rank's engine has made progress. Interrupted, on every rank, after a stop signal on any.
         """
+        beside = self._beside()
+        if beside is not None:
+            moved |= beside.look()
+        is_over = beside is not None and beside.is_answered
         with self._life.phases.waiting():
-            ranks = gather_objects((told, self._life.stop.signum, moved, self._in_want()), self._group)
+            ranks = gather_objects((told, self._life.stop.signum, moved, is_over, self._in_want()), self._group)
         if any(rank[2] for rank in ranks):
             self._life.phases.progress()
         if signum := max(rank[1] for rank in ranks):
             raise Interrupted(signum)
-        self._bring_weights([urls for _, _, _, urls in ranks])
+        if all(rank[3] for rank in ranks):
+            self._end_beside()  # servers that want weights may have got them with that
+        else:
+            self._bring_weights([rank[4] for rank in ranks])
         return [rank[0] for rank in ranks]
 
     def _start(self, *, done: bool) -> None:

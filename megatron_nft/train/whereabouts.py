@@ -22,7 +22,7 @@ LOST = "lost the connection to another rank"
 SILENT_BEATS = 4  # a rank of which nothing was heard for so many heartbeats is gone, or cannot be reached
 EARLIER_RUN_S = 300.0  # a file that is so much older than ours when we begin is of an earlier start
 ORDER = (
-    *("start", "generate", "exchange", "logprobs", "write", "train", "sync"),
+    *("start", "generate", "exchange", "logprobs", "write", "train", "evaluate_wait", "sync"),
     *("checkpoint_wait", "checkpoint", "evaluate", "export"),
 )
 """The phases of a step, in which ranks follow each other. A phase that is not listed comes last."""

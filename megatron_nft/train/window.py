@@ -6,8 +6,13 @@ the length nor the speed of an answer decides whether it is trained. Groups that
 A question may be started only while fewer than (max_staleness + 1) x N groups before it are open: not trained, and not
 known to be dropped. A group's place only ever gets smaller, by N in every step that trains others: one that was started
 at place p in the generation of step t trains at step t + p // N <= t + max_staleness at the latest. While step t is
-being trained its groups count no more, and the limit is max_staleness x N. So no answer is thrown away for its age,
-unless the bound itself is lowered between two starts of a run.
+being trained its groups count no more, and the limit is max_staleness x N, at its start and whenever a group that is
+dropped makes room. So no answer is thrown away for its age, unless the bound itself is lowered between two starts of a
+run.
+
+While syncs are put off (train/overlap.py) the engine is some versions behind the trainer, and what it generates is as
+many syncs older when it trains: both limits are lower by N for each of them. Once max_staleness + 1 were put off, all
+that was started before has been trained, and nothing may be started.
 
 Every rank has a window of its own, and makes the same calls in the same order.
 """

@@ -69,6 +69,28 @@ def test_killed_and_started_again_it_ends_the_same(settings, reference):
     assert metrics_of(run.run_dir) == metrics_of(reference)
 
 
+def test_a_choice_goes_on_bit_for_bit_where_answers_outlive_a_step(settings):
+    """What was dropped ahead of the groups that count is in the checkpoint too."""
+    ended = []
+    for name, halt in (("whole", ""), ("cut", "3 train")):
+        made = merge(
+            settings,
+            run_dir=f"{settings['run_dir']}-streaming-{name}",
+            rollout__mode="streaming",
+            train__num_steps=4,
+        )
+        run = Run(made, halt=halt)
+        if halt:
+            run.wait_until_halted()
+            run.kill()
+            run = Run(made)
+        assert run.wait() == 0, run.text
+        ended.append((weights(run.run_dir), metrics_of(run.run_dir)))
+    assert ended[0] == ended[1]
+    shares = [row["questions/skipped_share"] for row in ended[0][1][1:]]
+    assert any(share and 0 < share < 1 for share in shares)
+
+
 def test_the_ratio_is_not_1_and_the_share_skipped_is_measured(reference):
     rows = metrics_of(reference)[1:]
     # one update a step: in step 1 alone the average is the weights

@@ -244,11 +244,3 @@ def test_removed_keys_are_not_settings_and_their_neighbours_are_still_checked():
         assert name not in model.model_fields
     with pytest.raises(ConfigError, match=r"checkpoint\.save_optimiser: unknown key"):
         load_config([CONFIGS / "quickstart.yaml"], ["checkpoint.save_optimiser=false"])
-
-
-def test_questions_are_chosen_where_steps_are_complete_before_the_next_one():
-    with pytest.raises(ValueError, match=r"data.choose=skip_solved with rollout.mode=streaming"):
-        load_config(
-            [CONFIGS / "quickstart.yaml"],
-            ["data.choose=skip_solved", "rollout.mode=streaming", "rollout.max_staleness=1"],
-        )

@@ -11,7 +11,7 @@ import pytest
 from megatron_nft.data import choice
 from megatron_nft.data.choice import Choice, ChoiceError, Drawn, Past, load_choice, skip_solved, with_rates
 from megatron_nft.train import choosing
-from megatron_nft.train.choosing import draw_questions, rates_of, read_past, remember, write_past
+from megatron_nft.train.choosing import Memory, draw_questions, rates_of, read_past, remember, write_past
 from megatron_nft.types import Prompt
 
 SEED = 5
@@ -145,15 +145,33 @@ def test_groups_of_which_too_few_answers_count_say_nothing():
     groups = [SimpleNamespace(draw=d, prompt=prompt(d % 3), correct_rate=d / 8) for d in range(4)]
     fates = ["all_wrong", "kept", "too_few", "kept"]
     assert rates_of(groups, fates) == [(0, 0, 0.0), (1, 1, 0.125), (3, 0, 0.375)]
+    assert rates_of(groups, ["too_old"] * 4) == []
 
 
 def test_what_is_stored_comes_back_bit_for_bit(tmp_path):
     past = {3: Past(9, (1 / 3, 0.1, 1.0, 0.0)), 12: Past(1, (2 / 7,))}
-    write_past(tmp_path, past)
-    assert read_past(tmp_path) == past
+    ahead = ((17, 3, 1 / 7), (19, 12, 1.0))
+    write_past(tmp_path, past, ahead)
+    assert read_past(tmp_path) == (past, ahead)
     assert json.loads((tmp_path / "questions" / "past.json").read_text())["12"] == [1, [2 / 7]]
-    write_past(tmp_path / "none", {})
-    assert read_past(tmp_path / "none") == {} and not (tmp_path / "none").exists()
+    (tmp_path / "ahead").mkdir()
+    write_past(tmp_path / "ahead", {}, ahead)
+    assert read_past(tmp_path / "ahead") == ({}, ahead)
+    write_past(tmp_path / "none", {}, ())
+    assert read_past(tmp_path / "none") == ({}, ()) and not (tmp_path / "none").exists()
+
+
+def test_groups_count_in_draw_order_whenever_they_are_complete():
+    """Question 5 was all right at draw 8, which is known before its draw 2."""
+    memory = Memory({5: Past(1, (0.5,))}, [(8, 5, 1.0)])
+    memory.add([(9, 6, 0.25), (4, 6, 0.0)])
+    memory.count_up_to(4)
+    assert memory.past == {5: Past(1, (0.5,)), 6: Past(1, (0.0,))}
+    assert memory.ahead(waiting={9}) == ((8, 5, 1.0),)
+    memory.add([(7, 5, 0.75)])
+    memory.count_up_to(9)
+    assert memory.past == {5: Past(3, (0.5, 0.75, 1.0)), 6: Past(2, (0.0, 0.25))}
+    assert memory.ahead(waiting=()) == ()
 
 
 def test_without_a_choice_everything_is_asked():

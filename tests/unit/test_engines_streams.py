@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_nft.config import ServerConfig
-from megatron_nft.engines import asking, targets
+from megatron_nft.engines import asking, streams, targets
 from megatron_nft.engines.engine import AnswerRequest, EngineError, SamplingParams
 from megatron_nft.engines.sglang.client import SGLangEngine
 
@@ -264,8 +266,59 @@ def test_servers_share_all_open_answers_of_a_stream(server):
             stream.add(requests()[:2])
             stream.add(requests()[2:])
             assert client._targets._share == len(PROMPTS)
-            client._submit(client.begin(1)).result()  # held-out questions
-            assert client._targets._share == len(PROMPTS) + 1
+            with client.stream(SAMPLING) as other:  # held-out questions
+                other.add(requests()[:1])
+                assert client._targets._share == len(PROMPTS) + 1
+            assert client._targets._share == len(PROMPTS)
             stream.stop()
         client._submit(client.begin(1)).result()
         assert client._targets._share == 1
+
+
+def test_of_a_question_whose_answers_have_ended_nothing_is_kept(server):
+    """A run asks new questions as long as it lasts."""
+    server.tokens_per_call = 100
+    with engine(server) as client, client.stream(SAMPLING) as stream:
+        found = {}
+        for asked in (requests()[:6], requests()[6:]):
+            stream.add([replace(request, number=request.number + 100 * k) for request in asked for k in range(3)])
+            expected = len(found) + 18
+            while len(found) < expected:
+                found |= dict(stream.advance().ended)
+                assert len(client._targets._of_question) <= 6
+            client._submit(asyncio.sleep(0)).result()  # what follows the end of the last answer
+            assert not client._targets._of_question and not stream._of_question
+
+
+def test_an_interrupted_answer_is_told_as_far_as_it_is_and_goes_on(server):
+    """As a checkpoint asks for it; no token is made twice or lost."""
+    with engine(server) as client, client.stream(SAMPLING) as stream:
+        stream.add(requests())
+        found, known, calls = {}, {}, 0
+        while len(found) < len(PROMPTS):
+            calls += len(PROMPTS) - len(found)
+            wait_for_calls(server, calls)
+            stream.interrupt()
+            advance = stream.advance(at_once=True)
+            for number, answer in advance.begun:
+                before = known.get(number, ())
+                assert answer.finish_reason == "stopped" and len(answer.token_ids) >= len(before) + 5
+                assert answer.token_ids.tolist() == whole(PROMPTS[number])[: len(answer.token_ids)]
+                known[number] = answer.token_ids
+            found |= dict(advance.ended)
+            assert {*found} | {number for number, _ in advance.begun} == {*PROMPTS}  # nothing is left untold
+    assert_whole(found)
+
+
+def test_an_interrupt_does_not_wait_for_a_server_that_is_gone(server, monkeypatch):
+    monkeypatch.setattr(streams, "INTERRUPT_S", 0.5)
+
+    async def is_gone(*_):
+        raise httpx.ConnectError("nobody listens")
+
+    monkeypatch.setattr(SGLangEngine, "_version", is_gone)
+    with engine(server) as client, client.stream(SAMPLING) as stream:
+        next(iter(client._targets)).down = True
+        stream.add(requests())
+        stream.interrupt()
+        assert stream.advance(at_once=True).begun == []

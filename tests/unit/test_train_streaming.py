@@ -6,21 +6,25 @@ from collections import Counter
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from processes import wait_until
 
 from megatron_nft.algorithms import open_algorithm
 from megatron_nft.config import Config
+from megatron_nft.data.choice import Choice, Past
 from megatron_nft.engines.completions import joined
-from megatron_nft.engines.engine import Advance, Completion
+from megatron_nft.engines.engine import Advance, Completion, EngineError, WeightVersionError
 from megatron_nft.metrics import Metrics
-from megatron_nft.train import streaming
+from megatron_nft.train import meanwhile, streaming
 from megatron_nft.train.buffer import OpenGroup
 from megatron_nft.train.checkpoints import RunState
+from megatron_nft.train.choosing import read_past, write_past
 from megatron_nft.train.collect import EmptyBatchError
+from megatron_nft.train.meanwhile import Meanwhile
 from megatron_nft.train.rounds import Rounds
 from megatron_nft.train.streaming import Producer, StreamInterrupted
 from megatron_nft.train.waiting_file import read_waiting, write_waiting
@@ -114,7 +118,7 @@ class OverlappedStream(Stream):
         super().add(requests)
 
     def advance(self, *, at_once: bool = False) -> Advance:
-        if not at_once:
+        if not at_once or self.engine.moves_meanwhile:
             self.go_on(1)
         ended, self.news = self.news, []
         begun = {number: answer for number, answer in self.begun.items() if number not in dict(ended)}
@@ -128,6 +132,7 @@ class Engine:
     def __init__(self, rows: int = 24, kind: type[Stream] = Stream) -> None:
         self.rows, self.weight_version, self.rounds, self.asked = rows, 0, 0, []
         self.after_round = lambda: None
+        self.moves_meanwhile = False  # also while the trainer trains
         self.kind, self.streams = kind, []
 
     @contextmanager
@@ -149,7 +154,7 @@ class Tokenizer:
 
 
 class Questions:
-    cursor = 0
+    cursor, num_prompts = 0, QUESTIONS
 
     def draw(self, n):
         draws = range(self.cursor, self.cursor + n)
@@ -178,7 +183,10 @@ def settings(max_staleness: int = 1, **rollout) -> Config:
 class Rank:
     """The only rank of a run, which trains nothing."""
 
-    def __init__(self, config: Config, engine: Engine, state: RunState | None = None) -> None:
+    def __init__(
+        self, config: Config, engine: Engine, state: RunState | None = None, choice: Choice | None = None
+    ) -> None:
+        self.choice = choice
         self.config, self.engine, self.state = config, engine, state or RunState()
         self.life, self.questions, self.metrics = Life(), Questions(), Metrics()
         self.algorithm = open_algorithm(config.algorithm, max_response_tokens=config.rollout.max_response_tokens)
@@ -193,6 +201,7 @@ class Rank:
             layout=SimpleNamespace(rank=0, world_size=1, world_gloo=None),
             stream=self.questions,
             algorithm=self.algorithm,
+            choice=self.choice,
         )
 
     def collect(self, producer: Producer | None = None):
@@ -201,8 +210,8 @@ class Rank:
 
     def step(self):
         found = self.collect()
-        before = self.state
-        self.state = RunState(before.step + 1, before.weight_version + 1, found.cursor, waiting=found.waiting)
+        before, known = self.state, {"past": found.past, "ahead": found.ahead, "waiting": found.waiting}
+        self.state = RunState(before.step + 1, before.weight_version + 1, found.cursor, **known)
         return found
 
 
@@ -295,6 +304,83 @@ def test_overlapped_steps_train_the_same_groups_and_nothing_older(staleness):
     assert ended <= generated <= ended + held
 
 
+def test_questions_are_started_while_the_trainer_trains(monkeypatch):
+    """A group that is dropped then makes room at once: nothing older is trained, the same groups are, and the engine
+    has more to do."""
+    monkeypatch.setattr(meanwhile, "PERIOD_S", 0.0)
+    staleness, started = 2, 0
+    config = settings(staleness, mode="overlapped", engine="sglang")
+    rank = Rank(config, Engine(kind=OverlappedStream))
+    rank.engine.moves_meanwhile = True
+    producer, thread, trained = rank.producer(), Meanwhile(None), []
+    for step in range(1, 21):
+        found = rank.collect(producer)
+        trained += [f.draw for f in found.kept]
+        for rollout in (r for group in found.groups for r in group.rollouts):
+            assert rollout.response_ids.tolist() == answer_of(rollout.draw, rollout.sample_index).tolist()
+            assert step - 1 - rollout.version_spans[0][0] <= staleness
+        cursor, rounds = rank.questions.cursor, rank.engine.rounds
+        assert len(producer._window._is_kept) >= staleness * PER_STEP  # all that may be started when training begins
+        thread.start(partial(producer.go_on, rank.state, None))
+        wait_until(lambda rounds=rounds: rank.engine.rounds >= rounds + 20, 60)
+        thread.end()
+        assert len(producer._window._is_kept) <= staleness * PER_STEP
+        started += rank.questions.cursor - cursor
+        rank.engine.streams[0].swap()
+        rank.engine.weight_version = step
+        rank.state = producer.hold(RunState(step, step, found.cursor))
+    assert trained == kept_draws(20 * PER_STEP)
+    assert started > 20
+
+
+def test_an_error_while_the_trainer_trains_comes_out_at_its_end(monkeypatch):
+    monkeypatch.setattr(meanwhile, "PERIOD_S", 0.0)
+    rank = Rank(settings(mode="overlapped", engine="sglang"), Engine(kind=OverlappedStream))
+    producer, thread = rank.producer(), Meanwhile(None)
+    rank.collect(producer)
+
+    def fail(**_):
+        raise EngineError("no answer after 2 tries")
+
+    rank.engine.streams[0].advance = fail
+    thread.start(partial(producer.go_on, rank.state, None))
+    with pytest.raises(EngineError, match="no answer after 2 tries"):
+        thread.end()
+    thread.close()
+
+
+def test_syncs_that_are_put_off_train_the_same_groups_and_nothing_older():
+    """Of every five syncs two are put off; a third one would leave the engine more than `staleness` versions behind."""
+    staleness, behind = 2, Counter()
+    rank = Rank(settings(staleness, mode="overlapped", engine="sglang"), Engine(kind=OverlappedStream))
+    producer, trained, written = rank.producer(), [], []
+    for step in range(1, 31):
+        found = producer.collect(rank.state, rank.metrics, Rounds(rank.life, None))
+        trained += [f.draw for f in found.kept]
+        written += [group.draw for group in found.groups]
+        for rollout in (r for group in found.groups for r in group.rollouts):
+            assert rollout.response_ids.tolist() == answer_of(rollout.draw, rollout.sample_index).tolist()
+            assert 0 <= step - 1 - rollout.version_spans[0][0] <= staleness
+        (stream,) = rank.engine.streams
+        stream.go_on(3)
+        if step % 5 < 2 or step - rank.engine.weight_version > staleness:
+            stream.swap()
+            rank.engine.weight_version = step
+        behind[step - rank.engine.weight_version] += 1
+        rank.state = producer.hold(RunState(step, step, found.cursor))
+    assert trained == kept_draws(30 * PER_STEP)
+    assert len(written) == len(set(written))
+    assert behind[1] and behind[2], behind
+
+
+@pytest.mark.parametrize(("mode", "behind"), [("overlapped", 2), ("overlapped", -1), ("streaming", 1)])
+def test_an_engine_too_far_behind_is_refused(mode, behind):
+    rank = Rank(settings(1, mode=mode, engine="sglang"), Engine(), RunState(5, 5))
+    rank.engine.weight_version = 5 - behind
+    with pytest.raises(WeightVersionError, match=f"the engine has weight version {5 - behind}, not 5"):
+        rank.producer().collect(rank.state, rank.metrics, Rounds(rank.life, None))
+
+
 def test_the_wait_for_verdicts_after_a_step_is_counted_in_the_next(monkeypatch):
     rank = Rank(settings(mode="overlapped", engine="sglang"), Engine(kind=OverlappedStream))
     producer, clock = rank.producer(), [0.0]
@@ -310,6 +396,74 @@ def test_the_wait_for_verdicts_after_a_step_is_counted_in_the_next(monkeypatch):
         rank.collect(producer)
         counted.append(metrics_of(rank)["seconds/verify_wait"])
     assert counted == [5.0, 0.0]
+
+
+def rate_of(draw: int) -> float:
+    return sum(int(answer_of(draw, sample)[0]) for sample in range(SAMPLES)) / SAMPLES
+
+
+class Chooser:
+    """Skips half of what was ever answered, and notes what it was told: (draw, past)."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, Past]] = []
+
+    def __call__(self, question) -> bool:
+        self.seen.append((question.draw, question.past))
+        return not question.past.asked or question.chance < 0.5
+
+
+@pytest.mark.parametrize("mode", ["streaming", "overlapped"])
+def test_a_choice_sees_all_groups_up_to_the_last_that_was_trained_and_no_other(mode):
+    chooser = Chooser()
+    config, overlaps = settings(2, mode=mode, engine="sglang"), mode == "overlapped"
+    rank = Rank(config, Engine(kind=OverlappedStream if overlaps else Stream), choice=Choice("own", chooser, 3))
+    producer = rank.producer() if overlaps else None
+    asked, known = set(), {}
+    skipped_share = ahead = 0
+    for _ in range(25):
+        seen, rank.metrics = len(chooser.seen), Metrics()
+        if producer is None:
+            found = rank.step()
+        else:
+            found = rank.collect(producer)
+            rank.engine.streams[0].swap()
+            state = RunState(rank.state.step + 1, rank.state.step + 1, found.cursor, past=found.past, ahead=found.ahead)
+            rank.state = producer.hold(state)
+        asked |= {group.draw for group in found.groups}
+        last, ahead = found.kept[-1].draw, max(ahead, len(found.ahead))
+        expected: dict[int, Past] = {}
+        for draw in sorted(draw for draw in asked if draw <= last):
+            index = prompt_of(draw).index
+            expected[index] = expected.get(index, Past()).with_rate(rate_of(draw))
+        assert found.past == expected
+        assert [draw for draw, _ in chooser.seen] == list(range(len(chooser.seen)))  # each draw once, in order
+        for draw, past in chooser.seen[seen:]:
+            index = prompt_of(draw).index
+            assert past in (known.get(index, Past()), expected.get(index, Past()) if overlaps else None)
+        known, skipped_share = expected, metrics_of(rank)["questions/skipped_share"] or skipped_share
+    assert 0 < skipped_share < 1 and ahead
+    trained_or_dropped = {draw for draw in asked if draw <= last}
+    skipped = set(range(last + 1)) - trained_or_dropped
+    assert skipped and all(past.asked for draw, past in chooser.seen if draw in skipped)
+
+
+def test_a_choice_goes_on_from_a_file_as_if_it_had_not_stopped(tmp_path):
+    config = settings(2)
+    rank = Rank(config, Engine(), choice=Choice("own", Chooser(), 3))
+    while not rank.state.ahead:
+        rank.step()
+    (tmp_path / "waiting").mkdir()
+    write_waiting(tmp_path / "waiting" / "rank_00000.parquet", rank.state.waiting)
+    write_past(tmp_path, rank.state.past, rank.state.ahead)
+    past, ahead = read_past(tmp_path)
+    again = replace(rank.state, waiting=tuple(read_waiting(tmp_path, prompt_of, 0, 1)), past=past, ahead=ahead)
+    other = Rank(config, Engine(), again, choice=Choice("own", Chooser(), 3))
+    for _ in range(6):
+        a, b = rank.step(), other.step()
+        assert (a.kept, a.cursor, a.past, a.ahead) == (b.kept, b.cursor, b.past, b.ahead)
+    seen = other.choice.function.seen
+    assert seen and rank.choice.function.seen[-len(seen) :] == seen
 
 
 def naive_step(engine: Engine, questions: Questions):

@@ -50,6 +50,9 @@ class EmbeddedStream:
                 ended += self._batch.step()
         return Advance([self._close(answer) for answer in ended], True)
 
+    def interrupt(self) -> None:
+        """See `engine.AnswerStream.interrupt`. No answer is under way beside the caller, who gets all from `stop`."""
+
     def stop(self) -> list[tuple[int, Completion]]:
         """See `engine.AnswerStream.stop`."""
         stopped = [self._close(answer) for answer in self._batch.under_way()]
