@@ -14,6 +14,7 @@ from copies: the step waits for the copies alone, and for the save before if tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -118,6 +119,13 @@ class CheckpointStore:
         """`wait`, if the save that is under way has ended on every rank."""
         if self.pending_step and not largest(int(self._writer.running), self._group):
             self.wait()
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint once no save is under way, 0 without one. For what ends the run: the error
+        of a save that failed is not raised in its place."""
+        with contextlib.suppress(CheckpointError):
+            self.wait()
+        return self.saved_step
 
     def close(self) -> None:
         """On this rank, where the run ends early: let the save that is under way become whole, if the others live."""

@@ -13,7 +13,7 @@ Legend: R response tokens of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -148,14 +148,15 @@ class Gap:
         return self.ratio**2 / (self.tokens * self.ratio_squared) if self.ratio_squared else 0.0
 
 
-def steps_over_limit(before: int, gap: Gap, settings: AlgorithmSettings, saved_step: int) -> int:
+def steps_over_limit(before: int, gap: Gap, settings: AlgorithmSettings, newest: Callable[[], int]) -> int:
     """How many steps in a row, this one included, had a mean gap above the limit; `before` of them until the last.
 
-    GapError at GAP_STEPS. `saved_step`: of the newest checkpoint, 0 without one.
+    GapError at GAP_STEPS, on every rank. `newest`: the step of the newest checkpoint, 0 without one; then asked for.
     """
     if settings.gap_limit is None or gap.mean <= settings.gap_limit:
         return 0
     if before + 1 >= GAP_STEPS:
+        saved_step = newest()
         saved = f"the weights of step {saved_step} are in the newest checkpoint" if saved_step else "nothing was saved"
         raise GapError(
             f"the engine's log-probs differ from the trainer's by {gap.mean:.3g} nats per token, and in "

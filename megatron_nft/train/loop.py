@@ -6,6 +6,8 @@ replica that trains them. What every rank must agree on is computed by each from
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_nft.distributed import largest
 from megatron_nft.metrics import Metrics
 from megatron_nft.policy.policy import StepReport
@@ -111,7 +113,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, overlap: Overlap
         measured = fresh or list(samples.values())  # surplus alone: as measured when it was generated
         gap = gap_of_all_ranks(measured, algorithm, layout)
         record.add_gap(metrics, layout.rank, gap)
-        over = steps_over_limit(state.steps_over_gap, gap, algorithm, parts.store.saved_step)
+        over = steps_over_limit(state.steps_over_gap, gap, algorithm, parts.store.newest)
     with phases("write"):
         write_step(config.run_dir, step, found, plan, fresh, layout)
     with phases("train"):
@@ -123,7 +125,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, overlap: Overlap
             with micro_batch_progress(policy, parts.life, f"update {number} of {total}", len(batches)):
                 outcome = policy.train_step(batches, parts.algorithm, denominator, config.rollout.temperature)
             record.add_optimizer_step(metrics, layout.rank, outcome, config.optimizer.clip_grad)
-            skipped = count_skipped(skipped, outcome, config.train.max_skipped_steps, parts.store.saved_step)
+            skipped = count_skipped(skipped, outcome, config.train.max_skipped_steps, parts.store.newest)
     version, is_synced = state.weight_version + 1, True
     if overlap is not None:
         overlap.end_training()
@@ -151,11 +153,15 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, overlap: Overlap
         return overlap.producer.hold(after)
 
 
-def count_skipped(skipped: int, outcome: StepReport, limit: int, saved_step: int) -> int:
-    """How many optimizer steps in a row were skipped, the last one included. TrainingFailure above `limit`."""
+def count_skipped(skipped: int, outcome: StepReport, limit: int, newest: Callable[[], int]) -> int:
+    """How many optimizer steps in a row were skipped, the last one included. TrainingFailure above `limit`.
+
+    newest: the step of the newest checkpoint, 0 without one; asked for a failure.
+    """
     if not outcome.skipped:
         return 0
     if skipped + 1 > limit:
+        saved_step = newest()
         saved = f"the weights of step {saved_step} are in the newest checkpoint"
         raise TrainingFailure(
             f"{skipped + 1} optimizer steps in a row were skipped ({outcome.reason}); "

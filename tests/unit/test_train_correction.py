@@ -104,7 +104,7 @@ def over(gaps, limit, saved_step=8):
     counts = [0]
     for mean in gaps:
         gap = Gap(tokens=10, answers=1, absolute=10 * mean)
-        counts.append(steps_over_limit(counts[-1], gap, read_settings({"gap_limit": limit}), saved_step))
+        counts.append(steps_over_limit(counts[-1], gap, read_settings({"gap_limit": limit}), lambda: saved_step))
     return counts[1:]
 
 

@@ -20,7 +20,7 @@ def count(outcomes: list[bool], limit: int) -> list[int]:
     """Skipped in a row after each of the optimizer steps; `outcomes[i]` says whether step i was skipped."""
     skipped, counts = 0, []
     for one in outcomes:
-        skipped = loop.count_skipped(skipped, outcome(one), limit, saved_step=4)
+        skipped = loop.count_skipped(skipped, outcome(one), limit, lambda: 4)
         counts.append(skipped)
     return counts
 
@@ -38,7 +38,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run():
 
 def test_without_a_checkpoint_the_error_says_so():
     with pytest.raises(loop.TrainingFailure, match="no checkpoint was saved yet"):
-        loop.count_skipped(0, outcome(True), 0, saved_step=0)
+        loop.count_skipped(0, outcome(True), 0, lambda: 0)
 
 
 PLAN = StepPlan(({(0, 0): 0, (0, 1): 1}, {(1, 0): 0}, {(2, 0): 1, (2, 1): 1}), (5, 6, 7), {}, ())
