@@ -232,6 +232,9 @@ class Handler(BaseHTTPRequestHandler):
         self.engine.set_version(int(body["weight_version"]))
         return {"success": True}, 200
 
+    def _begin_weight_update(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        return {}, 200 if self.has_sessions else 404
+
     def _end_weight_update(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         return {}, 200 if self.has_sessions else 404
 

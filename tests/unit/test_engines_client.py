@@ -345,8 +345,8 @@ def test_a_stream_that_grows_has_a_share_of_all_its_answers_whatever_is_asked_be
     async def simulate():
         targets = Targets(list("abcd"), None, None, None)
         await targets.begin(0)
-        targets.expect(4)
-        targets.expect(64)
+        targets.expect("a stream", 4)
+        targets.expect("a stream", 64)
         for number in range(64):
             if number % 16 == 8:
                 await targets.begin(4)
