@@ -130,6 +130,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, producer: Produc
                 outcome = policy.train_step(batches, parts.algorithm, denominator, config.rollout.temperature)
             record.add_optimizer_step(metrics, layout.rank, outcome, config.optimizer.clip_grad)
             skipped = count_skipped(skipped, outcome, config.train.max_skipped_steps, parts.store.saved_step)
+        policy.finish_updates()
     version = state.weight_version + 1
     with phases("sync"):
         questions = parts.questions

@@ -252,3 +252,11 @@ def test_questions_are_chosen_where_steps_are_complete_before_the_next_one():
             [CONFIGS / "quickstart.yaml"],
             ["data.choose=skip_solved", "rollout.mode=streaming", "rollout.max_staleness=1"],
         )
+
+
+def test_one_pass_over_the_logits_is_for_losses_per_token():
+    sequence = ["algorithm.ratio=sequence", "algorithm.loss_divisor=answers"]
+    with pytest.raises(ValueError, match=r"policy\.lm_head=one_pass .* use two_pass or auto"):
+        load_config([CONFIGS / "quickstart.yaml"], ["policy.lm_head=one_pass", *sequence])
+    assert load_config([CONFIGS / "quickstart.yaml"], ["policy.lm_head=one_pass"]).policy.lm_head == "one_pass"
+    assert load_config([CONFIGS / "quickstart.yaml"], sequence).policy.lm_head == "auto"
