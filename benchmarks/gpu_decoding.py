@@ -1,4 +1,5 @@
-"""Generation with CUDA graphs off and with FP8 weights, beside the rows of gpu_engine.py; a server each."""
+"""Generation with CUDA graphs off, with FP8 weights and cache, and with batch-invariant kernels, beside the rows of
+gpu_engine.py; a server each."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ from gpu_servers import config_for, dummy, folder_7b, running
 
 from megatron_nft.policy import parallel
 
-SERVERS = {"CUDA graphs": {}, "CUDA graphs off": {"cuda_graphs": False}, "FP8 weights": {"quantization": "fp8"}}
+SERVERS = {
+    "CUDA graphs": {},
+    "CUDA graphs off": {"cuda_graphs": False},
+    "FP8 weights": {"quantization": "fp8"},
+    "FP8 KV cache": {"kv_cache_dtype": "fp8_e4m3"},
+    "batch-invariant": {"deterministic": True},
+}
 BATCHES = (16, 256)
 
 

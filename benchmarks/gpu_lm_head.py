@@ -1,16 +1,23 @@
-"""Linear + log-softmax + gather + entropy, forward and backward: ours against plain torch and chunked torch.
+"""Linear + log-softmax + gather + entropy, forward and backward: ours against liger-kernel, plain and chunked torch.
 
 T 8192, H 4096, V 131072 in bf16. TFLOP/s counts 8 T H V, whatever is computed again. Memory: the peak beyond inputs
 and the returned gradients. Errors: relative, 2-norm, against float64 on the first 512 tokens.
+
+A second table holds the same with NFT's loss, from hidden states to an fp32 main gradient, as a training step has it:
+in one pass over the logits (policy.lm_head=one_pass) and in two.
 """
 
 from __future__ import annotations
+
+import importlib.util
 
 import torch
 from gpu_common import Results, ceilings, free_memory, median_ms, verdict
 from torch.utils.checkpoint import checkpoint
 
+from megatron_nft.losses import nft_loss
 from megatron_nft.policy.logprobs import linear_logprobs
+from megatron_nft.policy.one_pass import linear_loss
 
 T, H, V = 8192, 4096, 131072
 
@@ -34,6 +41,44 @@ def ours(x, w, labels):
 
 def ours_torch(x, w, labels):
     return linear_logprobs(x, w, labels, with_entropy=True, use_triton=False)
+
+
+def liger(x, w, labels):
+    """liger-kernel 0.8.5: CuTe kernels on compute capability 9.0 (extra `cutedsl`), else chunked torch."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(x, w, labels, 1.0, -100, 1, True)
+    return -nll, entropy
+
+
+def nft(logprobs, rows):
+    """NFT's loss of some tokens: behaviour log-probs a little off, every other thousand of tokens wrong, r 0.5."""
+    number = torch.arange(rows.start, rows.stop, device=logprobs.device)
+    behaviour = logprobs.detach() + 0.1 * torch.cos(number)
+    return nft_loss(logprobs, behaviour, (number // 1000 % 2).float(), torch.full_like(behaviour, 0.5))
+
+
+def loss_in_one_pass(x, w, labels):
+    loss, _, _ = linear_loss(x, w, labels, nft, scale=1 / len(labels))
+    loss.backward()
+    w.grad = None  # as Megatron's hook does
+
+
+def loss_in_two_passes(logprobs_of):
+    """From log-probs with autograd; the gradient of `w` is added to the main gradient as Megatron's hook does."""
+
+    def run(x, w, labels):
+        (nft(logprobs_of(x, w, labels), slice(0, len(labels))).sum() / len(labels)).backward()
+        w.main_grad.add_(w.grad)
+        w.grad = None
+
+    return run
+
+
+def liger_logprobs(x, w, labels):
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(x, w, labels, 1.0, -100, 1, False)
 
 
 def make(tokens: int):
@@ -95,6 +140,42 @@ def measure(method, ceiling: float) -> dict:
     }
 
 
+def loss_errors(method) -> dict:
+    x, w, labels = make(512)
+    w.main_grad = torch.zeros_like(w, dtype=torch.float32)
+    method(x, w, labels)
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    logprobs = torch.log_softmax(wide[0] @ wide[1].T, -1).gather(-1, labels[:, None])[:, 0]
+    (nft(logprobs, slice(0, 512)).sum() / 512).backward()
+    found, expected = (x.grad, w.main_grad), (wide[0].grad, wide[1].grad)
+    relative = [((f.double() - e).norm() / e.norm()).item() for f, e in zip(found, expected)]
+    return dict(zip(("error dX", "error dW"), relative))
+
+
+def measure_loss(method, ceiling: float) -> dict:
+    figures = loss_errors(method)
+    free_memory()
+    x, w, labels = make(T)
+    w.main_grad = torch.zeros_like(w, dtype=torch.float32)
+
+    def step():
+        x.grad = None
+        method(x, w, labels)
+
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    extra = torch.cuda.max_memory_allocated() - before - x.grad.nbytes
+    ms = median_ms(step, repeats=10, warmup=2)
+    return {
+        "ms": ms,
+        "share of 6 T H V at the bf16 ceiling": 6 * T * H * V / ms / 1e9 / ceiling,
+        "extra GB": extra / 1e9,
+        **figures,
+        **({"target ms": verdict(ms, at_most=45.0)} if method is loss_in_one_pass else {}),
+    }
+
+
 def main() -> None:
     results = Results("lm_head", f"T {T}, H {H}, V {V}, bf16, forward + backward with entropy. Target 50 ms, 1 GB.")
     ceiling = results.add("ceilings of this run", **ceilings())["bf16 TFLOP/s"]
@@ -105,6 +186,18 @@ def main() -> None:
         ("plain torch, whole logits", plain),
     ):
         results.measure(name, lambda method=method: measure(method, ceiling))
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
+    if has_liger:
+        results.measure("liger-kernel", lambda: measure(liger, ceiling))
+    note = f"T {T}, H {H}, V {V}, bf16, with NFT's loss, into an fp32 main gradient. Target 45 ms."
+    with_loss = Results("lm_head_loss", note)
+    ours_two = loss_in_two_passes(lambda *inputs: linear_logprobs(*inputs)[0])
+    with_loss.measure("one pass", lambda: measure_loss(loss_in_one_pass, ceiling))
+    with_loss.measure("two passes", lambda: measure_loss(ours_two, ceiling))
+    if has_liger:
+        with_loss.measure("liger-kernel", lambda: measure_loss(loss_in_two_passes(liger_logprobs), ceiling))
+    else:
+        print("lm_head | liger-kernel left out: the package is not there", flush=True)
 
 
 if __name__ == "__main__":

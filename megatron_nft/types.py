@@ -6,7 +6,7 @@ Host-side records hold numpy arrays; only `PackedBatch` holds torch tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -153,3 +153,22 @@ class PackedBatch:
     weights: torch.Tensor  # float32 [T], of each token's loss; 1 outside the mask
     segment_ids: torch.Tensor  # int64 [T], which segment a token belongs to
     sample_ids: list[int]  # per real segment: position in the list that was packed; empty for a filler
+
+    def tokens_of(self, rows: slice) -> PackedBatch:
+        """The tokens from `rows.start` to `rows.stop`, for a loss that is per token: each segment keeps its number, and
+        has the tokens that lie inside, none for most; `sample_ids` and `max_seqlen` stay."""
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            position_ids=self.position_ids[rows],
+            labels=self.labels[rows],
+            loss_mask=self.loss_mask[rows],
+            cu_seqlens=(self.cu_seqlens - rows.start).clamp(0, rows.stop - rows.start),
+            behaviour_logprobs=self.behaviour_logprobs[rows],
+            rollout_logprobs=self.rollout_logprobs[rows],
+            correct=self.correct[rows],
+            correct_rate=self.correct_rate[rows],
+            advantage=self.advantage[rows],
+            weights=self.weights[rows],
+            segment_ids=self.segment_ids[rows],
+        )

@@ -33,3 +33,4 @@ class Objective:
 
     loss: Callable[[Tensor, PackedBatch], Tensor]
     metrics: Callable[[Tensor, Tensor, PackedBatch], dict[str, Mean | Max]] = no_metrics
+    per_token: bool = False

@@ -100,6 +100,21 @@ class Algorithm(ABC):
     settings: AlgorithmSettings
     """An instance of `Settings`; a subclass declares it as such."""
 
+    @property
+    def per_token(self) -> bool:
+        """Whether the loss of a token depends on nothing of other tokens. The trainer may then call `loss` on some
+        tokens of a micro-batch at a time (`policy.lm_head`), in which an answer need not be whole.
+
+        Nobody inherits it with another loss: a class that defines `loss` (or a policy gradient's `token_loss`) says so
+        itself, or is taken for one that is not per token.
+        """
+        return False
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if {"loss", "token_loss"} & vars(cls).keys() and "per_token" not in vars(cls):
+            cls.per_token = False  # type: ignore[assignment,method-assign]  # in place of the property
+
     def __init__(self, settings: AlgorithmSettings, *, max_response_tokens: int) -> None:
         """`max_response_tokens` is the length at which generation cuts an answer off."""
         self.settings = settings

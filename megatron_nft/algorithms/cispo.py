@@ -53,6 +53,7 @@ class CISPO(GroupRelative):
 
     Settings = CISPOSettings
     settings: CISPOSettings
+    per_token = GroupRelative.per_token  # a token's weight is its own
 
     def token_loss(self, logprobs: Tensor, batch: PackedBatch) -> Tensor:
         """`cispo_loss` of the micro-batch, [T]."""

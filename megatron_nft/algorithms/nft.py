@@ -235,6 +235,11 @@ class Likelihood(Algorithm):
         """eps of the equation."""
         return 1.0
 
+    @property
+    def per_token(self) -> bool:
+        """Where each token has its own ratio."""
+        return self.settings.ratio == "token"
+
     def samples(self, group: RolloutGroup) -> list[TrainingSample]:
         """The answers that count, with the group's correct rate clamped to the range of the settings.
 

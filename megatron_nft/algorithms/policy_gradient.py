@@ -129,6 +129,11 @@ class PolicyGradient(Algorithm):
 
     settings: PolicyGradientSettings
 
+    @property
+    def per_token(self) -> bool:
+        """Where a token's loss is not divided by the tokens of its answer."""
+        return self.settings.answer_loss == "sum"
+
     def reward(self, rollout: Rollout) -> float:
         """1 for a correct answer and 0 for any other, or the grader's number."""
         return rollout.score

@@ -85,6 +85,11 @@ class PolicyConfig(Section):
     attention_backend: Literal["auto", "flash", "fused"] = "auto"
     """Transformer Engine's kernels for packed attention: FlashAttention (package flash-attn), cuDNN's fused attention,
     or its own choice. `flash` beside an engine that uses FlashAttention brings the two sides' log-probs closer."""
+    batch_invariant: bool = False
+    """Kernels whose result for a token does not depend on what is computed beside it, on both sides: megatron-core's in
+    the trainer, and those of servers, since it sets rollout.server.deterministic (start servers of your own with it).
+    Brings log-probs of trainer and engine together. Slower. Needs GPUs, bf16, a dense model, no FP8, and Transformer
+    Engine with the package flash-attn."""
     compile: bool = True
     """Compile SwiGLU and the residual additions (megatron-core's fusions) with torch.compile. Acts on Transformer
     Engine layers only."""
@@ -96,10 +101,27 @@ class PolicyConfig(Section):
     where activations do not fit."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits over the whole vocabulary exist at a time while log-probs are computed."""
+    lm_head: Literal["auto", "one_pass", "two_pass"] = "auto"
+    """How output layer and loss are trained. two_pass makes the logits in the forward pass and again in the backward
+    pass; one_pass makes them once and forms both gradients at once, three products in place of four, for losses that
+    are per token. auto is one_pass where that was measured to be faster, which so far is a CPU, and two_pass for other
+    losses."""
     use_distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather the updated weights over the data-parallel ranks while the forward pass of the next update goes on. Needs
+    use_distributed_optimizer, which divides the update, and overlap_grad_reduce, without which Megatron has a single
+    bucket and nothing to overlap."""
+    tp_comm_overlap: bool = False
+    """Move the activations of sequence parallelism through Transformer Engine's user buffers while it multiplies. Needs
+    sequence_parallel, bf16, Transformer Engine and each tensor-parallel group on one host. The buffers have one size:
+    every micro-batch is padded to micro_batch_tokens."""
+    cuda_device_max_connections: PositiveInt | None = None
+    """CUDA_DEVICE_MAX_CONNECTIONS of the ranks. null: 1 with TP of at least 2 on chips before Blackwell, where
+    Megatron's overlap relies on kernels starting in order and another value is refused; else what the environment
+    has."""
     optimizer_offload: bool = False
     """Keep the optimizer's state in host memory. Needs bf16, the distributed optimizer and Transformer Engine."""
 
@@ -125,12 +147,62 @@ class PolicyConfig(Section):
                 f"attention_backend={self.attention_backend} needs precision=bf16 and layer_spec auto or "
                 f"transformer_engine, not {self.precision} and {self.layer_spec}"
             )
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError(
+                "overlap_param_gather needs use_distributed_optimizer=true and overlap_grad_reduce=true, not "
+                f"{str(self.use_distributed_optimizer).lower()} and {str(self.overlap_grad_reduce).lower()}"
+            )
+        if self.tp_comm_overlap:
+            self._check_user_buffers()
+        if self.batch_invariant:
+            self._check_batch_invariant()
         if self.optimizer_offload and (self.precision != "bf16" or not self.use_distributed_optimizer):
             raise ValueError(
                 "optimizer_offload needs precision=bf16 and use_distributed_optimizer=true, not "
                 f"{self.precision} and {str(self.use_distributed_optimizer).lower()}"
             )
         return self
+
+    def _check_batch_invariant(self) -> None:
+        """ValueError where megatron-core's batch-invariant kernels cannot be used."""
+        wrong = {
+            "precision": self.precision != "bf16",
+            "layer_spec": self.layer_spec == "local",
+            "attention_backend": self.attention_backend == "fused",
+            "fp8.recipe": self.fp8.recipe != "none",
+            "tp_comm_overlap": self.tp_comm_overlap,
+        }
+        values = self.model_dump() | {"fp8.recipe": self.fp8.recipe}
+        if given := [f"{name}={values[name]}" for name, is_wrong in wrong.items() if is_wrong]:
+            raise ValueError(
+                "batch_invariant=true needs precision=bf16, layer_spec auto or transformer_engine, attention_backend "
+                f"auto or flash, fp8.recipe=none and tp_comm_overlap=false, not {', '.join(given)}"
+            )
+
+    @property
+    def attention_kernels(self) -> str:
+        """`attention_backend` as it is used: FlashAttention alone has batch-invariant kernels."""
+        return "flash" if self.batch_invariant else self.attention_backend
+
+    def _check_user_buffers(self) -> None:
+        """ValueError where Transformer Engine's user buffers cannot be used."""
+        if not self.sequence_parallel or self.precision != "bf16" or self.layer_spec == "local":
+            raise ValueError(
+                "tp_comm_overlap needs sequence_parallel=true, precision=bf16 and layer_spec auto or "
+                f"transformer_engine, not {str(self.sequence_parallel).lower()}, {self.precision} and {self.layer_spec}"
+            )
+        if self.fp8.recipe not in ("none", "delayed", "tensorwise", "mxfp8"):
+            raise ValueError(
+                f"tp_comm_overlap: Transformer Engine 2.11 has no user buffers for fp8.recipe={self.fp8.recipe}; "
+                "allowed are none, delayed, tensorwise and mxfp8"
+            )
+        share = FP8_ALIGNMENT[self.fp8.recipe] * self.tensor_model_parallel_size
+        if self.micro_batch_tokens % share:
+            raise ValueError(
+                f"tp_comm_overlap: micro_batch_tokens ({self.micro_batch_tokens}) is the size of every micro-batch and "
+                f"must be a multiple of {share}, for tensor_model_parallel_size {self.tensor_model_parallel_size} and "
+                f"fp8.recipe={self.fp8.recipe}"
+            )
 
     def check_average(self) -> None:
         """ValueError where no moving average of the weights can be kept (algorithm.reference=ema)."""
@@ -170,8 +242,11 @@ class PolicyConfig(Section):
     def token_multiple(self) -> int:
         """Packed micro-batches are padded to a multiple of this many tokens.
 
-        Sequence parallelism gives each tensor-parallel rank an equal share, and a share must suit the FP8 recipe.
+        Sequence parallelism gives each tensor-parallel rank an equal share, and a share must suit the FP8 recipe. User
+        buffers have one size.
         """
+        if self.tp_comm_overlap:
+            return self.micro_batch_tokens
         return FP8_ALIGNMENT[self.fp8.recipe] * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
 
 

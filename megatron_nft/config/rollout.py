@@ -55,8 +55,11 @@ class ServerConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of the engine's weights; auto follows policy.precision."""
     quantization: Literal["none", "fp8"] = "none"
-    """fp8: the engine quantizes the weights it loads. With sglang only for dense models without query/key norms (Qwen2,
-    Llama)."""
+    """fp8: the engine quantizes the weights it loads. With sglang up to 0.5.20 for Qwen2 and Llama, from 0.5.22 on for
+    Qwen2 and Qwen3; dense models alone."""
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = "auto"
+    """dtype of the engine's KV cache: that of its weights (auto), or FP8 without scales, which holds twice the tokens
+    and reads half the bytes. On a GPU."""
     mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Share of a GPU's memory that the engine takes for weights and KV cache: with sglang of what is free beside the
     trainer when the server starts, with vllm of the whole GPU. `megatron-nft plan` names the largest that fits."""
@@ -73,8 +76,8 @@ class ServerConfig(Section):
     fp32_lm_head: bool = False
     """Compute the logits in fp32 (sglang only), which brings the engine's log-probs closer to the trainer's."""
     deterministic: bool = False
-    """Use batch-invariant kernels, where the engine has them: an answer then does not depend on what else is decoded
-    beside it. Slower."""
+    """Use the engine's batch-invariant kernels, on a GPU: an answer then does not depend on what else is decoded beside
+    it. Slower. policy.batch_invariant sets it, with the trainer's own."""
     extra_args: list[str] = Field(default=[])
     """Further arguments for the server's command line, passed as they are."""
     env: dict[str, str] = Field(default={})

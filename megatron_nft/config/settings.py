@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, SerializeAsAny, model_validator
 
-from megatron_nft.algorithms import AlgorithmSettings, read_settings
+from megatron_nft.algorithms import AlgorithmSettings, open_algorithm, read_settings
 from megatron_nft.algorithms.nft import NFTSettings
 from megatron_nft.config.policy import ModelConfig, OptimizerConfig, PolicyConfig
 from megatron_nft.config.rollout import DataConfig, RolloutConfig, VerifyConfig
@@ -29,6 +29,12 @@ from megatron_nft.section import NonNegativeInt, PositiveInt, Section
 def _read_algorithm(value: object) -> object:
     """A mapping as the settings of the algorithm that it names; pydantic refuses anything else."""
     return read_settings(value) if isinstance(value, Mapping) else value
+
+
+def _at(values: Mapping[str, object], key: str) -> Mapping[str, object]:
+    """A section of settings as they were given; nothing where it is no mapping, which pydantic refuses later."""
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 class Config(Section):
@@ -67,6 +73,18 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     """Where metrics go, besides run_dir/metrics.jsonl."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _engine_is_batch_invariant(cls, values: object) -> object:
+        """`policy.batch_invariant` is for both sides: it sets `rollout.server.deterministic`, unless that is given."""
+        if not isinstance(values, dict) or not _at(values, "policy").get("batch_invariant"):
+            return values
+        if not isinstance(values.get("rollout", {}), Mapping):
+            return values  # a section that was made before, or nonsense
+        rollout = _at(values, "rollout")
+        server = {"deterministic": True, **_at(rollout, "server")}
+        return {**values, "rollout": {**rollout, "server": server}}
+
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
@@ -81,6 +99,14 @@ class Config(Section):
         if self.algorithm.average_decay is not None:
             self.policy.check_average()
         self.algorithm.check_response_limit(self.rollout.max_response_tokens)
+        if self.policy.lm_head == "one_pass":
+            self._check_one_pass()
+        if self.policy.batch_invariant and not (self.rollout.uses_servers and self.rollout.server.deterministic):
+            raise ValueError(
+                "policy.batch_invariant=true is for trainer and engine: it needs rollout.engine=sglang or vllm with "
+                "rollout.server.deterministic=true, which it sets by itself, not rollout.engine="
+                f"{self.rollout.engine} with {str(self.rollout.server.deterministic).lower()}"
+            )
         if self.rollout.mode == "overlapped" and self.sync.in_flight == "finish":
             raise ValueError(
                 "sync.in_flight=finish with rollout.mode=overlapped: answers are always under way there, so a sync "
@@ -90,3 +116,11 @@ class Config(Section):
         if not self.rollout.uses_servers and self.sync.transport not in ("auto", "tensor"):
             raise ValueError(f"sync.transport={self.sync.transport} needs rollout.engine sglang or vllm, not embedded")
         return self
+
+    def _check_one_pass(self) -> None:
+        """ValueError for a loss that policy.lm_head=one_pass cannot evaluate."""
+        if not open_algorithm(self.algorithm, max_response_tokens=self.rollout.max_response_tokens).per_token:
+            raise ValueError(
+                f"policy.lm_head=one_pass evaluates the loss on some tokens at a time, and that of algorithm.name="
+                f"{self.algorithm.name} with these settings does not declare that it is per token; use two_pass or auto"
+            )

@@ -92,7 +92,7 @@ class HttpEngine(Asker):
         self._config, self._allow_version_change = config, allow_version_change
         self._patience_s = start_timeout_s(config) if patience_s is None else patience_s
         self._is_helped = False
-        self._router, self._key = router, key
+        self._router, self.key = router, key
         allow_open_files(2 * config.max_in_flight + OTHER_FILES)  # held-out questions may be asked beside a stream
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)

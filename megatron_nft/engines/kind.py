@@ -24,8 +24,8 @@ class EngineKind(Protocol):
         """This rank's engine for a model folder. Collective. EngineError, on every rank, where none can be had."""
         ...
 
-    def check_updates(self, rollout: RolloutConfig, spec: ModelSpec, /) -> None:
-        """ValueError where live weight updates of such a model come out wrong with these settings."""
+    def check_updates(self, rollout: RolloutConfig, spec: ModelSpec, engine: Engine, /) -> None:
+        """ValueError where live weight updates of such a model come out wrong in `engine` with these settings."""
         ...
 
     def version(self, model_path: Path, server: ServerConfig, /) -> str:
@@ -65,7 +65,7 @@ def _as_it_is(server: ServerConfig) -> ServerConfig:
     return server
 
 
-def _any_model(rollout: RolloutConfig, spec: ModelSpec) -> None:
+def _any_model(rollout: RolloutConfig, spec: ModelSpec, engine: Engine) -> None:
     """Do nothing: updates of every model come out right."""
 
 
@@ -92,5 +92,5 @@ class ServerKind:
     """The settings of a server on a GPU that trainers on other hosts bring weights to, by `distributed`."""
     router: type[RequestRouter] | None = None
     """What spreads requests with rollout.server.router, where the engine has something for it."""
-    check_updates: Callable[[RolloutConfig, ModelSpec], None] = _any_model
+    check_updates: Callable[[RolloutConfig, ModelSpec, Engine], None] = _any_model
     """See `EngineKind.check_updates`."""

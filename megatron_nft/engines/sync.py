@@ -22,7 +22,7 @@ def open_weight_sync(config: Config, spec: ModelSpec, layout: ParallelLayout, en
     ValueError where updates of such a model come out wrong in this engine; WeightSyncError where servers do not answer
     or differ in their settings.
     """
-    engine_kind(config.rollout.engine).check_updates(config.rollout, spec)
+    engine_kind(config.rollout.engine).check_updates(config.rollout, spec, engine)
     ledger = Ledger(hf_shapes(spec))
     transport = engine.open_transport(config, spec, layout, ledger)
     return WeightSync(config, spec, layout, transport, ledger)

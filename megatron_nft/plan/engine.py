@@ -67,7 +67,9 @@ def engine_memory(spec: ModelSpec, config: Config, chip: Chip, held: int = 0) ->
     of_device = SHARE_OF.get(config.rollout.engine) == "device"
     budget = int(server.mem_fraction_static * (chip.memory_bytes if of_device else max(0, free)))
     heads_per_device = max(1, spec.num_query_groups // server.tensor_parallel_size)  # replicated beyond the KV heads
-    token_bytes = 2 * spec.num_layers * heads_per_device * spec.kv_channels * e
+    token_bytes = (
+        2 * spec.num_layers * heads_per_device * spec.kv_channels * (e if server.kv_cache_dtype == "auto" else 1)
+    )
     kv = max(0, budget - weights - (working if of_device else 0))
     if server.max_total_tokens is not None:
         kv = min(kv, server.max_total_tokens * token_bytes)

@@ -92,7 +92,7 @@ class WeightAverage:
         if self.divided:
             with cpu.on_cpu():
                 for ddp in self._wrapped:
-                    ddp.start_param_sync()
+                    ddp.start_param_sync(force_sync=True)
 
 
 def _divided(optimizer: MegatronOptimizer) -> Iterator[AveragedRange]:

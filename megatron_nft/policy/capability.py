@@ -22,6 +22,7 @@ from megatron_nft.policy.stack import MIN_TRANSFORMER_ENGINE
 
 Capability = tuple[int, int]
 
+SPLITS_SINCE = "2.10"
 UNFUSED_ATTENTION = "NVTE_UNFUSED_ATTN"  # read by Transformer Engine when it chooses an attention backend
 MIN_CUDNN = (9, 6)  # packed (thd) attention with grouped queries, on compute capability 9.0 and above
 
@@ -115,6 +116,16 @@ def check_gpu_stack(policy: PolicyConfig, stack: GpuStack) -> None:
             f"{_dotted(stack.capability)} and no flash-attn. Without them Transformer Engine would build whole "
             "[tokens, tokens] matrices: install flash-attn, or set policy.layer_spec=local"
         )
+    if policy.batch_invariant and not stack.flash_attention:
+        raise ValueError(
+            "policy.batch_invariant=true needs the package flash-attn, which is not installed: megatron-core has no "
+            "other batch-invariant attention"
+        )
+    if policy.batch_invariant and Version(stack.transformer_engine) < Version(SPLITS_SINCE):
+        raise ValueError(
+            f"policy.batch_invariant=true needs Transformer Engine {SPLITS_SINCE} or newer, which can keep "
+            f"FlashAttention from splitting keys; {stack.transformer_engine} is installed"
+        )
     if policy.attention_backend == "flash" and not stack.flash_attention:
         raise ValueError(
             "policy.attention_backend=flash needs the package flash-attn, which is not installed. Allowed here: auto, "
@@ -126,6 +137,15 @@ def check_gpu_stack(policy: PolicyConfig, stack: GpuStack) -> None:
             f"above; here are cuDNN {_dotted(stack.cudnn)} and {stack.chip} with {_dotted(stack.capability)}. "
             "Allowed here: auto, flash"
         )
+
+
+def check_without_gpu(policy: PolicyConfig) -> None:
+    """ValueError for settings of Transformer Engine's that have no meaning on a machine without CUDA."""
+    for name in ("tp_comm_overlap", "batch_invariant"):
+        if getattr(policy, name):
+            raise ValueError(
+                f"policy.{name}=true needs Transformer Engine on GPUs, and no CUDA device is here: leave it out"
+            )
 
 
 @contextmanager

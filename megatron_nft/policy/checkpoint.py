@@ -185,7 +185,7 @@ def load_sharded(policy: Policy, folder: Path | str) -> dict[str, str]:
         _restore_rest(policy, loaded)
         if distributed_parts(policy.optimizer):
             for ddp in policy.wrapped:
-                ddp.start_param_sync()  # every rank has read its own part of the weights
+                ddp.start_param_sync(force_sync=True)  # every rank has read its own part of the weights
         if policy.average is not None and not _holds_average(stored):
             policy.average.restart()
     return digests

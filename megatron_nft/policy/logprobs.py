@@ -11,8 +11,8 @@ With logits l = h W^T / temperature, log Z = log sum_v exp(l_v) and p = exp(l - 
 Each rank reduces its own vocabulary rows to a maximum m and sums relative to m; ranks combine these [T] vectors with
 two all-reduces (max, then sum), whatever the number of chunks.
 
-What a rank does with its own rows (`Kernels`) is written twice: policy/logprobs_torch.py works on any device and dtype,
-in chunks of tokens; policy/logprobs_triton.py on 16-bit matrices on a GPU, in tiles of the vocabulary.
+What a rank does with its own rows is written twice (policy/logprobs_kernels.py). Where a loss is per token,
+policy/one_pass.py gets by without the second computation of the logits.
 
 Legend: T tokens, H hidden size, V padded vocabulary, v = V / tp rows on this rank, of which `valid` are real tokens.
 Sums are in fp32, or in fp64 for fp64 input.
@@ -20,55 +20,14 @@ Sums are in fp32, or in fp64 for fp64 input.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nft.policy import logprobs_torch
-
-
-class Kernels(Protocol):
-    """What a rank computes from its own vocabulary rows: a module with these functions. At most about `max_logits`
-    logits exist at a time."""
-
-    def local_sums(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        local_labels: Tensor,
-        *,
-        temperature: float,
-        max_logits: int,
-        with_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """The logits are l = hidden [T, H] @ weight [v, H]^T / temperature, in fp32 (fp64 for fp64 input). Returns, per
-        token, their maximum m [T] and the sums [3, T] of exp(l - m), of the label's l, and of exp(l - m) (l - m).
-
-        `local_labels` int64 [T]: labels minus this rank's first row; those outside [0, v) belong to other ranks. The
-        last sum has no meaning without `with_entropy`.
-        """
-        ...
-
-    def gradients(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        local_labels: Tensor,
-        log_z: Tensor,
-        entropy: Tensor,
-        grad_logprobs: Tensor,
-        grad_entropy: Tensor | None,
-        *,
-        temperature: float,
-        max_logits: int,
-        grad_weight: Tensor,
-    ) -> Tensor:
-        """dX [T, H] in the dtype of `hidden`, this rank's part of the sum over the vocabulary. dW is written to
-        `grad_weight` [v, H]. All other vectors are [T], in fp32 or fp64."""
-        ...
+from megatron_nft.policy.logprobs_kernels import Kernels, choose_kernels
+from megatron_nft.policy.vocab_parallel import all_sum, combine, gather, scatter_sum, vocab_range
 
 
 def linear_logprobs(
@@ -95,8 +54,7 @@ def linear_logprobs(
     ValueError for a temperature that is not positive, for `chunk_tokens` below 1, and where `hidden` and `labels`
     differ in their number of tokens.
     """
-    _check(temperature, chunk_tokens)
-    kernels = triton_kernels(hidden) if use_triton is None else _triton() if use_triton else None
+    check(temperature, chunk_tokens)
     logprobs, entropy = _FromHidden.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
         hidden,
         weight,
@@ -107,29 +65,13 @@ def linear_logprobs(
         chunk_tokens,
         temperature,
         with_entropy,
-        kernels or logprobs_torch,
+        choose_kernels(hidden, use_triton),
     )
     return logprobs, entropy if with_entropy else None
 
 
-def triton_kernels(hidden: Tensor) -> Kernels | None:
-    """policy/logprobs_triton.py where it can work on `hidden`: 16 bits, on a GPU, with Triton installed."""
-    if not hidden.is_cuda or hidden.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    try:
-        return _triton()
-    except ImportError:
-        return None
-
-
-@functools.cache
-def _triton() -> Kernels:
-    from megatron_nft.policy import logprobs_triton  # imports Triton, which a machine without a GPU need not have
-
-    return logprobs_triton
-
-
-def _check(temperature: float, chunk_tokens: int) -> None:
+def check(temperature: float, chunk_tokens: int) -> None:
+    """ValueError for a temperature or a size of chunks that cannot be."""
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     if chunk_tokens < 1:
@@ -151,8 +93,8 @@ class _FromHidden(torch.autograd.Function):
         with_entropy: bool,
         kernels: Kernels,
     ) -> tuple[Tensor, Tensor]:
-        first, valid = _vocab_range(weight.size(0), vocab_size, tp_group)
-        hidden_TH = _gather(hidden, tp_group) if sequence_parallel else hidden
+        first, valid = vocab_range(weight.size(0), vocab_size, tp_group)
+        hidden_TH = gather(hidden, tp_group) if sequence_parallel else hidden
         if hidden_TH.size(0) != labels.size(0):
             raise ValueError(f"hidden has {hidden_TH.size(0)} tokens over the TP ranks, labels has {labels.size(0)}")
         maximum, sums = kernels.local_sums(
@@ -163,7 +105,7 @@ class _FromHidden(torch.autograd.Function):
             max_logits=chunk_tokens * valid,
             with_entropy=with_entropy,
         )
-        log_z, label_logit, entropy = _combine(maximum, sums, tp_group)
+        log_z, label_logit, entropy = combine(maximum, sums, tp_group)
         ctx.save_for_backward(hidden, weight, labels, log_z, entropy)
         ctx.settings = (tp_group, first, valid, sequence_parallel, chunk_tokens, temperature, with_entropy, kernels)
         return _outputs(label_logit - log_z, entropy)
@@ -172,7 +114,7 @@ class _FromHidden(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_z, entropy = ctx.saved_tensors
         tp_group, first, valid, sequence_parallel, chunk_tokens, temperature, with_entropy, kernels = ctx.settings
-        hidden_TH = _gather(hidden, tp_group) if sequence_parallel else hidden
+        hidden_TH = gather(hidden, tp_group) if sequence_parallel else hidden
         grad_weight = torch.empty_like(weight)
         grad_weight[valid:] = 0
         grad_hidden = cast(Kernels, kernels).gradients(
@@ -187,59 +129,10 @@ class _FromHidden(torch.autograd.Function):
             max_logits=chunk_tokens * valid,
             grad_weight=grad_weight[:valid],
         )
-        grad_hidden = _scatter_sum(grad_hidden, tp_group) if sequence_parallel else _sum(grad_hidden, tp_group)
+        grad_hidden = scatter_sum(grad_hidden, tp_group) if sequence_parallel else all_sum(grad_hidden, tp_group)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None, None
-
-
-def _combine(maximum: Tensor, sums: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(log Z, logit of the label, entropy) over all ranks, each [T]; the entropy has no meaning unless asked for."""
-    largest = _max(maximum, tp_group)
-    shift = maximum - largest
-    sums[2] += shift * sums[0]
-    sums[::2] *= shift.exp()
-    total, label_logit, weighted = _sum(sums, tp_group)
-    log_total = total.log()
-    return largest + log_total, label_logit, log_total - weighted / total
 
 
 def _outputs(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
     narrow = torch.float64 if logprobs.dtype is torch.float64 else torch.float32
     return logprobs.to(narrow), entropy.to(narrow)
-
-
-def _vocab_range(rows: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """(first vocabulary row of this rank, how many of its `rows` are real tokens)."""
-    first = rows * (group.rank() if group is not None else 0)
-    return first, rows if vocab_size is None else min(max(vocab_size - first, 0), rows)
-
-
-def _max(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is None or group.size() == 1:
-        return x
-    x = x.clone()
-    dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
-    return x
-
-
-def _sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is not None and group.size() > 1:
-        dist.all_reduce(x, group=group)
-    return x
-
-
-def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[T / tp, H] of each rank -> [T, H]."""
-    if group is None or group.size() == 1:
-        return x
-    out = x.new_empty(x.size(0) * group.size(), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out
-
-
-def _scatter_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[T, H] of each rank -> this rank's [T / tp, H] of the sum."""
-    if group is None or group.size() == 1:
-        return x
-    out = x.new_empty(x.size(0) // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
-    return out

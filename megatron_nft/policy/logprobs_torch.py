@@ -19,15 +19,14 @@ NO_LOGIT = -1e30  # the maximum of no logits; finite, for 0 times it must be 0
 def local_sums(
     hidden: Tensor, weight: Tensor, local_labels: Tensor, *, temperature: float, max_logits: int, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """See `logprobs.Kernels.local_sums`."""
+    """See `logprobs_kernels.Kernels.local_sums`."""
     tokens, valid, wide = hidden.size(0), weight.size(0), torch.promote_types(hidden.dtype, torch.float32)
     maximum = torch.full((tokens,), NO_LOGIT, dtype=wide, device=hidden.device)
     sums = torch.zeros(3, tokens, dtype=wide, device=hidden.device)
     for rows in _chunks(tokens, valid, max_logits) if valid else ():
         l_CV = (hidden[rows] @ weight.T).to(wide) / temperature
         maximum[rows] = l_CV.amax(-1)
-        mine, index = _own(local_labels[rows], valid)
-        sums[1, rows] = l_CV.gather(-1, index[:, None]).squeeze(-1).where(mine, 0)
+        sums[1, rows] = _label_logits(l_CV, local_labels[rows])
         l_CV -= maximum[rows, None]
         e_CV = l_CV.exp()
         sums[0, rows] = e_CV.sum(-1)
@@ -49,7 +48,7 @@ def gradients(
     max_logits: int,
     grad_weight: Tensor,
 ) -> Tensor:
-    """See `logprobs.Kernels.gradients`. The gradient of the weight is summed over chunks in fp32."""
+    """See `logprobs_kernels.Kernels.gradients`. The gradient of the weight is summed over chunks in fp32."""
     grad_hidden = torch.empty_like(hidden)
     in_place = grad_weight.dtype is log_z.dtype
     total = grad_weight.zero_() if in_place else torch.zeros_like(grad_weight, dtype=log_z.dtype)  # [v, H]
@@ -67,6 +66,46 @@ def gradients(
     return grad_hidden
 
 
+def token_chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    """See `logprobs_kernels.Kernels.token_chunks`."""
+    return _chunks(tokens, 1, chunk_tokens)
+
+
+def chunk_logits(
+    hidden: Tensor, weight: Tensor, local_labels: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `logprobs_kernels.Kernels.chunk_logits`."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    l_CV = (hidden @ weight.T).to(wide).div_(temperature)
+    maximum = l_CV.amax(-1) if weight.size(0) else l_CV.new_full((hidden.size(0),), NO_LOGIT)
+    sums = l_CV.new_zeros(3, hidden.size(0))
+    sums[0] = (l_CV - maximum[:, None]).exp_().sum(-1)
+    sums[1] = _label_logits(l_CV, local_labels)
+    return l_CV, maximum, sums
+
+
+def chunk_gradients(
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    local_labels: Tensor,
+    log_z: Tensor,
+    grad_logprobs: Tensor,
+    *,
+    temperature: float,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+) -> None:
+    """See `logprobs_kernels.Kernels.chunk_gradients`."""
+    grad_CV = _grad_logits(logits, local_labels, log_z, log_z, grad_logprobs, None)
+    grad_CV = grad_CV.div_(temperature).to(hidden.dtype)
+    torch.mm(grad_CV, weight, out=grad_hidden)
+    if grad_weight.dtype is hidden.dtype:
+        grad_weight.addmm_(grad_CV.T, hidden)
+    else:
+        grad_weight += grad_CV.T @ hidden
+
+
 def _grad_logits(
     l_CV: Tensor,
     local_labels: Tensor,
@@ -78,13 +117,23 @@ def _grad_logits(
     """Gradient with respect to the logits l [C, valid]; the equations are those of policy/logprobs.py."""
     log_p = l_CV.sub_(log_z[:, None])
     factor = -grad_logprobs[:, None].to(log_p.dtype)
-    if grad_entropy is not None:
+    if grad_entropy is None:
+        grad = log_p.exp_().mul_(factor)
+    else:
         factor = factor - grad_entropy[:, None] * (log_p + entropy[:, None])
-    grad = log_p.exp() * factor
+        grad = log_p.exp() * factor
     mine, index = _own(local_labels, l_CV.size(1))
     if l_CV.size(1):
         grad.scatter_add_(-1, index[:, None], grad_logprobs.to(grad.dtype).where(mine, 0)[:, None])
     return grad
+
+
+def _label_logits(l_CV: Tensor, local_labels: Tensor) -> Tensor:
+    """The logit of each token's label, [C]; 0 where it is another rank's."""
+    if not l_CV.size(1):
+        return l_CV.new_zeros(l_CV.size(0))
+    mine, index = _own(local_labels, l_CV.size(1))
+    return l_CV.gather(-1, index[:, None]).squeeze(-1).where(mine, 0)
 
 
 def _own(local_labels: Tensor, valid: int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ MULTIPLE = 128  # of a tile's columns: whole tiles of the matrix units
 MAX_BLOCK = 4096  # columns that a program holds at a time
 NUM_WARPS = 8
 TILE_SHARE = 2  # a tile has half of the logits that may exist: its gradient and dX stand beside it
+CHUNK_FACTOR = 1.75  # tokens of a chunk in one pass, for one of chunk_tokens: a gradient takes the place of its logits
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
@@ -98,10 +99,40 @@ def _logit_gradients(  # type: ignore[no-untyped-def]  # Triton evaluates annota
     tl.store(gradients + row * columns + offsets, grad, mask=inside)
 
 
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
+def _logit_gradients_in_place(  # type: ignore[no-untyped-def]  # Triton evaluates annotations, and knows only its own
+    logits,  # fp32 [C, v]
+    labels,  # int64 [C], as columns of this rank
+    log_z,  # fp32 [C]
+    grad_logprobs,  # fp32 [C]
+    gradients,  # the same memory as 16-bit [C, 2 v]; the first v of a row are written
+    columns,  # v
+    inverse_temperature,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of BLOCK columns: v / BLOCK, rounded up
+):
+    """One program per token: its gradient with respect to the undivided logits over the first half of its logits.
+
+    Block i is written to bytes 2 i BLOCK on, behind what has been read, up to byte 4 (i + 1) BLOCK; the barrier holds
+    all threads until the block is read.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * columns
+    gradients += 2 * row * columns
+    z, g, label = tl.load(log_z + row), tl.load(grad_logprobs + row), tl.load(labels + row)
+    for i in range(BLOCKS):
+        offsets = i * BLOCK + tl.arange(0, BLOCK)
+        inside = offsets < columns
+        l = tl.load(logits + offsets, mask=inside, other=0.0) * inverse_temperature  # noqa: E741
+        grad = tl.where(offsets == label, g, 0.0) - tl.exp(l - z) * g
+        tl.debug_barrier()
+        tl.store(gradients + offsets, (grad * inverse_temperature).to(gradients.dtype.element_ty), mask=inside)
+
+
 def local_sums(
     hidden: Tensor, weight: Tensor, local_labels: Tensor, *, temperature: float, max_logits: int, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """See `logprobs.Kernels.local_sums`; hidden and weight of 16 bits, sums in fp32."""
+    """See `logprobs_kernels.Kernels.local_sums`; hidden and weight of 16 bits, sums in fp32."""
     tokens = hidden.size(0)
     maximum = torch.full((tokens,), NO_LOGIT, dtype=torch.float32, device=hidden.device)
     sums = torch.zeros(3, tokens, dtype=torch.float32, device=hidden.device)
@@ -117,6 +148,60 @@ def local_sums(
     return maximum, sums
 
 
+def token_chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    """See `logprobs_kernels.Kernels.token_chunks`. T 8192 and 1024: 1792 fit, 5 chunks of 1664 tokens at most."""
+    return tiles(tokens, 1, int(CHUNK_FACTOR * chunk_tokens))
+
+
+def chunk_logits(
+    hidden: Tensor, weight: Tensor, local_labels: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `logprobs_kernels.Kernels.chunk_logits`; hidden and weight of 16 bits, undivided logits and sums in fp32."""
+    tokens, width = hidden.size(0), weight.size(0)
+    maximum = torch.full((tokens,), NO_LOGIT, dtype=torch.float32, device=hidden.device)
+    sums = torch.zeros(3, tokens, dtype=torch.float32, device=hidden.device)
+    logits = _product_f32(hidden, weight.T)
+    if width:
+        block = _block(width)
+        _statistics[(tokens,)](
+            logits, local_labels, maximum, sums[0], sums[1], sums[2], 0, width, 1.0 / temperature,
+            WITH_ENTROPY=False, BLOCK=block, BLOCKS=triton.cdiv(width, block), num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return logits, maximum, sums
+
+
+def chunk_gradients(
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    local_labels: Tensor,
+    log_z: Tensor,
+    grad_logprobs: Tensor,
+    *,
+    temperature: float,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+) -> None:
+    """See `logprobs_kernels.Kernels.chunk_gradients`; the gradient of the logits takes the place of the logits."""
+    tokens, width = logits.shape
+    if not width:
+        grad_hidden.zero_()
+        return
+    both = logits.view(hidden.dtype)  # [C, 2 v] of 16 bits
+    block = _block(width)
+    _logit_gradients_in_place[(tokens,)](
+        logits, local_labels, log_z, grad_logprobs, both, width, 1.0 / temperature,
+        BLOCK=block, BLOCKS=triton.cdiv(width, block), num_warps=NUM_WARPS,
+    )  # fmt: skip
+    grad = both[:, :width]
+    torch.mm(grad, weight, out=grad_hidden)
+    if logits.is_cuda and _adds_in_place(hidden.device, hidden.dtype):
+        _add_product(grad_weight, grad.T, hidden)
+        return
+    for rows in tiles(width, hidden.size(1), logits.numel() // TILE_SHARE):  # the sum needs a product beside it
+        _add_product(grad_weight[rows], grad.T[rows], hidden)
+
+
 def gradients(
     hidden: Tensor,
     weight: Tensor,
@@ -130,7 +215,7 @@ def gradients(
     max_logits: int,
     grad_weight: Tensor,
 ) -> Tensor:
-    """See `logprobs.Kernels.gradients`; hidden and weight of 16 bits, all other vectors in fp32."""
+    """See `logprobs_kernels.Kernels.gradients`; hidden and weight of 16 bits, all other vectors in fp32."""
     tokens = hidden.size(0)
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
     with_entropy = grad_entropy is not None

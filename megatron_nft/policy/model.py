@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from megatron_nft.config import PolicyConfig
 from megatron_nft.policy import cpu
 from megatron_nft.policy.attention import PackedAttention, SegmentParams, segment_params
-from megatron_nft.policy.capability import attention_backends, check_gpu_stack, read_gpu_stack
+from megatron_nft.policy.batch_invariant import check_model, use_batch_invariant_kernels
+from megatron_nft.policy.capability import attention_backends, check_gpu_stack, check_without_gpu, read_gpu_stack
 from megatron_nft.policy.family import ModelSpec, RopeScaling, check_layout
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.policy.precision import check_sizes, transformer_fields
+from megatron_nft.policy.user_buffers import open_user_buffers
 from megatron_nft.types import PackedBatch
 
 
@@ -120,6 +122,7 @@ def transformer_config(spec: ModelSpec, policy: PolicyConfig) -> TransformerConf
         pipeline_model_parallel_size=policy.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=policy.virtual_pipeline_model_parallel_size,
         sequence_parallel=policy.sequence_parallel,
+        tp_comm_overlap=policy.tp_comm_overlap,
         variable_seq_lengths=policy.pipeline_model_parallel_size > 1,
         # with any other pair 0.16.1 computes wrong gradients in the interleaved schedule, without an error
         overlap_p2p_comm=interleaved,
@@ -135,7 +138,8 @@ def transformer_config(spec: ModelSpec, policy: PolicyConfig) -> TransformerConf
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
         attention_softmax_in_fp32=True,
-        attention_backend=AttnBackend[policy.attention_backend],  # read by Transformer Engine alone
+        attention_backend=AttnBackend[policy.attention_kernels],  # read by Transformer Engine alone
+        batch_invariant_mode=policy.batch_invariant,
         calculate_per_token_loss=True,  # Megatron then sums and never divides; policy/step.py does
         bias_activation_fusion=engine and policy.compile,
         bias_dropout_fusion=engine and policy.compile,
@@ -225,13 +229,21 @@ def build_chunks(spec: ModelSpec, policy: PolicyConfig, layout: ParallelLayout) 
     engine = uses_transformer_engine(policy)
     if engine:
         check_gpu_stack(policy, read_gpu_stack(layout.device))
+    else:
+        check_without_gpu(policy)
     config = transformer_config(spec, policy)
     check_interleaving(config)
+    if policy.batch_invariant:
+        check_model(spec)
+    use_batch_invariant_kernels(policy.batch_invariant)
+    if policy.tp_comm_overlap:
+        open_user_buffers(spec, policy, layout)
     with cpu.on_cpu(), attention_backends(policy, engine):
         chunks = [_build(spec, config, engine, stage) for stage in range(layout.vpp_size or 1)]
     for chunk in chunks:
         chunk.to(layout.device)
-        _fuse_gradient_accumulation(chunk)
+        if not policy.batch_invariant:  # its products would overwrite what they should add to
+            _fuse_gradient_accumulation(chunk)
         with torch.no_grad():
             for parameter in chunk.parameters():
                 parameter.fill_(math.nan)

@@ -74,6 +74,7 @@ def megatron_config(optimizer: settings.OptimizerConfig, policy: settings.Policy
         bf16=policy.precision == "bf16",
         params_dtype=torch.bfloat16 if policy.precision == "bf16" else torch.float32,
         use_distributed_optimizer=policy.use_distributed_optimizer,
+        overlap_param_gather=policy.overlap_param_gather,
         **(offload if policy.optimizer_offload else {}),
     )
 

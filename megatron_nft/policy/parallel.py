@@ -22,6 +22,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from megatron_nft.config import PolicyConfig
 from megatron_nft.policy import cpu
+from megatron_nft.policy.connections import set_connections
 
 LOOPBACK = "127.0.0.1"  # MASTER_ADDR of our own launcher
 COLLECTIVE_TIMEOUT_S = 7200.0  # longer than the slowest rollout; the run's own watch is shorter
@@ -82,8 +83,10 @@ def initialize(policy: PolicyConfig, seed: int, collective_timeout_s: float = CO
 
     collective_timeout_s: how long a rank waits in a collective for the others before it fails.
 
-    May be called again with another layout of the same ranks. ValueError where the layout does not divide the world.
+    May be called again with another layout of the same ranks. ValueError where the layout does not divide the world,
+    and for connections to the GPU that do not suit it.
     """
+    set_connections(policy)  # before anything starts CUDA
     cpu.install()
     timeout = datetime.timedelta(seconds=collective_timeout_s)
     device = _join(timeout)

@@ -20,6 +20,7 @@ from megatron_nft.policy import cpu
 from megatron_nft.policy.average import WeightAverage
 from megatron_nft.policy.family import ModelSpec
 from megatron_nft.policy.model import PolicyModel, build_chunks, uses_transformer_engine
+from megatron_nft.policy.one_pass import uses_one_pass
 from megatron_nft.policy.optimizer import build_optimizer, describe, optimizer_parts
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.policy.precision import in_bf16
@@ -180,6 +181,17 @@ class Policy:
             metrics=totals.metrics,
         )
 
+    def finish_updates(self) -> None:
+        """Make the weights of this rank whole after the last of several `train_step`.
+
+        With `policy.overlap_param_gather` the parts that other data-parallel ranks have updated arrive only during the
+        next forward pass; nothing else may read the weights before this.
+        """
+        if self.config.policy.overlap_param_gather:
+            with cpu.on_cpu():
+                for ddp in self.wrapped:
+                    ddp.start_param_sync(force_sync=True)
+
     def _forward(
         self, micro_batches: list[PackedBatch], temperature: float, *, quantized: bool, with_entropy: bool
     ) -> list[np.ndarray]:
@@ -198,6 +210,8 @@ class Policy:
             chunk_tokens=self.config.policy.logprob_chunk_tokens,
             vocab_size=self.spec.vocab_size,
             engine=self._engine,
+            use_triton=False if self.config.policy.batch_invariant else None,
+            one_pass=uses_one_pass(self.config.policy.lm_head, self.layout.device),
             on_micro_batch=self.on_micro_batch,
         )
 
@@ -233,6 +247,7 @@ def _wrap(chunk: PolicyModel, config: Config, *, first: bool) -> DistributedData
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=policy.use_distributed_optimizer,
         overlap_grad_reduce=policy.overlap_grad_reduce,
+        overlap_param_gather=policy.overlap_param_gather,
         check_for_nan_in_grad=False,  # it raises; `train_step` skips the step
     )
     return DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=not first)

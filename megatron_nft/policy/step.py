@@ -29,12 +29,17 @@ from torch import Tensor, nn
 from megatron_nft.metrics import Max, Mean
 from megatron_nft.policy.logprobs import linear_logprobs
 from megatron_nft.policy.model import PolicyModel, packed_params, unwrap
+from megatron_nft.policy.one_pass import linear_loss
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.types import PackedBatch
 
 
 class Objective(Protocol):
     """What a step minimizes and logs; every `megatron_nft.algorithms.Algorithm` is one."""
+
+    @property
+    def per_token(self) -> bool:
+        """Whether `loss` may be asked about some tokens of a micro-batch at a time (`PackedBatch.tokens_of`)."""
 
     def loss(self, logprobs: Tensor, batch: PackedBatch) -> Tensor:
         """Log-probs fp32 [T] -> loss of each token [T], before its weight. Values outside loss_mask are ignored."""
@@ -52,6 +57,8 @@ class StepInputs:
     chunk_tokens: int
     vocab_size: int
     engine: bool  # Transformer Engine layers
+    one_pass: bool  # policy/one_pass.py, where the objective is per token
+    use_triton: bool | None  # for the log-probs; None: where it can be used
     on_micro_batch: Callable[[], object]  # called after each forward of a micro-batch by this rank's first chunk
 
 
@@ -110,20 +117,15 @@ def forward_backward(
     """Gradients into the chunks' buffers, reduced over all ranks; the sums for the report."""
     outcomes: list[Outcome] = []
 
+    find_loss = _loss_in_one_pass if inputs.one_pass and objective.per_token else _loss
+
     def loss_of(batch: PackedBatch, model: PolicyModel, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logprobs, _ = _logprobs(hidden, model, batch, inputs)
-        trained = batch.loss_mask > 0
-        per_token = objective.loss(logprobs, batch)
-        if per_token.shape != logprobs.shape:
-            raise ValueError(
-                f"the loss has shape {tuple(per_token.shape)}; it must have one value per token, {tuple(trained.shape)}"
-            )
-        per_token = (per_token * batch.weights).where(trained, 0)
-        loss_sum = per_token.sum()
+        loss, logprobs, per_token = find_loss(hidden, model, batch, objective, denominator, inputs)
         with torch.no_grad():
-            metrics = objective.metrics(logprobs.detach(), per_token.detach(), batch)
-        outcomes.append(Outcome(loss_sum.detach().double(), trained.sum().double(), *_scalars(metrics, hidden.device)))
-        return loss_sum / denominator, torch.zeros((), dtype=torch.int, device=hidden.device), {}
+            metrics = objective.metrics(logprobs, per_token, batch)
+        trained = batch.loss_mask > 0
+        outcomes.append(Outcome(per_token.sum().double(), trained.sum().double(), *_scalars(metrics, hidden.device)))
+        return loss, torch.zeros((), dtype=torch.int, device=hidden.device), {}
 
     _run(chunks, micro_batches, loss_of, inputs, forward_only=False)
     return _totals(outcomes, layout)
@@ -173,7 +175,10 @@ def _run(
         hidden = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=params)
         if chunk is chunks[0]:
             inputs.on_micro_batch()
-        return hidden, partial(last, batch, unwrap(chunk))
+        model = unwrap(chunk)
+        if model.post_process:
+            _await_output_weight(chunk, model)
+        return hidden, partial(last, batch, model)
 
     several = len(chunks) > 1
     found: list[Tensor] = get_forward_backward_func()(
@@ -189,6 +194,67 @@ def _run(
     return found
 
 
+def _await_output_weight(ddp: nn.Module, model: PolicyModel) -> None:
+    """Wait until the output weight is gathered. Megatron does that where a module is called, and we call no output
+    layer."""
+    if getattr(ddp, "use_forward_hook", False):  # with overlap_param_gather
+        bucket_of: Any = ddp.param_to_bucket_group
+        bucket_of[model.output_weight].finish_param_sync()
+
+
+def _loss(
+    hidden: Tensor,
+    model: PolicyModel,
+    batch: PackedBatch,
+    objective: Objective,
+    denominator: float,
+    inputs: StepInputs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of the losses / denominator with its gradient, log-probs [T], losses [T]) of a micro-batch."""
+    logprobs, _ = _logprobs(hidden, model, batch, inputs)
+    per_token = _token_losses(logprobs, batch, objective)
+    return per_token.sum() / denominator, logprobs.detach(), per_token.detach()
+
+
+def _loss_in_one_pass(
+    hidden: Tensor,
+    model: PolicyModel,
+    batch: PackedBatch,
+    objective: Objective,
+    denominator: float,
+    inputs: StepInputs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same."""
+
+    def token_loss(logprobs: Tensor, rows: slice) -> Tensor:
+        return _token_losses(logprobs, batch.tokens_of(rows), objective)
+
+    return linear_loss(
+        hidden.squeeze(1),
+        model.output_weight,
+        batch.labels,
+        token_loss,
+        scale=1 / denominator,
+        weight_is_shared=model.share_embeddings_and_output_weights and model.pre_process,
+        tp_group=model.pg_collection.tp,
+        vocab_size=inputs.vocab_size,
+        sequence_parallel=model.config.sequence_parallel,
+        chunk_tokens=inputs.chunk_tokens,
+        temperature=inputs.temperature,
+        use_triton=inputs.use_triton,
+    )
+
+
+def _token_losses(logprobs: Tensor, batch: PackedBatch, objective: Objective) -> Tensor:
+    """What each token adds to the loss, [T]; 0 outside the mask."""
+    per_token = objective.loss(logprobs, batch)
+    if per_token.shape != logprobs.shape:
+        raise ValueError(
+            f"the loss has shape {tuple(per_token.shape)}; it must have one value per token, {tuple(logprobs.shape)}"
+        )
+    return (per_token * batch.weights).where(batch.loss_mask > 0, 0)
+
+
 def _logprobs(
     hidden: Tensor, model: PolicyModel, batch: PackedBatch, inputs: StepInputs, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -201,6 +267,7 @@ def _logprobs(
         sequence_parallel=model.config.sequence_parallel,
         chunk_tokens=inputs.chunk_tokens,
         temperature=inputs.temperature,
+        use_triton=inputs.use_triton,
         with_entropy=with_entropy,
     )
 

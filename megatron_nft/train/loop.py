@@ -126,6 +126,7 @@ def train_step(parts: Parts, state: RunState, metrics: Metrics, overlap: Overlap
                 outcome = policy.train_step(batches, parts.algorithm, denominator, config.rollout.temperature)
             record.add_optimizer_step(metrics, layout.rank, outcome, config.optimizer.clip_grad)
             skipped = count_skipped(skipped, outcome, config.train.max_skipped_steps, parts.store.newest)
+        policy.finish_updates()
     version, is_synced = state.weight_version + 1, True
     if overlap is not None:
         overlap.end_training()

@@ -24,10 +24,13 @@ def check_inputs(config: Config) -> None:
     import torch
 
     from megatron_nft.engines.transports import check_transport
+    from megatron_nft.policy.capability import check_without_gpu
     from megatron_nft.weights.hf_check import check_folder
     from megatron_nft.weights.hf_folder import HFFolder
 
     check_transport(config, "cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        check_without_gpu(config.policy)
     _check_prompts(config)
     check_folder(HFFolder(config.model.path), spec)
 

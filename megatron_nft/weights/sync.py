@@ -235,7 +235,8 @@ class WeightSync:
 
     def _probe(self, probe: Probe) -> float | None:
         precision: str = self._config.policy.precision
-        if self._config.rollout.uses_servers and self._config.rollout.server.quantization == "fp8":
+        rollout = self._config.rollout
+        if rollout.uses_servers and (rollout.server.quantization == "fp8" or rollout.server.kv_cache_dtype != "auto"):
             precision = "fp8"
         tolerance = self._config.sync.probe_tolerance or PROBE_TOLERANCE[precision]
         difference = self._transport.probe(*probe)

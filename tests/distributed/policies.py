@@ -85,7 +85,7 @@ def token_metrics(logprobs: torch.Tensor, loss: torch.Tensor, batch: PackedBatch
     return {"logprob": Mean(logprobs[trained], trained), "max_advantage": Max(batch.advantage[trained])}
 
 
-loss = Objective(lambda logprobs, batch: token_loss(logprobs, batch.advantage), token_metrics)
+loss = Objective(lambda logprobs, batch: token_loss(logprobs, batch.advantage), token_metrics, per_token=True)
 
 
 def make_reference(ranks: Ranks, family: str, *, tied: bool, layers: int = 4, **changes: object) -> Reference:

@@ -4,9 +4,14 @@ Every check runs the whole train step with the non-distributed optimizer (whose 
 and compares log-probs, loss, gradient norm and every gradient with the float64 reference.
 """
 
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
 import numpy as np
 import torch
 from launch import Ranks, run_checks
+from megatron.core.distributed import DistributedDataParallelConfig
 from policies import (
     DENOMINATOR,
     ONE_BY_ONE,
@@ -19,10 +24,15 @@ from policies import (
     make_policy,
     make_reference,
     samples,
+    step,
 )
+
+from megatron_nft.policy import policy as policy_module
+from megatron_nft.policy.policy import Policy
 
 FAMILIES = (("qwen2", True), ("qwen3", False), ("llama", False))
 TOLERANCE = 1e-5
+SMALL_BUCKETS = partial(DistributedDataParallelConfig, bucket_size=3000)  # else a tiny model has one
 ROPE = {
     "rope_parameters": {
         "rope_type": "llama3",
@@ -38,24 +48,32 @@ ROPE = {
 def compare(ranks: Ranks, splits_of: dict[str, list[list[int]]], families=FAMILIES, **layout: object) -> None:
     for family, tied in families:
         reference = make_reference(ranks, family, tied=tied, **(ROPE if family == "llama" else {}))
-        policy = make_policy(reference.model, use_distributed_optimizer=False, optimizer={"clip_grad": 0.0}, **layout)
+        options = {"use_distributed_optimizer": False, "lm_head": "one_pass", "optimizer": {"clip_grad": 0.0}}
+        policy = make_policy(reference.model, **options, **layout)
         weights = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
         for name, splits in splits_of.items():
-            where = f"{family}, {name}, {layout}"
-            with torch.no_grad():  # the last split's update is taken back
-                for p, w in zip((p for c in policy.chunks for p in c.parameters()), weights, strict=True):
-                    p.copy_(w)
-            policy.reload_master_weights()
+            load_weights(policy, weights)
             batches = deal(policy, splits)
-            compare_logprobs(policy, batches, splits, reference, where)
-            report = policy.train_step(batches, loss, DENOMINATOR, TEMPERATURE)
-            assert not report.skipped
-            np.testing.assert_allclose(report.loss, reference.loss, rtol=TOLERANCE, err_msg=where)
-            np.testing.assert_allclose(report.grad_norm, reference.grad_norm, rtol=TOLERANCE, err_msg=where)
-            errors = gradient_errors(policy, reference)
-            worst = max(errors, key=errors.__getitem__)
-            assert errors[worst] <= TOLERANCE, f"{where}: {worst} has relative error {errors[worst]:.2e}"
-            compare_report(report, reference, where)
+            compare_logprobs(policy, batches, splits, reference, f"{family}, {name}, {layout}")
+            for how in (replace(loss, per_token=False), loss):  # in two passes over the logits, in one
+                where = f"{family}, {name}, {layout}, per token {how.per_token}"
+                load_weights(policy, weights)
+                report = policy.train_step(batches, how, DENOMINATOR, TEMPERATURE)
+                assert not report.skipped
+                np.testing.assert_allclose(report.loss, reference.loss, rtol=TOLERANCE, err_msg=where)
+                np.testing.assert_allclose(report.grad_norm, reference.grad_norm, rtol=TOLERANCE, err_msg=where)
+                errors = gradient_errors(policy, reference)
+                worst = max(errors, key=errors.__getitem__)
+                assert errors[worst] <= TOLERANCE, f"{where}: {worst} has relative error {errors[worst]:.2e}"
+                compare_report(report, reference, where)
+
+
+def load_weights(policy: Policy, weights: list[torch.Tensor]) -> None:
+    """Take the last update back."""
+    with torch.no_grad():
+        for p, w in zip((p for c in policy.chunks for p in c.parameters()), weights, strict=True):
+            p.copy_(w)
+    policy.reload_master_weights()
 
 
 def compare_logprobs(policy, batches, splits, reference, where) -> None:
@@ -125,6 +143,30 @@ def check_selective_recompute(ranks: Ranks) -> None:
 
 def check_overlapped_reduction(ranks: Ranks) -> None:
     compare(ranks, {"one by one": ONE_BY_ONE}, overlap_grad_reduce=True, pipeline_model_parallel_size=2)
+
+
+def check_overlapped_gather(ranks: Ranks) -> None:
+    """Three updates with the weights gathered during the next forward pass end where those of plain updates do."""
+    for family, tied, layout in (
+        ("qwen2", True, {}),
+        ("qwen3", False, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        ("qwen2", True, {"pipeline_model_parallel_size": 2}),
+        ("qwen3", False, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    ):
+        reference = make_reference(ranks, family, tied=tied)
+        ends = []
+        for overlap in (False, True):
+            options = {"overlap_grad_reduce": overlap, "overlap_param_gather": overlap}
+            with mock.patch.object(policy_module, "DistributedDataParallelConfig", SMALL_BUCKETS):
+                policy = make_policy(reference.model, **options, **layout)
+            if overlap and policy.layout.pp.rank == 0:  # Megatron makes one bucket on later stages
+                assert len(policy.wrapped[0].bucket_groups) > 2
+            norms = [step(policy) for _ in range(3)]
+            policy.finish_updates()
+            ends.append((norms, [p.detach().clone() for c in policy.chunks for p in c.parameters()]))
+        np.testing.assert_allclose(ends[1][0], ends[0][0], rtol=TOLERANCE, err_msg=f"{family} {layout}")
+        for plain, overlapped in zip(ends[0][1], ends[1][1], strict=True):
+            torch.testing.assert_close(overlapped, plain, rtol=0, atol=2e-5)
 
 
 def check_mixture_of_experts(ranks: Ranks) -> None:

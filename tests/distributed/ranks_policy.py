@@ -26,6 +26,7 @@ from megatron_nft.data.packing import pack
 from megatron_nft.metrics import Max, Mean
 from megatron_nft.policy import parallel
 from megatron_nft.policy.logprobs import linear_logprobs
+from megatron_nft.policy.one_pass import linear_loss
 from megatron_nft.policy.policy import Policy
 from megatron_nft.weights.import_hf import load_hf
 
@@ -81,6 +82,40 @@ def check_split_vocabulary_is_exact_in_float64(ranks: Ranks) -> None:
         got_x, got_w = torch.autograd.grad((a * got).sum() + (b * got_entropy).sum(), (own, shard))
         torch.testing.assert_close(got_w, grad_w, rtol=0, atol=1e-12)
         torch.testing.assert_close(got_x, grad_x[part] if sequence_parallel else grad_x, rtol=0, atol=1e-12)
+
+
+def check_one_pass_is_exact_in_float64(ranks: Ranks) -> None:
+    """The same for loss and gradients in one pass, straight into a main gradient, whose content stays."""
+    tokens, hidden_size, vocab, temperature, scale = 22, 8, 37, 0.7, 1 / 16
+    rows = 19
+    generator = torch.Generator().manual_seed(0)
+    hidden, full = (torch.randn(n, hidden_size, generator=generator, dtype=torch.float64) for n in (tokens, 2 * rows))
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    a = torch.randn(tokens, generator=generator, dtype=torch.float64)
+    x, w = hidden.clone().requires_grad_(), full[:vocab].clone().requires_grad_()
+    expected = torch.log_softmax(x @ w.T / temperature, -1).gather(-1, labels[:, None]).squeeze(-1)
+    losses = a * expected + 0.05 * expected.square()
+    grad_x, grad_w = torch.autograd.grad(scale * losses.sum(), (x, w))
+    mine, part = slice(ranks.rank * rows, (ranks.rank + 1) * rows), slice(ranks.rank * 11, (ranks.rank + 1) * 11)
+    grad_w = torch.cat([grad_w, grad_w.new_zeros(1, hidden_size)])[mine]
+    for sequence_parallel in (False, True):
+        shard = full[mine].clone().requires_grad_()
+        shard.main_grad = torch.full_like(shard, 3.0).detach()
+        own = (hidden[part] if sequence_parallel else hidden).clone().requires_grad_()
+        got, got_logprobs, got_losses = linear_loss(
+            own, shard, labels, lambda logprobs, rows: a[rows] * logprobs + 0.05 * logprobs.square(),
+            scale=scale, tp_group=dist.group.WORLD, vocab_size=vocab, temperature=temperature, chunk_tokens=5,
+            sequence_parallel=sequence_parallel,
+        )  # fmt: skip
+        got.backward()
+        for found, wanted in (
+            (got, scale * losses.sum()),
+            (got_logprobs, expected),
+            (got_losses, losses),
+            (shard.main_grad - 3, grad_w),
+            (own.grad, grad_x[part] if sequence_parallel else grad_x),
+        ):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def check_updates_are_those_of_torch(ranks: Ranks) -> None:

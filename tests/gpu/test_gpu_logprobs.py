@@ -6,7 +6,9 @@ import pytest
 import torch
 from gpu_policies import relative
 
-from megatron_nft.policy.logprobs import linear_logprobs, triton_kernels
+from megatron_nft.policy.logprobs import linear_logprobs
+from megatron_nft.policy.logprobs_kernels import triton_kernels
+from megatron_nft.policy.one_pass import linear_loss
 
 pytestmark = pytest.mark.needs("cuda")
 
@@ -71,6 +73,46 @@ def test_kernels_agree_with_the_torch_path():
 
 def test_fp32_takes_the_torch_path():
     assert triton_kernels(torch.zeros(1, device="cuda")) is None
+
+
+def curved(logprobs: torch.Tensor, rows: slice) -> torch.Tensor:
+    """A loss per token: nonlinear, another one for each."""
+    number = torch.arange(rows.start, rows.stop, device=logprobs.device)
+    return torch.cos(number) * logprobs + 0.05 * logprobs.square()
+
+
+@pytest.mark.parametrize(("dtype", "gradient"), [(torch.bfloat16, 8e-3), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(("tokens", "rows", "chunk"), [(513, 5003, 64), (64, 32000, 1024), (1000, 777, 100)])
+def test_one_pass_agrees_with_float64(dtype, gradient, tokens, rows, chunk):
+    """The main gradient is added to. Gradients of logits are written over them by other threads than read them."""
+    x, w, labels = make(tokens, 256, rows, dtype)
+    vocab_size = rows - 3
+    wide = [t.double().requires_grad_() for t in (x, w)]
+    log_p = torch.log_softmax(wide[0] @ wide[1][:vocab_size].T / TEMPERATURE, -1)
+    expected = log_p.gather(-1, labels[:, None])[:, 0]
+    (curved(expected, slice(0, tokens)).sum() / 64).backward()
+    x.requires_grad_(), w.requires_grad_()
+    w.main_grad = torch.ones_like(w, dtype=torch.float32)
+    loss, logprobs, _ = linear_loss(
+        x, w, labels, curved, scale=1 / 64, vocab_size=vocab_size, temperature=TEMPERATURE, chunk_tokens=chunk
+    )
+    loss.backward()
+    assert relative(logprobs, expected.detach()) < 1e-5
+    assert relative(x.grad, wide[0].grad) < gradient
+    assert relative(w.main_grad - 1, wide[1].grad) < gradient
+    assert (w.main_grad[vocab_size:] == 1).all()
+
+
+def test_memory_of_one_pass_at_the_target_size():
+    """T 8192, H 4096, V 131072: at most 1 GB beyond inputs, main gradient and the returned gradient."""
+    x, w, labels = make(8192, 4096, 131072, torch.bfloat16)
+    x.requires_grad_(), w.requires_grad_()
+    w.main_grad = torch.zeros_like(w, dtype=torch.float32)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    linear_loss(x, w, labels, curved)[0].backward()
+    assert torch.cuda.max_memory_allocated() - before - x.grad.nbytes <= 1e9
 
 
 def test_memory_at_the_target_size():

@@ -232,6 +232,67 @@ def test_names_that_cannot_be_used(name, said, tmp_path, monkeypatch):
     assert said in str(error.value)
 
 
+PER_TOKEN = {
+    "nft": {},
+    "rft": {},
+    "grpo": {"correction_level": "sequence"},  # weights are made before the loss
+    "dr_grpo": {"loss_divisor": "answers"},
+    "dapo": {"overlong_buffer_tokens": 4},
+    "cispo": {},
+    "w_reinforce": {},
+}
+NOT_PER_TOKEN = (
+    {"name": "gspo"},
+    {"name": "gspo", "answer_loss": "sum"},
+    {"name": "nft", "ratio": "sequence", "loss_divisor": "answers"},
+    {"name": "rft", "ratio": "sequence", "loss_divisor": 8.0},
+    *({"name": name, "answer_loss": "mean", "loss_divisor": "answers"} for name in ("grpo", "dapo", "cispo")),
+)
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_a_loss_that_is_per_token_may_be_asked_about_some_tokens(name, batch, logprobs):
+    """Parts that cut both answers give what the whole gives."""
+    algorithm = open_algorithm(read_settings({"name": name} | PER_TOKEN[name]), max_response_tokens=20)
+    assert algorithm.per_token
+    cuts = [slice(0, 3), slice(3, 9), slice(9, 17)]
+    parts = torch.cat([algorithm.loss(logprobs[rows], batch.tokens_of(rows)) for rows in cuts])
+    assert torch.equal(parts, algorithm.loss(logprobs, batch))
+
+
+@pytest.mark.parametrize("settings", NOT_PER_TOKEN, ids=lambda s: "-".join(map(str, s.values())))
+def test_a_loss_of_whole_answers_does_not_say_that_it_is_per_token(settings):
+    assert not open_algorithm(read_settings(settings), max_response_tokens=20).per_token
+
+
+def test_nobody_inherits_that_another_loss_was_per_token():
+    class Other(algorithm_class("nft")):
+        def loss(self, logprobs, batch):
+            return logprobs - logprobs.mean()
+
+    class Own(algorithm_class("grpo")):
+        per_token = True
+
+        def token_loss(self, logprobs, batch):
+            return -logprobs
+
+    class Renamed(algorithm_class("nft")):
+        pass
+
+    assert not Other(read_settings({}), max_response_tokens=20).per_token
+    assert Own(read_settings({"name": "grpo"}), max_response_tokens=20).per_token
+    assert Renamed(read_settings({}), max_response_tokens=20).per_token
+
+
+def test_segments_of_some_tokens_are_those_that_lie_inside(batch):
+    """Segments of 5, 8 and 4 tokens; tokens 3 to 9 are the last 2 of the first and the first 5 of the second."""
+    assert batch.cu_seqlens.tolist() == [0, 5, 13, 17]
+    part = batch.tokens_of(slice(3, 10))
+    assert part.cu_seqlens.tolist() == [0, 2, 7, 7]
+    assert part.segment_ids.tolist() == [0, 0, 1, 1, 1, 1, 1]
+    assert torch.equal(part.labels, batch.labels[3:10])
+
+
 def test_settings_are_read_without_torch_or_numpy():
     code = (
         "import sys\nfrom megatron_nft.algorithms import ALGORITHMS, read_settings\nimport megatron_nft.config\n"

@@ -244,3 +244,11 @@ def test_removed_keys_are_not_settings_and_their_neighbours_are_still_checked():
         assert name not in model.model_fields
     with pytest.raises(ConfigError, match=r"checkpoint\.save_optimiser: unknown key"):
         load_config([CONFIGS / "quickstart.yaml"], ["checkpoint.save_optimiser=false"])
+
+
+def test_one_pass_over_the_logits_is_for_losses_per_token():
+    sequence = ["algorithm.ratio=sequence", "algorithm.loss_divisor=answers"]
+    with pytest.raises(ValueError, match=r"policy\.lm_head=one_pass .* use two_pass or auto"):
+        load_config([CONFIGS / "quickstart.yaml"], ["policy.lm_head=one_pass", *sequence])
+    assert load_config([CONFIGS / "quickstart.yaml"], ["policy.lm_head=one_pass"]).policy.lm_head == "one_pass"
+    assert load_config([CONFIGS / "quickstart.yaml"], sequence).policy.lm_head == "auto"

@@ -95,6 +95,14 @@ def test_vllm_on_a_gpu(monkeypatch):
     assert environment["VLLM_BATCH_INVARIANT"] == "1"
 
 
+@pytest.mark.parametrize("module", [sglang, vllm])
+def test_an_fp8_cache_is_for_a_gpu(module):
+    assert "--kv-cache-dtype=fp8_e4m3" in command(module, "cuda", kv_cache_dtype="fp8_e4m3")
+    assert not any(a.startswith("--kv-cache-dtype") for a in command(module, "cuda"))
+    with pytest.raises(EngineError, match=r"kv_cache_dtype=fp8_e4m3 needs a GPU"):
+        command(module, "cpu", kv_cache_dtype="fp8_e4m3")
+
+
 def test_vllm_takes_weights_by_our_extension_on_a_cpu_and_by_its_own_calls_on_a_gpu():
     own, ours = '--weight-transfer-config={"backend": "ipc"}', f"--worker-extension-cls={vllm.EXTENSION}"
     pickles = "VLLM_ALLOW_INSECURE_SERIALIZATION"  # only where handles of GPU memory come

@@ -167,6 +167,8 @@ def test_the_share_of_sglang_by_hand():
     assert report["engine_kv_tokens"] == held["engine KV cache"] // (2 * 64 * 2 * 128 * 2)
     assert shares[0]["value"] == 0.8 and shares[0]["engine_kv_tokens"] == report["engine_kv_tokens"]
     assert shares[1]["engine_kv_tokens"] > shares[0]["engine_kv_tokens"] and shares[1]["fits"]
+    quantized = plan(CONFIG_32B, *H100_16, "--json", "rollout.server.kv_cache_dtype=fp8_e4m3")
+    assert json.loads(quantized.stdout)["plan"]["engine_kv_tokens"] == held["engine KV cache"] // (2 * 64 * 2 * 128)
     # one chunk of a prefill, logits of 256 rows, CUDA graphs
     working = 8192 * 2 * (2 * 5120 + 3 * 27648 // 4) + 256 * 152064 * 6 + (3 << 29)
     assert held["engine working"] == working

@@ -158,21 +158,27 @@ from triton.compiler import ASTSource
 from megatron_nft.policy import logprobs_triton as m
 
 fp32, aligned = "*fp32", [["tt.divisibility", 16]]
-common = {"first": "i32", "columns": "i32", "inverse_temperature": "fp32", "WITH_ENTROPY": "constexpr"}
+tile = {"first": "i32", "columns": "i32", "inverse_temperature": "fp32"}
+chunk = {"columns": "i32", "inverse_temperature": "fp32"}
 statistics = {"logits": fp32, "labels": "*i64", "maximum": fp32, "total": fp32, "label_logit": fp32, "weighted": fp32}
 gradients = {n: fp32 for n in ("logits", "labels", "log_z", "entropy", "grad_logprobs", "grad_entropy")}
 gradients |= {"labels": "*i64", "gradients": "*bf16"}
-for kernel, pointers, blocks in (
-    (m._statistics, statistics, {"BLOCK": m.MAX_BLOCK, "BLOCKS": 2}),
-    (m._logit_gradients, gradients, {"BLOCK": m.MAX_BLOCK}),
+in_place = {"logits": fp32, "labels": "*i64", "log_z": fp32, "grad_logprobs": fp32, "gradients": "*bf16"}
+for kernel, pointers, numbers, constants in (
+    (m._statistics, statistics, tile, {"WITH_ENTROPY": True, "BLOCK": m.MAX_BLOCK, "BLOCKS": 2}),
+    (m._logit_gradients, gradients, tile, {"WITH_ENTROPY": True, "BLOCK": m.MAX_BLOCK}),
+    (m._logit_gradients_in_place, in_place, chunk, {"BLOCK": m.MAX_BLOCK, "BLOCKS": 32}),
 ):
-    signature = pointers | common | dict.fromkeys(blocks, "constexpr")
-    attributes = {(i,): aligned for i in range(len(pointers) + 2)}
-    source = ASTSource(kernel, signature, constexprs={"WITH_ENTROPY": True, **blocks}, attrs=attributes)
+    signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
+    attributes = {(i,): aligned for i in range(len(pointers) + len(numbers) - 1)}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": m.NUM_WARPS})
     assert made.asm["cubin"]
     assert "ld.global.v4" in made.asm["ptx"]  # 16 bytes a load
     assert ".local" not in made.asm["ptx"]
+    if kernel is m._logit_gradients_in_place:  # nobody writes before all have read
+        ptx = made.asm["ptx"]
+        assert ptx.index("ld.global.v4") < ptx.index("bar.sync") < ptx.index("st.global")
 """
 
 
@@ -187,6 +193,6 @@ def test_kernels_compile_for_hopper(tmp_path):
 
 
 def test_the_cpu_takes_the_torch_path():
-    from megatron_nft.policy.logprobs import triton_kernels
+    from megatron_nft.policy.logprobs_kernels import triton_kernels
 
     assert triton_kernels(torch.zeros(1, dtype=torch.bfloat16)) is None

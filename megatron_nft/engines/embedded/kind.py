@@ -33,7 +33,7 @@ class EmbeddedKind:
             load_weights=options.load_weights,
         )
 
-    def check_updates(self, rollout: RolloutConfig, spec: ModelSpec, /) -> None:
+    def check_updates(self, rollout: RolloutConfig, spec: ModelSpec, engine: Engine, /) -> None:
         """Do nothing: updates of every model come out right."""
 
     def version(self, model_path: Path, server: ServerConfig, /) -> str:

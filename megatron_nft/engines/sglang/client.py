@@ -65,7 +65,7 @@ class SGLangEngine(HttpEngine):
         return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
 
     def _weight_client(self, url: str, timeout_s: float) -> WeightClient:
-        return SGLangWeightClient(url, timeout_s, self.prompt_logprobs, self._key)
+        return SGLangWeightClient(url, timeout_s, self.prompt_logprobs, self.key)
 
     async def _version(self, client: httpx.AsyncClient, url: str) -> int:
         response = await client.get(f"{url}/model_info", timeout=PROBE_TIMEOUT_S)

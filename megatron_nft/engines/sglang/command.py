@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_nft.engines import keys
+from megatron_nft.engines.engine import EngineError
 from megatron_nft.engines.patience import reads_weights
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ def command_line(
         arguments["base-gpu-id"] = gpu
         arguments["mm-feature-transport"] = "cpu"  # else it sets 1 GiB of the GPU aside for images, which no family has
         flags += ["disable-cuda-graph"] * (not config.cuda_graphs)
+    if config.kv_cache_dtype != "auto":
+        if device == "cpu":
+            raise EngineError(
+                f"rollout.server.kv_cache_dtype={config.kv_cache_dtype} needs a GPU; on a CPU leave it at auto"
+            )
+        arguments["kv-cache-dtype"] = config.kv_cache_dtype
     if config.quantization != "none":
         arguments["quantization"] = config.quantization
         arguments["load-format"] = QUANTIZED_LOADER

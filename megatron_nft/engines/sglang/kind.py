@@ -9,11 +9,13 @@ from megatron_nft.engines.http import HttpEngineKind
 from megatron_nft.engines.sglang.client import SGLangEngine
 from megatron_nft.engines.sglang.command import command_line, environment, guarded
 from megatron_nft.engines.sglang.memory import MEMORY_CALLS
+from megatron_nft.engines.sglang.quantized import check_release
 from megatron_nft.engines.sglang.router import Router
 from megatron_nft.engines.versions import check_served_model, first_answer, named_version
 
 if TYPE_CHECKING:
     from megatron_nft.config import RolloutConfig
+    from megatron_nft.engines.engine import Engine
     from megatron_nft.policy.family import ModelSpec
 
 
@@ -27,19 +29,13 @@ def served_version(url: str, model: Path, key: str | None) -> str:
     return named_version("sglang", first_answer(url, ("/get_server_info", "/server_info"), key))
 
 
-def check_updates(rollout: RolloutConfig, spec: ModelSpec) -> None:
-    """ValueError for models whose live update the quantizing loader of SGLang 0.5.17 gets wrong.
-
-    It quantizes every tensor that is not on a list of names: query and key norms, which stay bf16, would get FP8 values
-    without their scales, and it does not know the fused tensors of experts.
-    """
-    quantization = rollout.server.quantization
-    parts = ["query and key norms"] * spec.qk_layernorm + ["experts"] * bool(spec.num_experts)
-    if quantization != "none" and parts:
-        raise ValueError(
-            f"rollout.server.quantization={quantization} with rollout.engine=sglang: live updates of a model with "
-            f"{' and '.join(parts)} come out wrong. Allowed for this model: none"
-        )
+def check_updates(rollout: RolloutConfig, spec: ModelSpec, engine: Engine) -> None:
+    """See `EngineKind.check_updates`: which models a release updates, where it quantizes."""
+    if rollout.server.quantization == "none":
+        return
+    assert isinstance(engine, SGLangEngine)
+    answer = first_answer(engine.urls[0], ("/server_info", "/get_server_info"), engine.key)
+    check_release(str(answer.get("version", "")), spec.family)
 
 
 KIND = HttpEngineKind(

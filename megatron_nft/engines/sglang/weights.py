@@ -115,8 +115,8 @@ class SGLangWeightClient(HttpWeightClient):
     def load_folder(self, folder: Path, version: int) -> None:
         self._end_session()  # a disk update is a session of its own
         body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
-        if not self._known.quantization:
-            body["load_format"] = "auto"  # else that of the start, which may be dummy
+        if not self._known.quantization or self._known.sessions:
+            body["load_format"] = "auto"  # else that of the start: dummy, or the first load of newer quantizing loaders
         self._post("/update_weights_from_disk", body)
 
     def end(self, version: int) -> None:

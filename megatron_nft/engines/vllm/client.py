@@ -68,7 +68,7 @@ class VLLMEngine(HttpEngine):
         return [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], answer["prompt_logprobs"][1:])]
 
     def _weight_client(self, url: str, timeout_s: float) -> WeightClient:
-        return VLLMWeightClient(url, timeout_s, self.prompt_logprobs, self._key)
+        return VLLMWeightClient(url, timeout_s, self.prompt_logprobs, self.key)
 
     async def _version(self, client: httpx.AsyncClient, url: str) -> int:
         response = await client.get(f"{url}/weight_info", timeout=PROBE_TIMEOUT_S)

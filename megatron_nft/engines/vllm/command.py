@@ -49,6 +49,12 @@ def command_line(
         flags += ["enforce-eager"] * (not config.cuda_graphs)
     if not reads_weights(config, weight_version):
         arguments["load-format"] = "dummy"
+    if config.kv_cache_dtype != "auto":
+        if device == "cpu":
+            raise EngineError(
+                f"rollout.server.kv_cache_dtype={config.kv_cache_dtype} needs a GPU; on a CPU leave it at auto"
+            )
+        arguments["kv-cache-dtype"] = config.kv_cache_dtype
     if config.quantization != "none":
         arguments["quantization"] = config.quantization
     given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
