@@ -88,8 +88,14 @@ class Policy:
 
     @property
     def pad_multiple(self) -> int:
-        """What the tokens of a micro-batch must be a multiple of, for sequence parallelism and the FP8 recipe."""
+        """What the tokens of a micro-batch must be a multiple of, for sequence and context parallelism and the FP8
+        recipe."""
         return self.config.policy.token_multiple
+
+    @property
+    def segment_multiple(self) -> int:
+        """What the tokens of each answer in a micro-batch must be a multiple of, for context parallelism."""
+        return self.config.policy.segment_multiple
 
     @property
     def optimizer_kind(self) -> str:
