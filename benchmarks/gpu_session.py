@@ -61,7 +61,10 @@ def script(name: str, needs: str, least_s: float, *arguments: str) -> Part:
 
 PARTS = (  # in the order of worth
     script("ceilings", "", 20),
-    *(pytest_part(name, "training", 60) for name in ("cudnn", "spec", "fp8", "logprobs", "optimizer", "checksum")),
+    *(
+        pytest_part(name, "training", 60)
+        for name in ("cudnn", "spec", "fp8", "logprobs", "optimizer", "checksum", "context")
+    ),
     script("training", "training", 60),  # lm_head, train_step, packed_vs_padded, fp8_curve, graphs: one warm process
     script("engine", "engine", 90),  # weight_sync, generation and the memory of sleep cycles: one server
     pytest_part("engine", "engine", 100),

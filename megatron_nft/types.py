@@ -136,7 +136,8 @@ class TrainingSample:
 class PackedBatch:
     """One packed (thd) micro-batch. Position t predicts labels[t] = tokens[t + 1] of the same segment.
 
-    Padding, if any, is further segments at the end with loss_mask 0.
+    Padding, if any, is further segments at the end with loss_mask 0; under context parallelism a sample's own segment
+    may end with a few such tokens, too.
     """
 
     tokens: torch.Tensor  # int64 [T]

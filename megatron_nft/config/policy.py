@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,15 +65,19 @@ class PolicyConfig(Section):
     """The trained model on Megatron-Core. Names are megatron-core's own."""
 
     tensor_model_parallel_size: PositiveInt = 1
-    """Ranks that each matrix is split over (TP). Times `pipeline_model_parallel_size` it must divide the number of
-    ranks; what remains is data parallel."""
+    """Ranks that each matrix is split over (TP). Times `context_parallel_size` and `pipeline_model_parallel_size` it
+    must divide the number of ranks; what remains is data parallel."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that the tokens of each answer are split over (CP), for answers whose activations do not fit one rank. Each
+    has 1 / CP of every micro-batch, in which answers are padded to a multiple of 2 CP tokens. Transformer Engine layers
+    need precision=bf16 for it."""
     pipeline_model_parallel_size: PositiveInt = 1
     """Stages that the layers are split into (PP)."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     """Model chunks per pipeline rank (VPP), at least 2; null leaves the interleaved schedule off."""
     expert_model_parallel_size: PositiveInt = 1
-    """Ranks that the experts of a mixture-of-experts model are spread over (EP); must divide data x tensor parallel
-    size."""
+    """Ranks that the experts of a mixture-of-experts model are spread over (EP); must divide data x context x tensor
+    parallel size."""
     sequence_parallel: bool = False
     """Split the activations between the matrices along the sequence as well; needs TP of at least 2."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -97,21 +102,21 @@ class PolicyConfig(Section):
     """Activations that are computed again in the backward pass rather than kept: none, core attention and MLP
     (selective), or whole layers (full). Saves memory, costs time."""
     micro_batch_tokens: PositiveInt = 16384
-    """Most tokens in one packed micro-batch, padding included. Must hold the longest answer with its prompt; lower it
-    where activations do not fit."""
+    """Most tokens in one packed micro-batch, padding included, over all its context-parallel ranks. Must hold the
+    longest answer with its prompt; lower it where activations do not fit."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits over the whole vocabulary exist at a time while log-probs are computed."""
     lm_head: Literal["auto", "one_pass", "two_pass"] = "auto"
     """How output layer and loss are trained. two_pass makes the logits in the forward pass and again in the backward
     pass; one_pass makes them once and forms both gradients at once, three products in place of four, for losses that
     are per token. auto is one_pass where that was measured to be faster, which so far is a CPU, and two_pass for other
-    losses."""
+    losses and with context parallelism."""
     use_distributed_optimizer: bool = True
-    """Shard the optimizer's state over the data-parallel ranks."""
+    """Shard the optimizer's state over the data- and context-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over the data-parallel ranks while the backward pass goes on."""
+    """Reduce gradients over the data- and context-parallel ranks while the backward pass goes on."""
     overlap_param_gather: bool = False
-    """Gather the updated weights over the data-parallel ranks while the forward pass of the next update goes on. Needs
+    """Gather the updated weights over the data- and context-parallel ranks while the forward pass of the next update goes on. Needs
     use_distributed_optimizer, which divides the update, and overlap_grad_reduce, without which Megatron has a single
     bucket and nothing to overlap."""
     tp_comm_overlap: bool = False
@@ -191,6 +196,11 @@ class PolicyConfig(Section):
                 "tp_comm_overlap needs sequence_parallel=true, precision=bf16 and layer_spec auto or "
                 f"transformer_engine, not {str(self.sequence_parallel).lower()}, {self.precision} and {self.layer_spec}"
             )
+        if self.context_parallel_size > 1:
+            raise ValueError(
+                "tp_comm_overlap: the buffers have the size of a whole micro-batch, which context_parallel_size="
+                f"{self.context_parallel_size} divides; use one of the two"
+            )
         if self.fp8.recipe not in ("none", "delayed", "tensorwise", "mxfp8"):
             raise ValueError(
                 f"tp_comm_overlap: Transformer Engine 2.11 has no user buffers for fp8.recipe={self.fp8.recipe}; "
@@ -218,36 +228,46 @@ class PolicyConfig(Section):
             )
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Number of replicas that `world_size` processes make: world_size / (TP x PP).
+        """Number of replicas that `world_size` processes make: world_size / (TP x CP x PP).
 
-        ValueError where TP x PP does not divide the processes, or EP does not divide those of a pipeline stage.
+        ValueError where TP x CP x PP does not divide the processes, or EP does not divide those of a pipeline stage.
         """
-        tp, pp, ep = (
-            self.tensor_model_parallel_size,
-            self.pipeline_model_parallel_size,
-            self.expert_model_parallel_size,
-        )
-        if world_size < 1 or world_size % (tp * pp):
+        sizes = {
+            "tensor_model_parallel_size": self.tensor_model_parallel_size,
+            "context_parallel_size": self.context_parallel_size,
+            "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
+        }
+        replica = math.prod(sizes.values())
+        if world_size < 1 or world_size % replica:
+            factors = " x ".join(f"{name} ({size})" for name, size in sizes.items())
             raise ValueError(
-                f"{world_size} processes cannot be divided into tensor_model_parallel_size ({tp}) x "
-                f"pipeline_model_parallel_size ({pp}) = {tp * pp}; use a multiple of {tp * pp} processes "
-                "(num_processes, or the GPUs of the job)"
+                f"{world_size} processes cannot be divided into {factors} = {replica}; use a multiple of {replica} "
+                "processes (num_processes, or the GPUs of the job)"
             )
-        dp = world_size // (tp * pp)
-        if (dp * tp) % ep:
-            raise ValueError(f"expert_model_parallel_size ({ep}) must divide data x tensor parallel size ({dp * tp})")
-        return dp
+        stage, ep = world_size // self.pipeline_model_parallel_size, self.expert_model_parallel_size
+        if stage % ep:
+            raise ValueError(
+                f"expert_model_parallel_size ({ep}) must divide data x context x tensor parallel size ({stage})"
+            )
+        return world_size // replica
+
+    @property
+    def segment_multiple(self) -> int:
+        """Every answer of a packed micro-batch is padded to a multiple of this many tokens: context parallelism cuts it
+        into two equal chunks per rank."""
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
 
     @property
     def token_multiple(self) -> int:
-        """Packed micro-batches are padded to a multiple of this many tokens.
+        """Packed micro-batches are padded to a multiple of this many tokens, itself one of `segment_multiple`.
 
-        Sequence parallelism gives each tensor-parallel rank an equal share, and a share must suit the FP8 recipe. User
+        Context parallelism and sequence parallelism give each rank an equal share, which must suit the FP8 recipe. User
         buffers have one size.
         """
         if self.tp_comm_overlap:
             return self.micro_batch_tokens
-        return FP8_ALIGNMENT[self.fp8.recipe] * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+        share = FP8_ALIGNMENT[self.fp8.recipe] * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+        return math.lcm(self.segment_multiple, share * self.context_parallel_size)
 
 
 class OptimizerConfig(Section):

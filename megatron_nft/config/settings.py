@@ -119,6 +119,11 @@ class Config(Section):
 
     def _check_one_pass(self) -> None:
         """ValueError for a loss that policy.lm_head=one_pass cannot evaluate."""
+        if self.policy.context_parallel_size > 1:
+            raise ValueError(
+                "policy.lm_head=one_pass evaluates the loss on a rank's own tokens, and with context_parallel_size="
+                f"{self.policy.context_parallel_size} no rank has whole answers; use two_pass or auto"
+            )
         if not open_algorithm(self.algorithm, max_response_tokens=self.rollout.max_response_tokens).per_token:
             raise ValueError(
                 f"policy.lm_head=one_pass evaluates the loss on some tokens at a time, and that of algorithm.name="

@@ -3,8 +3,10 @@
 Invariants, each asserted by a test:
 - a micro-batch never holds more than `token_cap` tokens, padding included;
 - every sample is in exactly one micro-batch;
-- padding is shorter than `multiple_of`, with loss_mask 0; its segments repeat the longest sample, the last one only
-  its beginning: these activations are in the micro-batch anyway, so that the scales of FP8 do not change.
+- padding at the end is shorter than `multiple_of`, with loss_mask 0; its segments repeat the longest sample, the last
+  one only its beginning: these activations are in the micro-batch anyway, so that the scales of FP8 do not change;
+- every segment, the padding's too, is a multiple of `segment_multiple`, which divides `multiple_of`: a sample is
+  followed, within its segment, by its own beginning, with loss_mask 0.
 
 T: tokens of a micro-batch, S: its segments, P / R: prompt and response tokens of a sample.
 """
@@ -30,27 +32,28 @@ def plan_micro_batches(
     token_cap: int,
     *,
     multiple_of: int = 1,
+    segment_multiple: int = 1,
     num_micro_batches: int | None = None,
 ) -> list[list[int]]:
     """Return which positions of `lengths` (tokens per sample) share a micro-batch.
 
-    Best-fit decreasing: from the longest on, each sample goes where it leaves the least free space. Totals rounded up
-    to `multiple_of` stay within `token_cap`. With `num_micro_batches`, micro-batches are split in two until there are
-    that many; where samples run out, the rest are empty lists, for which `pack` returns the filler.
+    Best-fit decreasing: from the longest on, each sample, rounded up to `segment_multiple`, goes where it leaves the
+    least free space. Totals rounded up to `multiple_of` stay within `token_cap`. With `num_micro_batches`,
+    micro-batches are split in two until there are that many; where samples run out, the rest are empty lists, for which
+    `pack` returns the filler.
 
         plan_micro_batches([5, 3, 3, 2], 8)                        # [[0, 1], [2, 3]]
         plan_micro_batches([5, 3, 3, 2], 8, num_micro_batches=5)   # [[0], [1], [2], [3], []]
 
     ValueError for a length outside 1..token_cap, or when `num_micro_batches` are too few.
     """
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
+    _check_multiples(multiple_of, segment_multiple)
     capacity = token_cap // multiple_of * multiple_of
-    sizes = [int(n) for n in lengths]
+    sizes = [_round_up(int(n), segment_multiple) for n in lengths]
     for position, size in enumerate(sizes):
         if not 1 <= size <= capacity:
             raise ValueError(
-                f"sample {position} has {size} tokens; a micro-batch holds 1 to {capacity} "
+                f"sample {position} has {int(lengths[position])} tokens; a micro-batch holds 1 to {capacity} "
                 f"(cap {token_cap}, in multiples of {multiple_of}): raise policy.micro_batch_tokens"
             )
     bins = _best_fit_decreasing(sizes, capacity)
@@ -62,6 +65,17 @@ def plan_micro_batches(
             )
         bins = _split_to(bins, sizes, num_micro_batches)
     return bins
+
+
+def _check_multiples(multiple_of: int, segment_multiple: int) -> None:
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
+    if segment_multiple < 1 or multiple_of % segment_multiple:
+        raise ValueError(f"segment_multiple ({segment_multiple}) must divide multiple_of ({multiple_of})")
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _best_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
@@ -105,12 +119,14 @@ def pack(
     indices: Sequence[int],
     *,
     multiple_of: int = 1,
+    segment_multiple: int = 1,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
     """Pack `samples[i] for i in indices` into one micro-batch; the filler when `indices` is empty.
 
     Samples whose behaviour log-probs are not computed yet get NaN there, so that a loss over them cannot pass.
     """
+    _check_multiples(multiple_of, segment_multiple)
     if len(indices) == 0:
         return filler(multiple_of, device)
     chosen = [samples[i] for i in indices]
@@ -118,9 +134,10 @@ def pack(
         if s.prompt_length < 1:
             raise ValueError(f"sample {i} has an empty prompt: its first response token has nothing to follow")
     lengths = [len(s.input_ids) for s in chosen]
-    padding = -sum(lengths) % multiple_of
+    padded = [_round_up(length, segment_multiple) for length in lengths]
+    padding = -sum(padded) % multiple_of
     longest = max(chosen, key=lambda s: len(s.input_ids)).input_ids
-    segments = np.array(lengths + _parts(padding, len(longest)))
+    segments = np.array(padded + _parts(padding, max(padded)))
     ends = np.cumsum(segments)
     total, starts = int(ends[-1]), ends - segments
 
@@ -129,8 +146,8 @@ def pack(
     mask, behaviour, rollout, correct, advantage = (np.zeros(total, np.float32) for _ in range(5))
     rate = np.full(total, 0.5, np.float32)
     weights = np.ones(total, np.float32)
-    for s, start, length in zip(chosen, starts, lengths):
-        tokens[start : start + length] = s.input_ids
+    for s, start, length, whole in zip(chosen, starts, lengths, padded):
+        tokens[start : start + whole] = np.resize(s.input_ids, whole)
         labels[start : start + length - 1] = s.input_ids[1:]
         # Position P - 1 predicts the first response token, position P + R - 2 the last.
         response = slice(start + s.prompt_length - 1, start + length - 1)
@@ -143,7 +160,7 @@ def pack(
         if s.weights is not None:
             weights[response] = s.weights
     if padding:
-        tokens[-padding:] = np.resize(longest, padding)
+        tokens[-padding:] = np.resize(np.resize(longest, max(padded)), padding)
     return PackedBatch(
         tokens=_tensor(tokens, device),
         position_ids=_tensor(np.arange(total) - np.repeat(starts, segments), device),

@@ -1,7 +1,8 @@
 """Bytes that the backward pass keeps, per token and layer, for the GPU spec and the CPU spec.
 
 Legend: e bytes per element, h hidden, q = heads x head size D, kv = key/value heads x D, f MLP width, tp
-tensor-parallel size, s = tp under sequence parallel, else 1. q, kv and f below are a rank's share: whole / tp.
+tensor-parallel size, s = tp under sequence parallel, else 1, cp context-parallel size. q, kv and f below are a rank's
+share: whole / tp. Tokens are a rank's own: under context parallelism 1 / cp of a micro-batch.
 
 GPU spec (Transformer Engine: norm fused into the next linear, fused RoPE and SwiGLU), read off the tensors that
 `_LayerNormLinear`, `_Linear`, `FusedAttnFunc` and megatron-core's `SwiGLUFunction` save; not measured:
@@ -10,13 +11,16 @@ GPU spec (Transformer Engine: norm fused into the next linear, fused RoPE and Sw
                (q + kv) e, Qwen3 also the normed ones (q + kv) e, output q e, log-sum-exp 4 heads
     MLP        norm input h e/s, norm output h e/s, gate and up 2 f e, their product f e
 
-Under FP8 the inputs of the four linears are kept in one byte (the attention's output in both).
+Under FP8 the inputs of the four linears are kept in one byte (the attention's output in both). Transformer Engine's
+context-parallel attention (K and V go round the ranks) keeps a rank's own K and V for the backward pass.
 
 CPU spec (own RMSNorm in fp32, unfused linears, SDPA per segment, unfused RoPE and SwiGLU), counted with saved-tensor
 hooks by tests/unit/test_plan_memory.py:
 
     norm       fp32 input 4 h/s, its inverse size 4/s, normed h e/s, weighted h e/s (the next linear's input)
-    attention  a norm, cos and sin 4 D e, gathered Q, K, V (q + 2 kv) e, SDPA's output q e and log-sum-exp 4 heads,
+    attention  a norm, cos and sin 4 D e, gathered Q, K, V (q + 2 kv) e (under context parallelism each chunk has K
+               and V of its segment up to its end, (cp + 1/2) 2 kv e in place of 2 kv e for the two together; their mask
+               is not counted), SDPA's output q e and log-sum-exp 4 heads,
                the projection's input q e; Qwen3's two norms (q + kv) (4 + e) + 4 heads, in fp32 also QKV itself
     MLP        a norm, gate and up 2 f e, SiLU's output, the other factor, their product 3 f e
 """
@@ -106,7 +110,8 @@ def cpu_layer(spec: ModelSpec, layout: LayoutSettings, e: int) -> LayerBytes:
     head_norms = 0.0
     if spec.qk_layernorm:
         head_norms = (z.q + z.kv) * (4 + e) + 4 * (z.heads + z.kv_heads) + ((z.q + z.kv) * e if e == 4 else 0)
-    core = (2 * z.q + 2 * z.kv) * e + 4 * z.heads
+    keys = layout.cp + 0.5 if layout.cp > 1 else 1
+    core = (2 * z.q + 2 * z.kv * keys) * e + 4 * z.heads
     mlp = norm + 5 * z.f * e
     # A checkpointed core attention keeps the rotated Q and K, and the QKV tensor that V is a view of.
     core_inputs = (2 * z.q + 3 * z.kv) * e - (z.q + 2 * z.kv) * e * (spec.qk_layernorm and e == 4)
@@ -129,5 +134,8 @@ def cpu_ends(spec: ModelSpec, layout: LayoutSettings, e: int, stage: int) -> flo
 
 
 def packed_attention_workspace(spec: ModelSpec, layout: LayoutSettings) -> float:
-    """Bytes per token of FlashAttention's backward: fp32 dQ, and 16-bit dK, dV expanded to all heads."""
-    return 8 * q_size(spec) / layout.tp
+    """Bytes per token of FlashAttention's backward: fp32 dQ, and 16-bit dK, dV expanded to all heads. Or, if that is
+    more, of the forward pass of Transformer Engine's context-parallel attention: from each rank in 16 bits K and V, and
+    an output of its own."""
+    q, kv, cp = q_size(spec) / layout.tp, kv_size(spec) / layout.tp, layout.cp
+    return max(8 * q, 2 * cp * (q + 2 * kv) if cp > 1 else 0)

@@ -31,6 +31,7 @@ class LayoutSettings:
     """The settings that a plan may change, under megatron-core's abbreviations."""
 
     tp: int
+    cp: int
     pp: int
     ep: int
     vpp: int  # model chunks per pipeline rank, 1 without the interleaved schedule
@@ -45,6 +46,7 @@ class LayoutSettings:
         p = config.policy
         return cls(
             tp=p.tensor_model_parallel_size,
+            cp=p.context_parallel_size,
             pp=p.pipeline_model_parallel_size,
             ep=p.expert_model_parallel_size,
             vpp=p.virtual_pipeline_model_parallel_size or 1,
@@ -62,6 +64,7 @@ class LayoutSettings:
         """The layout under the names of the policy's settings."""
         return {
             "tensor_model_parallel_size": self.tp,
+            "context_parallel_size": self.cp,
             "pipeline_model_parallel_size": self.pp,
             "expert_model_parallel_size": self.ep,
             "virtual_pipeline_model_parallel_size": self.vpp if self.vpp > 1 else None,
@@ -73,7 +76,16 @@ class LayoutSettings:
 
     def dp(self, cluster: Cluster) -> int:
         """Data-parallel size. Only meaningful where `problems` finds none."""
+        return cluster.trainer_devices // (self.tp * self.cp * self.pp)
+
+    def copies(self, cluster: Cluster) -> int:
+        """Ranks that hold the same weights, and share gradients and the optimizer's state: DP x CP."""
         return cluster.trainer_devices // (self.tp * self.pp)
+
+    @property
+    def rank_tokens(self) -> int:
+        """Most tokens of a micro-batch on one rank, before sequence parallelism divides them."""
+        return -(-self.micro_batch_tokens // self.cp)
 
     def overrides(self) -> list[str]:
         """The layout as key=value settings of `megatron-nft train`."""
@@ -85,7 +97,7 @@ class LayoutSettings:
 
     def describe(self) -> str:
         """The layout in one line, for people."""
-        parts = [f"TP {self.tp}", f"PP {self.pp}"]
+        parts = [f"TP {self.tp}", *[f"CP {self.cp}"] * (self.cp > 1), f"PP {self.pp}"]
         parts += [f"EP {self.ep}"] * (self.ep > 1)
         parts += [f"VPP {self.vpp}"] * (self.vpp > 1) + ["sequence parallel"] * self.sequence_parallel
         parts += [f"recompute {self.recompute}", f"{self.micro_batch_tokens} tokens per micro-batch"]
@@ -135,6 +147,12 @@ def _processes(policy: PolicyConfig, config: Config, cluster: Cluster) -> list[s
         problems.append(
             f"tensor_model_parallel_size ({tp}) must stay inside a node ({cluster.devices_per_node} GPUs): "
             "its traffic needs NVLink"
+        )
+    plain = cluster.chip.name == "cpu" or policy.layer_spec == "local"
+    if policy.context_parallel_size > 1 and policy.precision != "bf16" and not plain:
+        problems.append(
+            f"context_parallel_size ({policy.context_parallel_size}) needs precision=bf16 with Transformer Engine, not "
+            f"{policy.precision}"
         )
     answers = config.train.questions_per_optimizer_step * config.rollout.answers_per_question
     try:
@@ -192,18 +210,20 @@ def _engine(spec: ModelSpec, config: Config, cluster: Cluster) -> list[str]:
 
 
 def candidates(spec: ModelSpec, config: Config, cluster: Cluster) -> list[list[LayoutSettings]]:
-    """Every combination of TP, PP, EP, VPP and recompute that obeys the rules, each as a list that uses less and less
-    memory: with the micro-batch cap as set; with the smallest cap that holds an answer; with that cap and the optimizer
-    on the host (GPUs only). VPP is 1 or the settings' own.
+    """Every combination of TP, CP, PP, EP, VPP and recompute that obeys the rules, each as a list that uses less and
+    less memory: with the micro-batch cap as set; with the smallest cap that holds an answer; with that cap and the
+    optimizer on the host (GPUs only). VPP is 1 or the settings' own; CP is a power of two up to the devices of a node,
+    or the settings' own.
     """
     current = LayoutSettings.of(config)
     tps = [t for t in range(1, cluster.devices_per_node + 1) if cluster.devices_per_node % t == 0]
     pps = [p for p in range(1, min(spec.num_layers, cluster.trainer_devices) + 1) if spec.num_layers % p == 0]
     ladders = []
     eps = [e for e in range(1, spec.num_experts + 1) if spec.num_experts % e == 0] or [1]
-    for tp, pp, ep, recompute in itertools.product(tps, pps, eps, ("none", "selective", "full")):
+    cps = sorted({current.cp, *(c for c in (1, 2, 4, 8, 16) if c <= cluster.devices_per_node)})
+    for tp, cp, pp, ep, recompute in itertools.product(tps, cps, pps, eps, ("none", "selective", "full")):
         for vpp in sorted({1, current.vpp if pp > 1 else 1}):
-            first = replace(current, tp=tp, pp=pp, ep=ep, vpp=vpp, sequence_parallel=tp > 1, recompute=recompute)
+            first = replace(current, tp=tp, cp=cp, pp=pp, ep=ep, vpp=vpp, sequence_parallel=tp > 1, recompute=recompute)
             multiple = first.applied_to(config.policy).token_multiple
             smallest = -(-longest_sequence(config) // multiple) * multiple
             small = replace(first, micro_batch_tokens=min(smallest, first.micro_batch_tokens))

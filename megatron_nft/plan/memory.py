@@ -3,10 +3,11 @@
 weights     e bytes per parameter of the rank (e = 2 in bf16, 4 in fp32); FP8 adds one byte for each of the two
             layouts in which Transformer Engine caches a quantized matrix
 gradients   4 bytes per parameter: Megatron's DDP buffer is fp32
-optimizer   Adam's two moments in fp32, 8 bytes, and in bf16 the fp32 master weights, 4 more; over `dp` ranks with
-            the distributed optimizer
-activations `activations.py`, times the micro-batches in flight: min(pp - stage, m) for 1F1B, and for the
-            interleaved schedule min(2 (pp - stage - 1) + (vpp - 1) pp + 1, m vpp) chunks (Megatron's warm-up count)
+optimizer   Adam's two moments in fp32, 8 bytes, and in bf16 the fp32 master weights, 4 more; over `dp` x `cp` ranks
+            with the distributed optimizer
+activations `activations.py`, times the tokens of a micro-batch over CP, and the micro-batches in flight:
+            min(pp - stage, m) for 1F1B, and for the interleaved schedule
+            min(2 (pp - stage - 1) + (vpp - 1) pp + 1, m vpp) chunks (Megatron's warm-up count)
 logits      logprob_chunk_tokens C x V/tp: the head's output e, its fp32 copy 4, one fp32 temporary 4, the gradient e;
             the fp32 gradient of the output weight 4 h V/tp and its e-byte copy; and T h e each for the hidden states
             (whole, also under sequence parallel) and their gradient. In bf16 on a GPU (policy/logprobs_triton.py): half
@@ -89,7 +90,7 @@ def optimizer_shard(spec: ModelSpec, config: Config, layout: LayoutSettings, clu
     if not config.policy.use_distributed_optimizer:
         return dense + experts
     expert_replicas = cluster.trainer_devices // (layout.pp * (layout.ep if layout.ep > 1 else layout.tp))
-    return -(-dense // layout.dp(cluster)) - (-experts // expert_replicas)
+    return -(-dense // layout.copies(cluster)) - (-experts // expert_replicas)
 
 
 def optimizer_bytes(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int) -> int:
@@ -103,7 +104,7 @@ def checkpoint_copy_bytes(spec: ModelSpec, config: Config, layout: LayoutSetting
         return 0
     written = optimizer_shard(spec, config, layout, cluster, stage)
     if spec.tied and 0 < stage == layout.pp - 1:  # the first stage writes the embedding that both keep
-        ranks = layout.dp(cluster) if config.policy.use_distributed_optimizer else 1
+        ranks = layout.copies(cluster) if config.policy.use_distributed_optimizer else 1
         written -= spec.padded_vocab_size(layout.tp) * spec.hidden_size // layout.tp // ranks
     average = 0 if config.algorithm.average_decay is None else 4
     return written * (element_bytes(config) + 12 + average)
@@ -122,7 +123,7 @@ def _training(
     spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, stage: int, num_micro_batches: int
 ) -> dict[str, int]:
     """Return the parts that only the training phase has. The CPU spec has no separate workspaces."""
-    tokens, e = layout.micro_batch_tokens, element_bytes(config)
+    tokens, e = layout.rank_tokens, element_bytes(config)
     on_cpu = cluster.chip.name == "cpu" or config.policy.layer_spec == "local"
     fp8 = config.policy.fp8.recipe != "none"
     layer = cpu_layer(spec, layout, e) if on_cpu else gpu_layer(spec, layout, fp8)

@@ -129,10 +129,11 @@ def search(spec: ModelSpec, config: Config, cluster: Cluster, work: Workload) ->
 
 
 def distance(one: LayoutSettings, other: LayoutSettings) -> float:
-    """How far apart two layouts are: a doubling of TP, PP or EP counts 1, any other change 0.5."""
+    """How far apart two layouts are: a doubling of TP, CP, PP or EP counts 1, any other change 0.5."""
     levels = ("none", "selective", "full")
     return (
         abs(math.log2(one.tp / other.tp))
+        + abs(math.log2(one.cp / other.cp))
         + abs(math.log2(one.pp / other.pp))
         + 0.5 * abs(levels.index(one.recompute) - levels.index(other.recompute))
         + abs(math.log2(one.ep / other.ep))

@@ -134,14 +134,14 @@ def search_table(plans: list[Plan], cluster: Cluster) -> str:
     """One line per layout that fits, best first."""
     if not plans:
         return "No layout fits these machines."
-    head = f"{'TP':>3}{'PP':>4}{'EP':>4}{'VPP':>5}{'DP':>5}  {'recompute':<11}{'cap':>7}  {'offload':<9}"
+    head = f"{'TP':>3}{'CP':>4}{'PP':>4}{'EP':>4}{'VPP':>5}{'DP':>5}  {'recompute':<11}{'cap':>7}  {'offload':<9}"
     lines = [head + f"{'fullest':>8}{'step':>10}{'tokens/day':>12}"]
     for p in plans:
         c = p.layout
         lines.append(
-            f"{c.tp:>3}{c.pp:>4}{c.ep:>4}{c.vpp:>5}{c.dp(cluster):>5}  {c.recompute:<11}{c.micro_batch_tokens:>7}  "
-            f"{'yes' if c.offload else 'no':<9}{p.fullest.peak / p.fullest.capacity:>8.0%}"
-            f"{duration(p.step_s):>10}{p.tokens_per_day:>12.3g}"
+            f"{c.tp:>3}{c.cp:>4}{c.pp:>4}{c.ep:>4}{c.vpp:>5}{c.dp(cluster):>5}  "
+            f"{c.recompute:<11}{c.micro_batch_tokens:>7}  {'yes' if c.offload else 'no':<9}"
+            f"{p.fullest.peak / p.fullest.capacity:>8.0%}{duration(p.step_s):>10}{p.tokens_per_day:>12.3g}"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Seconds of one training step by phase, from FLOPs, bytes and the chip's rates. A model, not a measurement.
 
-Legend: N parameters that a token is multiplied with, L layers, q = heads x head_dim, n answers, l mean tokens of
-question and answer, W devices, D = TP x PP devices of one replica.
+Legend: N parameters that a token is multiplied with, L layers, q = heads x head_dim, kv = key/value heads x head_dim,
+n answers, l mean tokens of question and answer, W devices.
 
     linear forward       2 N FLOPs per token (Kaplan et al., arXiv 2001.08361, section 2.1)
     attention forward    2 q l L FLOPs per token, causal (4 q l L without the mask; Narayanan et al., arXiv 2104.04473)
@@ -9,8 +9,11 @@ question and answer, W devices, D = TP x PP devices of one replica.
     training             forward + 2 x forward for the backward; full recompute one forward more, selective the MLPs'
     tensor parallel      per layer, micro-batch and pass 4 collectives of T h e (tp-1)/tp bytes; 2 passes, and one pass
                          again with full recompute (Korthikanti et al., arXiv 2205.05198)
+    context parallel     per layer K and V of each token, 2 kv e / tp bytes, pass the cp - 1 other ranks of its group;
+                         backward with their gradients, twice that. Counted in full, although Transformer Engine sends
+                         while it multiplies
     pipeline             (pp - 1) / (vpp m) of the compute stands idle (arXiv 2104.04473, section 2.2)
-    gradients            per optimizer step reduce-scatter 4 bytes and all-gather e bytes per parameter over DP
+    gradients            per optimizer step reduce-scatter 4 bytes and all-gather e bytes per parameter over DP x CP
     optimizer            28 + e bytes of device memory per parameter of the shard (g, m, v, w read, m, v, w and the
                          model's own written); with offload, gradients out and weights back over the host link
     generation           an engine emits one token for B answers in (weights + cache of B answers) / bandwidth, or in
@@ -28,6 +31,7 @@ from megatron_nft.config import Config
 from megatron_nft.plan.architecture import (
     active_params,
     dense_params,
+    kv_size,
     local_expert_params,
     mlp_width,
     q_size,
@@ -120,8 +124,20 @@ def _tensor_parallel_s(
     tp, chip = layout.tp, cluster.chip
     if tp == 1:
         return 0.0
-    volume = tokens * spec.hidden_size * element_bytes(config) * (tp - 1) / tp
+    volume = tokens / layout.cp * spec.hidden_size * element_bytes(config) * (tp - 1) / tp
     return 4 * passes * volume * (spec.num_layers / layout.pp) / (chip.node_bandwidth * chip.bandwidth_share)
+
+
+def _context_parallel_s(
+    spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, tokens: float, passes: float
+) -> float:
+    """Seconds in which keys and values of `tokens` tokens of one replica go round, in `passes` forward equivalents."""
+    if layout.cp == 1:
+        return 0.0
+    inside = layout.tp * layout.cp <= cluster.devices_per_node
+    link = cluster.chip.node_bandwidth if inside else cluster.chip.network_bandwidth
+    volume = tokens / layout.cp * (layout.cp - 1) * 2 * kv_size(spec) / layout.tp * element_bytes(config)
+    return passes * volume * (spec.num_layers / layout.pp) / (link * cluster.chip.bandwidth_share)
 
 
 def _compute_s(
@@ -133,12 +149,13 @@ def _compute_s(
     passes: float,
     work: Workload,
 ) -> float:
-    """Seconds of `passes` forward equivalents over `tokens` tokens of all replicas, with TP traffic and the pipeline's
-    bubble."""
+    """Seconds of `passes` forward equivalents over `tokens` tokens of all replicas, with TP and CP traffic and the
+    pipeline's bubble."""
     dp = layout.dp(cluster)
     flops = tokens * passes * forward_flops_per_token(spec, work.mean_tokens)
     busy = flops / (cluster.trainer_devices * _flops_rate(config, cluster))
     busy += _tensor_parallel_s(spec, config, layout, cluster, tokens / dp, 1 if passes <= 1 else passes - 1)
+    busy += _context_parallel_s(spec, config, layout, cluster, tokens / dp, passes)
     bubble = (layout.pp - 1) / (layout.vpp * num_micro_batches(work, layout, dp))
     return busy * (1 + bubble)
 
@@ -151,14 +168,14 @@ def _training_passes(spec: ModelSpec, layout: LayoutSettings) -> float:
 
 
 def _optimizer_s(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> float:
-    """Seconds of one optimizer step: gradients over data parallel, Adam, weights over data parallel."""
-    chip, dp, e = cluster.chip, layout.dp(cluster), element_bytes(config)
+    """Seconds of one optimizer step: gradients over data and context parallel, Adam, weights over both."""
+    chip, copies, e = cluster.chip, layout.copies(cluster), element_bytes(config)
     params = max(dense_params(spec, layout.tp, layout.pp, s) for s in range(layout.pp))
     params += local_expert_params(spec, layout.tp, layout.pp, layout.ep)
     shard = max(optimizer_shard(spec, config, layout, cluster, s) for s in range(layout.pp))
-    inside = layout.tp * layout.pp * dp <= cluster.devices_per_node
+    inside = cluster.trainer_devices <= cluster.devices_per_node
     link = (chip.node_bandwidth if inside else chip.network_bandwidth) * chip.bandwidth_share
-    seconds = params * (4 + e) * (dp - 1) / dp / link
+    seconds = params * (4 + e) * (copies - 1) / copies / link
     seconds += shard * (28 + e) / (chip.memory_bandwidth * chip.bandwidth_share)
     return seconds + (shard * (4 + e) / chip.host_bandwidth if layout.offload else 0.0)
 

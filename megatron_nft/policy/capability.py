@@ -108,6 +108,12 @@ def check_gpu_stack(policy: PolicyConfig, stack: GpuStack) -> None:
         raise ValueError(
             f"policy.fp8.recipe={policy.fp8.recipe} {problem}. Allowed here: {', '.join(allowed_recipes(stack))}"
         )
+    if policy.context_parallel_size > 1 and policy.precision != "bf16":
+        raise ValueError(
+            f"policy.context_parallel_size={policy.context_parallel_size} with policy.precision={policy.precision}: "
+            "Transformer Engine has context-parallel attention in 16 bits alone; set precision=bf16, "
+            "context_parallel_size=1 or layer_spec=local"
+        )
     fused = stack.capability >= (9, 0) and stack.cudnn >= MIN_CUDNN
     if policy.precision == "bf16" and not (fused or stack.flash_attention):
         raise ValueError(

@@ -226,7 +226,7 @@ def _read(
     if _holds_average(stored):
         _fill(_average_pieces(policy, described), stored, reader)
     state = undivided_state(policy, models, loading=True)
-    same_layout = common["layout"] == _layout(policy)
+    same_layout = {"cp": 1} | common["layout"] == _layout(policy)  # the key is younger than the format
     if not same_layout:
         del state["rng"]
     if not same_layout or not any(key.startswith("fp8.") for key in stored.shapes):
@@ -301,7 +301,7 @@ def _settings(policy: Policy) -> dict[str, Any]:
 def _layout(policy: Policy) -> dict[str, int]:
     at = policy.layout
     sizes = {"world": at.world_size, "tp": at.tp.size, "pp": at.pp.size, "dp": at.dp.size, "ep": at.ep_size}
-    return sizes | {"vpp": at.vpp_size or 1}
+    return sizes | {"cp": at.cp.size, "vpp": at.vpp_size or 1}
 
 
 def _set_rng(states: dict[str, torch.Tensor]) -> None:

@@ -22,6 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -33,6 +34,7 @@ from megatron_nft.policy import cpu
 from megatron_nft.policy.attention import PackedAttention, SegmentParams, segment_params
 from megatron_nft.policy.batch_invariant import check_model, use_batch_invariant_kernels
 from megatron_nft.policy.capability import attention_backends, check_gpu_stack, check_without_gpu, read_gpu_stack
+from megatron_nft.policy.context_parallel import UNSPLIT, TokenSplit
 from megatron_nft.policy.family import ModelSpec, RopeScaling, check_layout
 from megatron_nft.policy.parallel import ParallelLayout
 from megatron_nft.policy.precision import check_sizes, transformer_fields
@@ -57,7 +59,8 @@ class RMSNorm(nn.Module):
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
-    """GPTModel whose last stage returns hidden states [T, 1, H] ([T / tp, 1, H] under sequence parallelism)."""
+    """GPTModel whose last stage returns hidden states [T, 1, H] ([T / tp, 1, H] under sequence parallelism); under
+    context parallelism T are this rank's tokens of the micro-batch."""
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, rotary, *rest = super()._preprocess(input_ids, position_ids, **kwargs)
@@ -120,6 +123,8 @@ def transformer_config(spec: ModelSpec, policy: PolicyConfig) -> TransformerConf
         attention_dropout=0.0,
         tensor_model_parallel_size=policy.tensor_model_parallel_size,
         pipeline_model_parallel_size=policy.pipeline_model_parallel_size,
+        # without Transformer Engine attention alone knows of it, from SegmentParams
+        context_parallel_size=policy.context_parallel_size if engine else 1,
         virtual_pipeline_model_parallel_size=policy.virtual_pipeline_model_parallel_size,
         sequence_parallel=policy.sequence_parallel,
         tp_comm_overlap=policy.tp_comm_overlap,
@@ -268,6 +273,7 @@ def _build(spec: ModelSpec, config: TransformerConfig, engine: bool, stage: int)
         layer_spec(config, engine, vp_stage),
         vocab_size=spec.padded_vocab_size(config.tensor_model_parallel_size),
         max_sequence_length=spec.max_position_embeddings,
+        pg_collection=_groups(engine),
         pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
@@ -282,6 +288,25 @@ def _build(spec: ModelSpec, config: TransformerConfig, engine: bool, stage: int)
     return model
 
 
+class _OneRank:
+    """Stands in for a context-parallel group where Megatron asks only for rank and size."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def _groups(engine: bool) -> ProcessGroupCollection:
+    """Megatron's process groups. On a CPU `_preprocess` gives RoPE the frequencies of this rank's own tokens, which it
+    must not divide over ranks once more."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if not engine:
+        groups.cp = _OneRank()
+    return groups
+
+
 def llama3_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3's RoPE scaling, fp32 [D / 2] -> [D / 2]. Megatron's own fixes the last three values.
 
@@ -294,14 +319,18 @@ def llama3_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
     return inv_freq * (kept + (1 - kept) / scaling.factor)
 
 
-def packed_params(batch: PackedBatch, engine: bool) -> PackedSeqParams:
-    """Megatron's description of the segments of `batch`, for either layer spec."""
+def packed_params(batch: PackedBatch, engine: bool, split: TokenSplit = UNSPLIT) -> PackedSeqParams:
+    """Megatron's description of the segments of `batch`, for either layer spec. They are those of the whole micro-batch
+    also where this rank has a part of it."""
     if not engine:
-        return segment_params(batch.cu_seqlens, batch.max_seqlen)
+        return segment_params(batch.cu_seqlens, batch.max_seqlen, split)
+    # Transformer Engine's context-parallel attention wants the padded bounds too, equal or not
+    padded = {} if split.by_rank is None else {f"cu_seqlens_{side}_padded": batch.cu_seqlens for side in ("q", "kv")}
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
+        **padded,
     )

@@ -1,12 +1,14 @@
-"""Joins the ranks and lays out tensor, pipeline, data and expert parallelism.
+"""Joins the ranks and lays out tensor, context, pipeline, data and expert parallelism.
 
-Megatron's order of ranks is tp (fastest), ep, dp, pp (slowest):
+Megatron's order of ranks is tp (fastest), cp, ep, dp, pp (slowest):
 
     world 8, TP 2, PP 2, DP 2:   stage 0: ranks 0 1 | 2 3     stage 1: ranks 4 5 | 6 7
                                           replica 0 | replica 1         replica 0 | replica 1
+    world 8, CP 2, PP 2, DP 2:   the same, where 0 and 1 hold the same weights and each half of every answer
 
-A *replica* is the TP x PP ranks that hold one copy of the model and train the same micro-batches. Its leader is TP rank
-0 of the first stage.
+A *replica* is the TP x CP x PP ranks that train the same micro-batches. Its leader is the first rank of its first
+stage. The CP ranks of a replica hold the same weights, as the data-parallel ones do: gradients are summed, and the
+optimizer's state is divided, over both.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class ParallelLayout:
     rank: int
     world_size: int
     tp: Axis
+    cp: Axis
     pp: Axis
     dp: Axis
     ep_rank: int
@@ -51,7 +54,7 @@ class ParallelLayout:
     vpp_size: int | None  # model chunks per pipeline rank; None without the interleaved schedule
     device: torch.device
     world_gloo: dist.ProcessGroup  # every rank, host memory
-    replica_gloo: dist.ProcessGroup  # the TP x PP ranks of this replica, host memory
+    replica_gloo: dist.ProcessGroup  # the TP x CP x PP ranks of this replica, host memory
     replica_ranks: tuple[tuple[int, ...], ...]  # [dp_size] global ranks of each replica, ascending: leader first
 
     @property
@@ -60,7 +63,12 @@ class ParallelLayout:
 
     @property
     def is_replica_leader(self) -> bool:
-        return self.tp.rank == 0 and self.pp.rank == 0
+        return self.rank == self.replica_ranks[self.dp.rank][0]
+
+    @property
+    def ranks_per_stage(self) -> int:
+        """Ranks of a replica on one pipeline stage: TP x CP."""
+        return self.tp.size * self.cp.size
 
     def round_num_micro_batches(self, count: int) -> int:
         """The next number of micro-batches, at least one, that the pipeline schedule can run."""
@@ -69,12 +77,16 @@ class ParallelLayout:
 
     @property
     def stage_leaders(self) -> tuple[int, ...]:
-        """Of each pipeline stage the global rank with TP rank 0 of the first replica."""
-        return self.replica_ranks[0][:: self.tp.size]
+        """Of each pipeline stage the global rank with TP and CP rank 0 of the first replica."""
+        return self.replica_ranks[0][:: self.ranks_per_stage]
+
+    @property
+    def is_stage_leader(self) -> bool:
+        return self.rank in self.stage_leaders
 
     @property
     def last_stage_rank(self) -> int:
-        """Global rank of this rank's peer (same TP and DP rank) on the last pipeline stage."""
+        """Global rank of this rank's peer (same TP, CP and DP rank) on the last pipeline stage."""
         return dist.get_global_rank(self.pp.group, self.pp.size - 1)
 
 
@@ -101,6 +113,7 @@ def initialize(policy: PolicyConfig, seed: int, collective_timeout_s: float = CO
         tensor_model_parallel_size=policy.tensor_model_parallel_size,
         pipeline_model_parallel_size=policy.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=policy.virtual_pipeline_model_parallel_size,
+        context_parallel_size=policy.context_parallel_size,
         expert_model_parallel_size=policy.expert_model_parallel_size,
         expert_tensor_parallel_size=1 if policy.expert_model_parallel_size > 1 else None,
         create_gloo_process_groups=device.type == "cuda",  # without CUDA the groups are gloo anyway
@@ -190,10 +203,11 @@ def _layout(policy: PolicyConfig, device: torch.device, timeout: datetime.timede
 
     world = dist.get_world_size()
     everyone = list(range(world))
-    tp, pp = policy.tensor_model_parallel_size, policy.pipeline_model_parallel_size
+    tp, cp, pp = policy.tensor_model_parallel_size, policy.context_parallel_size, policy.pipeline_model_parallel_size
     dp_size = policy.data_parallel_size(world)
-    replicas = tuple(  # rank = tp_rank + tp * (dp_rank + dp_size * pp_rank)
-        tuple(t + tp * (d + dp_size * p) for p in range(pp) for t in range(tp)) for d in range(dp_size)
+    replicas = tuple(  # rank = tp_rank + tp * (cp_rank + cp * (dp_rank + dp_size * pp_rank))
+        tuple(t + tp * (c + cp * (d + dp_size * p)) for p in range(pp) for c in range(cp) for t in range(tp))
+        for d in range(dp_size)
     )
     dp_rank = ps.get_data_parallel_rank()
     world_gloo = dist.new_group(everyone, backend="gloo", timeout=timeout)
@@ -204,6 +218,7 @@ def _layout(policy: PolicyConfig, device: torch.device, timeout: datetime.timede
         rank=dist.get_rank(),
         world_size=world,
         tp=Axis(ps.get_tensor_model_parallel_rank(), tp, ps.get_tensor_model_parallel_group()),
+        cp=Axis(ps.get_context_parallel_rank(), cp, ps.get_context_parallel_group()),
         pp=Axis(ps.get_pipeline_model_parallel_rank(), pp, ps.get_pipeline_model_parallel_group()),
         dp=Axis(dp_rank, dp_size, ps.get_data_parallel_group()),
         ep_rank=ps.get_expert_model_parallel_rank(),

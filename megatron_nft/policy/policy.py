@@ -89,8 +89,14 @@ class Policy:
 
     @property
     def pad_multiple(self) -> int:
-        """What the tokens of a micro-batch must be a multiple of, for sequence parallelism and the FP8 recipe."""
+        """What the tokens of a micro-batch must be a multiple of, for sequence and context parallelism and the FP8
+        recipe."""
         return self.config.policy.token_multiple
+
+    @property
+    def segment_multiple(self) -> int:
+        """What the tokens of each answer in a micro-batch must be a multiple of, for context parallelism."""
+        return self.config.policy.segment_multiple
 
     @property
     def optimizer_kind(self) -> str:
@@ -211,7 +217,7 @@ class Policy:
             vocab_size=self.spec.vocab_size,
             engine=self._engine,
             use_triton=False if self.config.policy.batch_invariant else None,
-            one_pass=uses_one_pass(self.config.policy.lm_head, self.layout.device),
+            one_pass=uses_one_pass(self.config.policy.lm_head, self.layout.device) and self.layout.cp.size == 1,
             on_micro_batch=self.on_micro_batch,
         )
 

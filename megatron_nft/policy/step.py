@@ -1,14 +1,15 @@
 """Forward and backward over micro-batches. All rescaling of losses and gradients stands in this file.
 
-The gradient that the optimizer sees is, whatever the data, tensor, pipeline, sequence or virtual-pipeline layout, the
-packing and the split into micro-batches,
+The gradient that the optimizer sees is, whatever the data, tensor, context, pipeline, sequence or virtual-pipeline
+layout, the packing and the split into micro-batches,
 
     d/dtheta  sum over replicas, micro-batches and tokens with loss_mask 1 of weight * per-token loss  /  denominator
 
 Megatron would divide by micro-batches, tokens and data-parallel ranks at several places. With
 `calculate_per_token_loss` it only ever sums: the schedule does not touch the loss, DistributedDataParallel adds up
-over data-parallel ranks, and `finalize` hands Megatron no token count to divide by. The one division is `_loss_of`.
-Gradient clipping comes after, in `Policy.train_step`.
+over data- and context-parallel ranks, and `finalize` hands Megatron no token count to divide by. The one division is
+`_loss_of`. Context-parallel ranks evaluate the loss of the whole micro-batch, alike, and each has the gradient of its
+own tokens' log-probs (policy/context_parallel.py). Gradient clipping comes after, in `Policy.train_step`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_nft.metrics import Max, Mean
+from megatron_nft.policy.context_parallel import TokenSplit
 from megatron_nft.policy.logprobs import linear_logprobs
 from megatron_nft.policy.model import PolicyModel, packed_params, unwrap
 from megatron_nft.policy.one_pass import linear_loss
@@ -94,11 +96,17 @@ def check_micro_batches(micro_batches: list[PackedBatch], layout: ParallelLayout
         tokens = batch.tokens.numel()
         if tokens % multiple_of:
             raise ValueError(
-                f"micro-batch {i} has {tokens} tokens: sequence parallelism and the FP8 recipe need a multiple of "
-                f"{multiple_of}; pack with multiple_of={multiple_of}"
+                f"micro-batch {i} has {tokens} tokens: sequence and context parallelism and the FP8 recipe need a "
+                f"multiple of {multiple_of}; pack with multiple_of={multiple_of}"
             )
         if int(batch.cu_seqlens[-1]) != tokens:
             raise ValueError(f"micro-batch {i} has {tokens} tokens but cu_seqlens ends at {int(batch.cu_seqlens[-1])}")
+        chunks = 2 * layout.cp.size
+        if layout.cp.size > 1 and bool((batch.cu_seqlens % chunks).any()):
+            raise ValueError(
+                f"micro-batch {i} has an answer whose tokens cannot be cut into {chunks} equal chunks for "
+                f"{layout.cp.size} context-parallel ranks; pack with segment_multiple={chunks}"
+            )
 
 
 def finalize(model: list[nn.Module], num_tokens: Tensor | None = None, **kwargs: object) -> None:
@@ -119,15 +127,17 @@ def forward_backward(
 
     find_loss = _loss_in_one_pass if inputs.one_pass and objective.per_token else _loss
 
-    def loss_of(batch: PackedBatch, model: PolicyModel, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, logprobs, per_token = find_loss(hidden, model, batch, objective, denominator, inputs)
+    def loss_of(
+        batch: PackedBatch, split: TokenSplit, model: PolicyModel, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, logprobs, per_token = find_loss(hidden, model, batch, split, objective, denominator, inputs)
         with torch.no_grad():
             metrics = objective.metrics(logprobs, per_token, batch)
         trained = batch.loss_mask > 0
         outcomes.append(Outcome(per_token.sum().double(), trained.sum().double(), *_scalars(metrics, hidden.device)))
         return loss, torch.zeros((), dtype=torch.int, device=hidden.device), {}
 
-    _run(chunks, micro_batches, loss_of, inputs, forward_only=False)
+    _run(chunks, micro_batches, loss_of, inputs, layout, forward_only=False)
     return _totals(outcomes, layout)
 
 
@@ -143,11 +153,13 @@ def forward_logprobs(
     """Log-probs of every micro-batch, fp32 [1, T], on every rank of the replica. `with_entropy`, [2, T]: below them the
     entropy in nats of the distribution from which each label is drawn."""
 
-    def logprobs_of(batch: PackedBatch, model: PolicyModel, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
-        logprobs, entropy = _logprobs(hidden, model, batch, inputs, with_entropy=with_entropy)
-        return torch.stack([logprobs] if entropy is None else [logprobs, entropy])
+    def logprobs_of(
+        batch: PackedBatch, split: TokenSplit, model: PolicyModel, hidden: Tensor, non_loss_data: bool = True
+    ) -> Tensor:
+        logprobs, entropy = _logprobs(hidden, model, split.own(batch.labels), inputs, with_entropy=with_entropy)
+        return torch.stack([split.whole(row) for row in (logprobs, entropy) if row is not None])
 
-    found = _run(chunks, micro_batches, logprobs_of, inputs, forward_only=True)
+    found = _run(chunks, micro_batches, logprobs_of, inputs, layout, forward_only=True)
     if layout.pp.size == 1:
         return found
     lengths = [batch.tokens.numel() for batch in micro_batches]
@@ -162,23 +174,27 @@ def _run(
     micro_batches: list[PackedBatch],
     last: Callable[..., object],
     inputs: StepInputs,
+    layout: ParallelLayout,
     *,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Megatron's schedule. `last(batch, model, hidden)` runs on the last stage."""
-    prepared = [(batch, packed_params(batch, inputs.engine)) for batch in micro_batches]
+    """Megatron's schedule. `last(batch, split, model, hidden)` runs on the last stage."""
+    splits = [TokenSplit.of(batch.cu_seqlens, layout.cp) for batch in micro_batches]
+    params = [packed_params(batch, inputs.engine, split) for batch, split in zip(micro_batches, splits)]
+    prepared = list(zip(micro_batches, splits, params))
 
     def forward(
-        data: Iterator[tuple[PackedBatch, PackedSeqParams]], chunk: nn.Module
+        data: Iterator[tuple[PackedBatch, TokenSplit, PackedSeqParams]], chunk: nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], object]]:
-        batch, params = next(data)
-        hidden = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=params)
+        batch, split, segments = next(data)
+        tokens, positions = split.own(batch.tokens), split.own(batch.position_ids)
+        hidden = chunk(tokens[None], positions[None], None, packed_seq_params=segments)
         if chunk is chunks[0]:
             inputs.on_micro_batch()
         model = unwrap(chunk)
         if model.post_process:
             _await_output_weight(chunk, model)
-        return hidden, partial(last, batch, model)
+        return hidden, partial(last, batch, split, model)
 
     several = len(chunks) > 1
     found: list[Tensor] = get_forward_backward_func()(
@@ -206,12 +222,13 @@ def _loss(
     hidden: Tensor,
     model: PolicyModel,
     batch: PackedBatch,
+    split: TokenSplit,
     objective: Objective,
     denominator: float,
     inputs: StepInputs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of the losses / denominator with its gradient, log-probs [T], losses [T]) of a micro-batch."""
-    logprobs, _ = _logprobs(hidden, model, batch, inputs)
+    logprobs = split.whole(_logprobs(hidden, model, split.own(batch.labels), inputs)[0])
     per_token = _token_losses(logprobs, batch, objective)
     return per_token.sum() / denominator, logprobs.detach(), per_token.detach()
 
@@ -220,11 +237,12 @@ def _loss_in_one_pass(
     hidden: Tensor,
     model: PolicyModel,
     batch: PackedBatch,
+    split: TokenSplit,
     objective: Objective,
     denominator: float,
     inputs: StepInputs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same."""
+    """The same, on the tokens of one rank: `split` is that of one context-parallel rank."""
 
     def token_loss(logprobs: Tensor, rows: slice) -> Tensor:
         return _token_losses(logprobs, batch.tokens_of(rows), objective)
@@ -232,7 +250,7 @@ def _loss_in_one_pass(
     return linear_loss(
         hidden.squeeze(1),
         model.output_weight,
-        batch.labels,
+        split.own(batch.labels),
         token_loss,
         scale=1 / denominator,
         weight_is_shared=model.share_embeddings_and_output_weights and model.pre_process,
@@ -256,12 +274,12 @@ def _token_losses(logprobs: Tensor, batch: PackedBatch, objective: Objective) ->
 
 
 def _logprobs(
-    hidden: Tensor, model: PolicyModel, batch: PackedBatch, inputs: StepInputs, *, with_entropy: bool = False
+    hidden: Tensor, model: PolicyModel, labels: Tensor, inputs: StepInputs, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     return linear_logprobs(
         hidden.squeeze(1),
         model.output_weight,
-        batch.labels,
+        labels,
         tp_group=model.pg_collection.tp,
         vocab_size=inputs.vocab_size,
         sequence_parallel=model.config.sequence_parallel,
@@ -297,7 +315,7 @@ def _totals(outcomes: list[Outcome], layout: ParallelLayout) -> Totals:
     if layout.pp.size == 1:
         return _reduced(outcomes, layout)
     told: list[Any] = [_reduced(outcomes, layout) if layout.is_last_stage else None]
-    source = layout.replica_ranks[layout.dp.rank][-layout.tp.size]  # TP rank 0 of the last stage
+    source = layout.replica_ranks[layout.dp.rank][-layout.ranks_per_stage]  # the first of the last stage
     dist.broadcast_object_list(told, source, group=layout.replica_gloo)
     totals: Totals = told[0]
     return totals

@@ -20,12 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rank_plan(config: Config, world_size: int) -> str:
-    """One line per rank: what it holds. Megatron's default order: TP fastest, then DP, then PP."""
-    tp, pp = config.policy.tensor_model_parallel_size, config.policy.pipeline_model_parallel_size
-    dp = config.policy.data_parallel_size(world_size)
-    lines = [f"{world_size} ranks = TP {tp} x PP {pp} x DP {dp}"]
+    """One line per rank: what it holds. Megatron's default order: TP fastest, then CP, DP and PP."""
+    policy = config.policy
+    tp, cp, pp = policy.tensor_model_parallel_size, policy.context_parallel_size, policy.pipeline_model_parallel_size
+    dp = policy.data_parallel_size(world_size)
+    lines = [f"{world_size} ranks = TP {tp} x {f'CP {cp} x ' if cp > 1 else ''}PP {pp} x DP {dp}"]
     lines += [
-        f"  rank {r}: tensor {r % tp}, data {r // tp % dp}, pipeline {r // (tp * dp)}"
+        f"  rank {r}: tensor {r % tp}, {f'context {r // tp % cp}, ' if cp > 1 else ''}data {r // (tp * cp) % dp}, "
+        f"pipeline {r // (tp * cp * dp)}"
         for r in range(min(world_size, 64))
     ]
     if world_size > 64:

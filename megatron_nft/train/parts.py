@@ -181,7 +181,7 @@ def _identity(config: Config, spec: ModelSpec, layout: ParallelLayout) -> dict[s
         "seed": config.seed,
         "model": spec.to_dict(),
         "data": _digest(config.data.train),
-        "layout": {"tp": layout.tp.size, "pp": layout.pp.size, "dp": layout.dp.size},
+        "layout": {axis: getattr(layout, axis).size for axis in ("tp", "cp", "pp", "dp")},
     }
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
 from megatron_nft.algorithms import AlgorithmSettings
-from megatron_nft.data.packing import filler, pack, plan_micro_batches, unpack
+from megatron_nft.data.packing import pack, plan_micro_batches, unpack
 from megatron_nft.distributed import gather_objects, largest, route
 from megatron_nft.metrics import Mean
 from megatron_nft.policy.parallel import ParallelLayout
@@ -48,27 +49,37 @@ def gap_of_all_ranks(samples: Sequence[TrainingSample], settings: AlgorithmSetti
 
 
 def pack_samples(
-    samples: Sequence[TrainingSample], layout: ParallelLayout, *, max_tokens: int, multiple_of: int
+    samples: Sequence[TrainingSample],
+    layout: ParallelLayout,
+    *,
+    max_tokens: int,
+    multiple_of: int,
+    segment_multiple: int = 1,
 ) -> list[PackedBatch]:
     """Micro-batches of at most `max_tokens` tokens, as many on every replica (fillers carry no loss). Collective.
 
-    multiple_of: what the number of tokens of a micro-batch must be a multiple of (`Policy.pad_multiple`).
+    multiple_of, segment_multiple: what the tokens of a micro-batch and of each of its answers must be multiples of
+    (`Policy.pad_multiple`, `Policy.segment_multiple`).
     """
     lengths = [len(s.input_ids) for s in samples]
-    wanted = len(plan_micro_batches(lengths, max_tokens, multiple_of=multiple_of)) if samples else 0
+    plan = partial(plan_micro_batches, lengths, max_tokens, multiple_of=multiple_of, segment_multiple=segment_multiple)
+    wanted = len(plan()) if samples else 0
     count = layout.round_num_micro_batches(largest(wanted, layout.world_gloo))
-    plan = plan_micro_batches(lengths, max_tokens, multiple_of=multiple_of, num_micro_batches=count)
-    device = layout.device
     return [
-        pack(samples, part, multiple_of=multiple_of, device=device) if part else filler(multiple_of, device)
-        for part in plan
+        pack(samples, part, multiple_of=multiple_of, segment_multiple=segment_multiple, device=layout.device)
+        for part in plan(num_micro_batches=count)
     ]
 
 
 def pack_for_policy(samples: Sequence[TrainingSample], policy: Policy) -> list[PackedBatch]:
     """`pack_samples` with the policy's own limits."""
-    max_tokens = policy.config.policy.micro_batch_tokens
-    return pack_samples(samples, policy.layout, max_tokens=max_tokens, multiple_of=policy.pad_multiple)
+    return pack_samples(
+        samples,
+        policy.layout,
+        max_tokens=policy.config.policy.micro_batch_tokens,
+        multiple_of=policy.pad_multiple,
+        segment_multiple=policy.segment_multiple,
+    )
 
 
 @contextmanager

@@ -87,6 +87,7 @@ def make_probe(
     sample = TrainingSample(0, 0, ids, 1, zeros, zeros, correct=True, correct_rate=0.5)
     multiple, device = policy.pad_multiple, policy.layout.device
     fillers = policy.layout.round_num_micro_batches(1) - 1  # virtual stages need several micro-batches
-    batches = [pack([sample], [0], multiple_of=multiple, device=device)]
+    segments = policy.segment_multiple
+    batches = [pack([sample], [0], multiple_of=multiple, segment_multiple=segments, device=device)]
     batches += [filler(multiple, device) for _ in range(fillers)]
     return ids, policy.compute_logprobs(batches, quantized=False)[0][: len(ids) - 1]

@@ -99,7 +99,7 @@ def plan_stage(
     held = [h for h in held_parameters(chunks, geometry, layout) if not h.place.row.tied_copy]
     dense = [_dense_entry(h, layout.tp.size, dtype) for h in held if not h.place.row.expert]
     experts = _expert_entries([h for h in held if h.place.row.expert], layout, dtype)
-    plans = _group(dense, geometry, bucket_bytes, layout.tp.group, layout.dp.rank == 0)
+    plans = _group(dense, geometry, bucket_bytes, layout.tp.group, layout.dp.rank == layout.cp.rank == 0)
     if experts:
         group = parallel_state.get_expert_tensor_and_model_parallel_group()
         gathers = parallel_state.get_expert_data_parallel_rank() == 0

@@ -54,7 +54,7 @@ def save_hf(
     out, source = Path(out_dir), Path(source_model_path)
     is_first = layout.rank == 0
     run_everywhere(lambda: open_partial(out, replace) if is_first else None, layout.world_gloo, ExportError)
-    leads = layout.tp.rank == 0 and layout.dp.rank == 0
+    leads = layout.is_stage_leader
     metas_of_buckets = [plan.metas for plan in plan_stage(chunks, spec, layout, bucket_bytes, dtype)] if leads else []
     files = split_into_files(metas_of_buckets, max_file_bytes)
     counts = gather_objects(len(files), layout.world_gloo)

@@ -228,7 +228,7 @@ class WeightSync:
 
     def _whole_reference(self, progress: _Progress) -> dict[str, str]:
         """Return the checksums of all stages, on every rank: one short string per tensor."""
-        leads = self._layout.tp.rank == 0 and self._layout.dp.rank == 0
+        leads = self._layout.is_stage_leader
         own = progress.reference.result() if leads and progress.reference is not None else {}
         parts = gather_objects(own, self._layout.world_gloo)
         return {name: value for part in parts for name, value in part.items()}
@@ -267,7 +267,7 @@ class WeightSync:
         self, progress: _Progress, version: int, reference: dict[str, str], checked: int, difference: float | None
     ) -> Receipt:
         facts = (progress.seconds, progress.nbytes, checked, difference, self._transport.engines())
-        leads = self._layout.tp.rank == 0 and self._layout.dp.rank == 0
+        leads = self._layout.is_stage_leader
         ranks = gather_objects((*facts, leads), self._layout.world_gloo)
         phases = {name for seconds, *_ in ranks for name in seconds}
         differences = [d for _, _, _, d, *_ in ranks if d is not None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from objectives import Objective
 
 from megatron_nft.config import Config
-from megatron_nft.data.packing import filler, pack
+from megatron_nft.data.packing import pack
 from megatron_nft.metrics import Max, Mean
 from megatron_nft.policy import parallel
 from megatron_nft.policy.family import read_family
@@ -80,6 +81,9 @@ def answer_loss(logprobs: torch.Tensor, sample: TrainingSample) -> torch.Tensor:
     return (token_loss(logprobs, sample.advantage) * torch.from_numpy(sample.weights)).sum() / DENOMINATOR
 
 
+AnswerLoss = Callable[[torch.Tensor, TrainingSample], torch.Tensor]  # log-probs float64 [R] -> its part of the loss
+
+
 def token_metrics(logprobs: torch.Tensor, loss: torch.Tensor, batch: PackedBatch) -> dict[str, Mean | Max]:
     trained = batch.loss_mask > 0
     return {"logprob": Mean(logprobs[trained], trained), "max_advantage": Max(batch.advantage[trained])}
@@ -88,11 +92,21 @@ def token_metrics(logprobs: torch.Tensor, loss: torch.Tensor, batch: PackedBatch
 loss = Objective(lambda logprobs, batch: token_loss(logprobs, batch.advantage), token_metrics, per_token=True)
 
 
-def make_reference(ranks: Ranks, family: str, *, tied: bool, layers: int = 4, **changes: object) -> Reference:
-    """Made by rank 0, read by all."""
-    folder = ranks.scratch / "-".join([family, "tied" if tied else "untied", str(layers), *map(str, changes.values())])
+def make_reference(
+    ranks: Ranks,
+    family: str,
+    *,
+    tied: bool,
+    layers: int = 4,
+    loss_of: AnswerLoss = answer_loss,
+    made: list[TrainingSample] | None = None,
+    **changes: object,
+) -> Reference:
+    """Made by rank 0, read by all. `changes` are values of config.json."""
+    parts = [family, "tied" if tied else "untied", str(layers), loss_of.__name__, *map(str, changes.values())]
+    folder = ranks.scratch / "-".join(parts)
     if ranks.rank == 0 and not folder.exists():
-        _write_reference(folder, family, tied, layers, changes)
+        _write_reference(folder, family, tied, layers, changes, loss_of, samples() if made is None else made)
     dist.barrier()
     figures = torch.load(folder / "figures.pt", weights_only=True)
     return Reference(
@@ -104,7 +118,15 @@ def make_reference(ranks: Ranks, family: str, *, tied: bool, layers: int = 4, **
     )
 
 
-def _write_reference(folder: Path, family: str, tied: bool, layers: int, changes: dict[str, object]) -> None:
+def _write_reference(
+    folder: Path,
+    family: str,
+    tied: bool,
+    layers: int,
+    changes: dict[str, object],
+    loss_of: AnswerLoss,
+    made: list[TrainingSample],
+) -> None:
     import json
 
     from tiny import make_model
@@ -117,11 +139,11 @@ def _write_reference(folder: Path, family: str, tied: bool, layers: int, changes
     how = {"attn_implementation": "eager", "experts_implementation": "eager"}  # the grouped kernels have no float64
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **how)
     total, rows = torch.zeros((), dtype=torch.float64), []
-    for sample in samples():
+    for sample in made:
         ids = torch.from_numpy(sample.input_ids).long()
         logits = model(ids[None]).logits[0, :-1] / TEMPERATURE
         row = torch.log_softmax(logits, -1).gather(-1, ids[1:, None]).squeeze(-1)
-        total = total + answer_loss(row[sample.prompt_length - 1 :], sample)
+        total = total + loss_of(row[sample.prompt_length - 1 :], sample)
         rows.append(torch.cat([row.detach(), row.new_zeros(1)]))
     total.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
@@ -155,6 +177,7 @@ def enter_layout(config: Config) -> parallel.ParallelLayout:
     policy, seed = config.policy, 1
     key = (
         policy.tensor_model_parallel_size,
+        policy.context_parallel_size,
         policy.pipeline_model_parallel_size,
         policy.virtual_pipeline_model_parallel_size,
         policy.expert_model_parallel_size,
@@ -188,16 +211,16 @@ def make_policy(
     return made
 
 
-def deal(policy: Policy, splits: list[list[int]]) -> list[PackedBatch]:
+def deal(policy: Policy, splits: list[list[int]], made: list[TrainingSample] | None = None) -> list[PackedBatch]:
     """This replica's share of `splits` (sample numbers per micro-batch), filled up to one number that all can run.
 
     Replica 0 gets the first of every `dp_size` micro-batches and so on; the last replicas may get fillers alone.
     """
-    at, made = policy.layout, samples()
+    at, made = policy.layout, samples() if made is None else made
     mine = splits[at.dp.rank :: at.dp.size]
     count = policy.layout.round_num_micro_batches(-(-len(splits) // at.dp.size))
-    batches = [pack(made, indices, multiple_of=policy.pad_multiple) for indices in mine]
-    return batches + [filler(policy.pad_multiple) for _ in range(count - len(batches))]
+    multiples = {"multiple_of": policy.pad_multiple, "segment_multiple": policy.segment_multiple}
+    return [pack(made, indices, **multiples) for indices in mine + [[]] * (count - len(mine))]
 
 
 _LAYOUTS: dict[tuple, tuple[parallel.ParallelLayout, dict]] = {}

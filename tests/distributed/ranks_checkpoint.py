@@ -38,6 +38,8 @@ LAYOUTS = {
     "PP2 DP2": {"pipeline_model_parallel_size": 2},
     "TP2 PP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     "PP2 VPP2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "CP2 DP2": {"context_parallel_size": 2},
+    "TP2 CP2": {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
 }
 OPTIMIZER = {"lr": 1e-2, "lr_warmup_steps": 4}
 
@@ -152,8 +154,10 @@ def save_as_megatron_does(policy: Policy, folder: Path) -> None:
 
 
 def check_checkpoints_of_megatrons_writer_load(ranks: Ranks) -> None:
-    """In the layout that saved them, bit for bit, and in others."""
-    for before, after in (("DP4", "DP4"), ("TP2 DP2", "TP2 DP2"), ("TP2 DP2", "PP2 DP2"), ("DP4", "TP2 PP2")):
+    """In the layout that saved them, bit for bit, and in others. Their layout says nothing of CP, as in older versions'
+    checkpoints of ours."""
+    cases = [("DP4", "DP4"), ("TP2 DP2", "TP2 DP2"), ("TP2 DP2", "PP2 DP2"), ("DP4", "TP2 PP2"), ("DP4", "CP2 DP2")]
+    for before, after in cases:
         made = make(ranks, before, "llama")
         step(made), step(made)
         folder = ranks.scratch / f"megatron-{before}-{after}"
@@ -185,7 +189,8 @@ def check_megatrons_reader_loads_ours(ranks: Ranks) -> None:
 def check_a_rank_of_the_same_layout_reads_its_own_file_whole(ranks: Ranks) -> None:
     """So that all files are read once, and hashed on the way: also with a tied embedding on two stages, and where
     tensor ranks share what only one of them has written."""
-    for layout, family in (("DP4", "qwen2"), ("TP2 DP2", "qwen2"), ("TP2 PP2", "qwen2"), ("PP2 DP2", "qwen3_moe")):
+    cases = [("DP4", "qwen2"), ("TP2 DP2", "qwen2"), ("CP2 DP2", "qwen2"), ("TP2 PP2", "qwen2")]
+    for layout, family in [*cases, ("PP2 DP2", "qwen3_moe")]:
         folder, _ = saved(ranks, layout, family)
         found = load_sharded(make(ranks, layout, family, load=False), folder)
         mine = f"__{ranks.rank}_0.distcp"

@@ -44,7 +44,7 @@ def compare(ranks: Ranks, family: str, tied: bool, **layout: object) -> None:
         planned = policy.spec.num_layers * cpu_layer(policy.spec, plan, e).kept["none"] + cpu_ends(
             policy.spec, plan, e, 0
         )
-        close(counts.kept_bytes(policy), planned * sum(counts.LENGTHS), f"{where} activations")
+        close(counts.kept_bytes(policy), planned * sum(counts.LENGTHS) / plan.cp, f"{where} activations")
 
 
 def check_tensor_and_data_parallel(ranks: Ranks) -> None:
@@ -53,6 +53,11 @@ def check_tensor_and_data_parallel(ranks: Ranks) -> None:
 
 def check_sequence_parallel(ranks: Ranks) -> None:
     compare(ranks, "qwen3", False, precision="fp32", tensor_model_parallel_size=2, sequence_parallel=True)
+
+
+def check_context_parallel(ranks: Ranks) -> None:
+    compare(ranks, "qwen2", False, precision="fp32", context_parallel_size=2)
+    compare(ranks, "qwen3", False, precision="bf16", tensor_model_parallel_size=2, context_parallel_size=2)
 
 
 def check_tensor_and_pipeline_parallel(ranks: Ranks) -> None:

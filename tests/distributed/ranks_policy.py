@@ -382,12 +382,16 @@ def check_layouts(ranks: Ranks) -> None:
         "DP2": ({}, ((0,), (1,))),
         "TP2": (TP2, ((0, 1),)),
         "PP2": (PP2, ((0, 1),)),
+        "CP2": ({"context_parallel_size": 2}, ((0, 1),)),
     }
+    sizes = {"DP2": (1, 1, 1, 2), "TP2": (2, 1, 1, 1), "PP2": (1, 1, 2, 1), "CP2": (1, 2, 1, 1)}
     for name, (settings, replicas) in expected.items():
         policy = make_policy(reference.model, **settings)
         at = policy.layout
         assert at.replica_ranks == replicas, name
-        assert (at.tp.size, at.pp.size, at.dp.size) == {"DP2": (1, 1, 2), "TP2": (2, 1, 1), "PP2": (1, 2, 1)}[name]
+        assert (at.tp.size, at.cp.size, at.pp.size, at.dp.size) == sizes[name]
+        assert at.stage_leaders == ((0, 1) if name == "PP2" else (0,))
+        assert at.is_stage_leader == (ranks.rank in at.stage_leaders)
         assert at.is_replica_leader == (ranks.rank in [r[0] for r in replicas])
         assert at.is_last_stage == (name != "PP2" or ranks.rank == 1)
         assert at.last_stage_rank == (1 if name == "PP2" else ranks.rank)

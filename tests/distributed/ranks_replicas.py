@@ -13,10 +13,12 @@ from megatron_nft.train.replicas import pack_samples, send_to_replicas
 from megatron_nft.train.schedule import plan_step
 from megatron_nft.types import TrainingSample
 
-CAP, MULTIPLE = 48, 2
+CAP, MULTIPLE = 48, 4
 LAYOUTS = (
     {},
     {"tensor_model_parallel_size": 2},
+    {"context_parallel_size": 2},
+    {"context_parallel_size": 2, "pipeline_model_parallel_size": 2},
     {"pipeline_model_parallel_size": 2},
     {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2},
@@ -90,11 +92,11 @@ def check_every_sample_meets_its_replica(ranks: Ranks) -> None:
         held = gather_objects((layout.dp.rank, list(got)), layout.world_gloo)
         for replica in range(layout.dp.size):
             copies = [keys for at, keys in held if at == replica]
-            assert len(copies) == layout.tp.size * layout.pp.size
+            assert len(copies) == layout.ranks_per_stage * layout.pp.size
             assert all(keys == copies[0] for keys in copies), "the ranks of a replica must hold the same, in one order"
             trained = {key for part in plan.optimizer_steps for key, at in part.items() if at == replica}
             assert set(copies[0]) == trained | {key for key in everything if plan.surplus.get(key[0]) == replica}
-        leaders = [keys for at, keys in held[:: layout.tp.size][: layout.dp.size]]
+        leaders = [keys for at, keys in held[:: layout.ranks_per_stage][: layout.dp.size]]
         assert sorted(key for keys in leaders for key in keys) == sorted(everything), "each sample on one replica"
 
 
@@ -104,7 +106,9 @@ def check_every_rank_has_as_many_micro_batches(ranks: Ranks) -> None:
         layout = parallel.initialize(PolicyConfig(precision="fp32", **policy), seed=0)
         for num_samples in ((1, 12, 0, 3), (0, 7, 7, 7), (0, 0, 0, 0)):
             samples = [make_sample(layout.dp.rank, i) for i in range(num_samples[layout.dp.rank])]
-            batches = pack_samples(samples, layout, max_tokens=CAP, multiple_of=MULTIPLE)
+            segments = 2 * layout.cp.size
+            multiples = {"multiple_of": MULTIPLE, "segment_multiple": segments}
+            batches = pack_samples(samples, layout, max_tokens=CAP, **multiples)
             counts = set(gather_objects(len(batches), layout.world_gloo))
             assert len(counts) == 1 and min(counts) >= 1
             if layout.vpp_size:
@@ -112,6 +116,7 @@ def check_every_rank_has_as_many_micro_batches(ranks: Ranks) -> None:
             assert sorted(i for batch in batches for i in batch.sample_ids) == list(range(len(samples)))
             for batch in batches:
                 assert batch.tokens.numel() <= CAP and batch.tokens.numel() % MULTIPLE == 0
+                assert (batch.cu_seqlens % segments == 0).all()
                 trained = sum(samples[i].response_length for i in batch.sample_ids)
                 assert batch.loss_mask.sum().item() == trained  # a filler carries no loss
 

@@ -1,4 +1,4 @@
-"""Import, export, folder writing and the in-process sync, in one parallel layout: args TP PP VPP EP."""
+"""Import, export, folder writing and the in-process sync, in one parallel layout: args TP PP VPP EP CP."""
 
 from __future__ import annotations
 
@@ -56,12 +56,13 @@ class World:
 
 
 def check_start(ranks: Ranks) -> None:
-    tp, pp, vpp, ep = map(int, ranks.args)
+    tp, pp, vpp, ep, cp = map(int, ranks.args)
     World.policy = PolicyConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp or None,
         expert_model_parallel_size=ep,
+        context_parallel_size=cp,
         precision="fp32",
     )
     World.layout = parallel.initialize(World.policy, seed=0)
@@ -177,7 +178,7 @@ def check_export_gives_back_what_was_imported(ranks: Ranks) -> None:
                 for rank in receivers.ranks:
                     assert gathered[rank] == gathered[max(receivers.ranks)]
                     assert len(gathered[rank]) == len(set(gathered[rank])) and set(gathered[rank]) == expected
-                leads = World.layout.tp.rank == 0 and World.layout.dp.rank == 0
+                leads = ranks.rank in World.layout.stage_leaders
                 assert bool(names) == (leads or ranks.rank in receivers.ranks)
                 leaders = [gathered[leader] for leader in World.layout.stage_leaders if leader not in receivers.ranks]
                 of_leaders = [name for of_rank in leaders for name in of_rank]

@@ -28,6 +28,7 @@ VOCAB = 263  # TP 2 pads it
 FAMILIES = (("qwen2", True), ("qwen3", False), ("llama", False), ("qwen3_moe", False))
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
 
@@ -111,23 +112,29 @@ def check_expert_parallel_checkpoint_to_hf_and_reshard(ranks: Ranks) -> None:
 
 
 def check_resharded_training_goes_on_to_the_same_weights(ranks: Ranks) -> None:
-    """TP2 -> PP2 (and interleaved): the step after the tool is the step that the old layout would have made."""
+    """TP2 or CP2 -> PP2 (and interleaved), and back: the step after the tool is the step that the old layout would have
+    made."""
+    for axis, policy in (("tp", TP2), ("cp", CP2)):
+        compare_resharded(ranks, ranks.scratch / f"{axis}2", policy, {"tp": 1, "cp": 1, "pp": 1, "dp": 1} | {axis: 2})
+
+
+def compare_resharded(ranks: Ranks, folder, before: dict, layout: dict) -> None:
     source = model(ranks, "qwen2", True)
     optimizer = {"lr": 1e-2, "lr_warmup_steps": 4}
-    made = make_policy(source, optimizer=optimizer, **TP2)
+    made = make_policy(source, optimizer=optimizer, **before)
     step(made), step(made)
-    run = ranks.scratch / "step_000002"
+    run = folder / "step_000002"
     save_sharded(made, run / "megatron")
-    layout = {"tp": 2, "pp": 1, "dp": 1}
     manifest = {"format": 1, "step": 2, "model": read_architecture(source), "layout": layout, "files": {}}
     on_first(ranks, lambda: (run / "manifest.json").write_text(json.dumps(manifest)))
     step(made)
     expected = first_logprobs(made)
-    for policy, grid in ((PP2, TargetLayout(1, 2, 1)), (VPP2, TargetLayout(1, 2, 2)), (TP2, TargetLayout(2, 1, 1))):
-        out = ranks.scratch / f"resharded-{grid.tp}-{grid.pp}-{grid.vpp}"
+    grids = ((PP2, TargetLayout(1, 2, 1)), (VPP2, TargetLayout(1, 2, 2)), (before, TargetLayout(layout["tp"], 1, 1)))
+    for policy, grid in grids:
+        out = folder / f"resharded-{grid.tp}-{grid.pp}-{grid.vpp}"
         on_first(ranks, lambda out=out, grid=grid: reshard(run, out, grid))
         told = json.loads((out / "manifest.json").read_text())
-        assert told["layout"] == {"tp": grid.tp, "pp": grid.pp, "dp": 1} and told["step"] == 2
+        assert told["layout"] == layout | {"tp": grid.tp, "pp": grid.pp} and told["step"] == 2
         on_disk = {str(p.relative_to(out)): p.stat().st_size for p in out.rglob("*") if p.is_file()}
         assert {n: f["bytes"] for n, f in told["files"].items()} | {"manifest.json": 0} == on_disk | {
             "manifest.json": 0

@@ -29,6 +29,13 @@ LAYOUTS = {
         "policy__tensor_model_parallel_size": 2,
         "policy__sequence_parallel": True,
     },
+    "CP 2": {"num_processes": 2, "policy__context_parallel_size": 2},
+    "TP 2 with sequence parallel, CP 2": {
+        "num_processes": 4,
+        "policy__tensor_model_parallel_size": 2,
+        "policy__sequence_parallel": True,
+        "policy__context_parallel_size": 2,
+    },
 }
 
 
@@ -55,6 +62,10 @@ def alone(settings) -> Path:
     return run.run_dir
 
 
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
 def weights(folder: Path) -> np.ndarray:
     """All of them in one row, in the order of their names; every pipeline stage writes files of its own."""
     tensors = {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
@@ -74,9 +85,11 @@ def test_every_layout_trains_the_same_model(settings, alone, layout):
         for name in CLOSE:
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
         assert b["gap/max"] < 1e-4
+    for receipt in map(read_json, sorted((run.run_dir / "sync").iterdir())):
+        assert receipt["engine_checked"] > 0 and receipt["probe_difference"] < 1e-4
     start = weights(Path(settings["model"]["path"]))
     moved = weights(alone / "hf") - start
     assert np.linalg.norm(moved) > 0
     assert np.linalg.norm(weights(run.run_dir / "hf") - weights(alone / "hf")) < 1e-3 * np.linalg.norm(moved)
-    manifest = json.loads((run.run_dir / "checkpoints" / "step_000002" / "manifest.json").read_text())
-    assert manifest["cursor"] == json.loads((alone / "checkpoints/step_000002/manifest.json").read_text())["cursor"]
+    manifest = read_json(run.run_dir / "checkpoints/step_000002/manifest.json")
+    assert manifest["cursor"] == read_json(alone / "checkpoints/step_000002/manifest.json")["cursor"]

@@ -1,4 +1,5 @@
-"""GPU tests: skipped, with the reason, where something that they need is missing. One process, one GPU."""
+"""GPU tests: skipped, with the reason, where something that they need is missing. One process and one GPU, but for
+those that say they need two: they start ranks of their own."""
 
 from __future__ import annotations
 
@@ -15,11 +16,14 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "dis
 
 
 def missing(*needs: str) -> str:
-    """Why a test that needs `cuda`, `engine` (Transformer Engine), `sglang` or `vllm` cannot run here, or ""."""
+    """Why a test that needs `cuda`, `two_gpus`, `engine` (Transformer Engine), `sglang` or `vllm` cannot run here, or
+    ""."""
     import torch
 
     if not torch.cuda.is_available():
         return "no CUDA device"
+    if "two_gpus" in needs and torch.cuda.device_count() < 2:
+        return f"needs two GPUs; here is {torch.cuda.device_count()}"
     if "engine" in needs and importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed (bash tests/gpu/run.sh unpacks the offline bundle)"
     if "sglang" in needs and "NFT_SGLANG_PYTHONPATH" not in os.environ and importlib.util.find_spec("sglang") is None:
@@ -36,7 +40,7 @@ def missing(*needs: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(*names): cuda, engine (Transformer Engine), sglang, vllm")
+    config.addinivalue_line("markers", "needs(*names): cuda, two_gpus, engine (Transformer Engine), sglang, vllm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

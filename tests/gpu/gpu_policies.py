@@ -84,7 +84,8 @@ def make_samples(lengths: list[int], vocab: int, seed: int = 0) -> list[Training
 def packed(policy: Policy, samples: list[TrainingSample], splits: list[list[int]] | None = None) -> list[PackedBatch]:
     """Micro-batches on the GPU, padded as the policy needs; by default one that holds all samples."""
     splits = splits or [list(range(len(samples)))]
-    return [pack(samples, part, multiple_of=policy.pad_multiple, device=policy.layout.device) for part in splits]
+    multiples = {"multiple_of": policy.pad_multiple, "segment_multiple": policy.segment_multiple}
+    return [pack(samples, part, device=policy.layout.device, **multiples) for part in splits]
 
 
 def weighted_likelihood(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

@@ -53,7 +53,7 @@ def test_tensor_parallel_within_nodes_as_a_chain_of_jobs(cluster, task, launch):
     assert second == ["nft: an earlier job of this chain has finished the run"]
     assert steps(task / "within") == [0, 1, 2]
     manifest = json.loads((task / "within" / "checkpoints" / "step_000002" / "manifest.json").read_text())
-    assert manifest["layout"] == {"tp": 2, "pp": 1, "dp": 2}
+    assert manifest["layout"] == {"tp": 2, "cp": 1, "pp": 1, "dp": 2}
 
 
 def test_a_run_that_is_warned_goes_on_to_the_same_weights(cluster, task, launch, uninterrupted):

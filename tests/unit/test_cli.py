@@ -89,6 +89,11 @@ def test_dry_run_prints_settings_that_read_back_and_the_ranks(start, tmp_path, c
     assert plan.startswith("TP 2 x PP 2 x DP 2")
     assert "rank 5: tensor 1, data 0, pipeline 1" in plan
     assert not (Path(start["run_dir"])).exists()
+    assert train(start, tmp_path, "num_processes=8", "policy.context_parallel_size=2",
+                 "policy.tensor_model_parallel_size=2", "--dry-run") == 0  # fmt: skip
+    plan = capsys.readouterr().out.split("8 ranks = ")[1]
+    assert plan.startswith("TP 2 x CP 2 x PP 1 x DP 2")
+    assert "rank 6: tensor 0, context 1, data 1, pipeline 0" in plan
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,7 @@ def test_dry_run_prints_settings_that_read_back_and_the_ranks(start, tmp_path, c
             ["train.questions_per_optimizer_step=7"],
             "questions_per_optimizer_step (7) must divide questions_per_step (512)",
         ),
+        (["num_processes=6", "policy.context_parallel_size=4"], r"x context_parallel_size (4) x"),
         (["num_processes=3", "policy.tensor_model_parallel_size=2"], "3 processes cannot be divided"),
         (["rollout.max_response_tokens=99999"], "policy.micro_batch_tokens (16384) must hold the longest answer"),
         (["model.path=/nowhere"], "model.path /nowhere: not a folder"),

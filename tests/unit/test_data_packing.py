@@ -173,6 +173,47 @@ def test_pack_by_hand():
     assert [x.tolist() for x in unpack(packed.behaviour_logprobs, packed)] == [[-8], [-5, -6, -7]]
 
 
+def test_segments_are_padded_with_their_own_beginning():
+    rng = np.random.default_rng(0)
+    a, b = make_sample(2, 3, rng), make_sample(2, 1, rng, first=11)
+    packed = pack([a, b], [1, 0], multiple_of=16, segment_multiple=4)
+    assert packed.tokens.tolist() == [11, 12, 13, 11, 1, 2, 3, 4, 5, 1, 2, 3, 1, 2, 3, 4]
+    assert packed.position_ids.tolist() == [*range(4), *range(8), *range(4)]
+    assert packed.labels.tolist() == [12, 13, 0, 0, 2, 3, 4, 5, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert packed.loss_mask.nonzero().flatten().tolist() == [1, 5, 6, 7]
+    assert packed.cu_seqlens.tolist() == [0, 4, 12, 16] and packed.max_seqlen == 8
+    assert packed.segment_ids.tolist() == [0] * 4 + [1] * 8 + [2] * 4
+    values = torch.arange(16.0)
+    assert [x.tolist() for x in unpack(values, packed)] == [[1], [5, 6, 7]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    segment_multiple=st.sampled_from([1, 4, 8]),
+    factor=st.sampled_from([1, 2, 3]),
+)
+@settings(max_examples=100, deadline=None)
+def test_planned_micro_batches_hold_padded_segments(lengths, segment_multiple, factor):
+    multiple, rng = segment_multiple * factor, np.random.default_rng(0)
+    cap = 48 + len(lengths)
+    multiples = {"multiple_of": multiple, "segment_multiple": segment_multiple}
+    plan = plan_micro_batches(lengths, cap, **multiples)
+    samples = [make_sample(1, n - 1, rng) for n in lengths]
+    assert sorted(itertools.chain(*plan)) == list(range(len(lengths)))
+    for part in plan:
+        batch = pack(samples, part, **multiples)
+        assert len(batch.tokens) <= cap and len(batch.tokens) % multiple == 0
+        assert (batch.cu_seqlens % segment_multiple == 0).all()
+        assert int(batch.loss_mask.sum()) == sum(lengths[i] - 1 for i in part)
+
+
+def test_multiples_that_do_not_go_together_raise():
+    with pytest.raises(ValueError, match=r"segment_multiple \(4\) must divide multiple_of \(6\)"):
+        plan_micro_batches([3], 8, multiple_of=6, segment_multiple=4)
+    with pytest.raises(ValueError, match=r"segment_multiple \(0\) must divide multiple_of \(1\)"):
+        pack([make_sample(1, 2, np.random.default_rng(0))], [0], segment_multiple=0)
+
+
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=12),
     multiple_of=st.sampled_from([1, 2, 8, 16]),

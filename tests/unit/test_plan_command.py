@@ -94,6 +94,22 @@ def test_static_memory_by_hand(tmp_path):
     assert parts["optimizer"] == 12 * -(-params // 16)
 
 
+def test_context_parallelism_by_hand(tmp_path):
+    """7B on TP 2, CP 2, DP 8: the optimizer's state over 16 ranks as before, and half of the activations."""
+    config, cp2 = settings_7b(tmp_path), "policy.context_parallel_size=2"
+    one, two = (json.loads(plan(config, *H100_4, "--json", *more).stdout)["plan"] for more in ((), (cp2,)))
+    assert (one["data_parallel_size"], two["data_parallel_size"]) == (16, 8)
+    assert cp2 in two["overrides"] and two["layout"]["cp"] == 2
+    of_one, of_two = (p["memory"][0]["phases"]["train"]["parts_bytes"] for p in (one, two))
+    for part in ("weights", "gradients", "optimizer"):
+        assert of_one[part] == of_two[part]
+    assert of_two["activations"] == pytest.approx(of_one["activations"] / 2, rel=1e-6)
+    assert "TP 2, CP 2, PP 1" in plan(config, *H100_4, cp2).stdout
+    done = plan(config, *H100_4, cp2, "policy.precision=fp32")
+    assert done.returncode == 1
+    assert "context_parallel_size (2) needs precision=bf16 with Transformer Engine, not fp32" in done.stdout
+
+
 def test_a_moving_average_takes_4_bytes_and_a_forward_pass(tmp_path):
     config = settings(
         tmp_path,
@@ -231,6 +247,7 @@ def test_search_is_sorted_and_every_line_fits(tmp_path):
     assert len(found) > 3
     assert all(p["fits"] for p in found)
     assert [p["step_s"] for p in found] == sorted(p["step_s"] for p in found)
+    assert {p["layout"]["cp"] for p in found} == {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from megatron_nft.plan.architecture import dense_params, read_architecture  # no
 from megatron_nft.plan.hardware import CHIPS  # noqa: E402
 from megatron_nft.plan.layout import Cluster, LayoutSettings  # noqa: E402
 from megatron_nft.policy import cpu, parallel  # noqa: E402
+from megatron_nft.policy.context_parallel import TokenSplit  # noqa: E402
 from megatron_nft.policy.model import packed_params  # noqa: E402
 from megatron_nft.policy.policy import Policy  # noqa: E402
 from megatron_nft.types import TrainingSample  # noqa: E402
@@ -76,7 +77,8 @@ plain_loss = Objective(lambda logprobs, packed: -logprobs)
 
 
 def kept_bytes(policy: Policy) -> int:
-    """Bytes of all storages that autograd keeps after the forward pass, parameters left out."""
+    """Bytes of all storages that autograd keeps after the forward pass of this rank's tokens, parameters left out, and
+    the masks of chunks, which the plan does not count."""
     weights = {p.untyped_storage().data_ptr() for p in policy.chunks[0].parameters()}
     kept = {}
 
@@ -87,15 +89,17 @@ def kept_bytes(policy: Policy) -> int:
         return tensor
 
     packed = batch()
+    split = TokenSplit.of(packed.cu_seqlens, policy.layout.cp)
+    params = packed_params(packed, False, split)
     policy.wrapped[0].train()
     with cpu.on_cpu(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = policy.wrapped[0](
-            packed.tokens[None], packed.position_ids[None], None, packed_seq_params=packed_params(packed, engine=False)
-        )
+        tokens, positions = split.own(packed.tokens), split.own(packed.position_ids)
+        out = policy.wrapped[0](tokens[None], positions[None], None, packed_seq_params=params)
         assert out.requires_grad
         # The output layer keeps its input; chunked log-probs keep little else.
         kept[out.untyped_storage().data_ptr()] = out.untyped_storage()
-    return sum(storage.nbytes() for storage in kept.values())
+    masks = sum(b.mask.numel() for b in params.plan.batches if b.mask is not None) * out.element_size()
+    return sum(storage.nbytes() for storage in kept.values()) - policy.spec.num_layers * masks
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

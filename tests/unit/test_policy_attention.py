@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_nft.policy.attention import attend, bucket_width, plan_segments, segment_params
+from megatron_nft.policy.context_parallel import TokenSplit, split_tokens
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 
@@ -65,15 +66,39 @@ def test_every_token_has_its_place(lengths: list[int]) -> None:
     """Gathering T and restoring it is the identity; a batch holds segments of one width, padded by under a quarter."""
     plan = plan_segments(cu_seqlens(lengths))
     total = sum(lengths)
-    flat = torch.cat([index.flatten() for index in plan.gather])
+    flat = torch.cat([batch.queries.flatten() for batch in plan.batches])
     assert torch.equal(flat[plan.restore], torch.arange(total))
-    widths = [index.size(1) for index in plan.gather]
+    widths = [batch.queries.size(1) for batch in plan.batches]
     assert len(set(widths)) == len(widths) and set(widths) == {bucket_width(n) for n in lengths}
     assert flat.numel() < 1.25 * total
     ends = cu_seqlens(lengths)[1:]
-    for index in plan.gather:  # a row never leaves its segment
-        segment = torch.searchsorted(ends, index.contiguous(), right=True)
+    for batch in plan.batches:  # a row never leaves its segment
+        segment = torch.searchsorted(ends, batch.queries.contiguous(), right=True)
         assert torch.equal(segment.amin(1), segment.amax(1))
+        assert torch.equal(batch.keys, batch.queries) and batch.mask is None
+
+
+@pytest.mark.parametrize(
+    ("size", "lengths"), [(2, [4]), (2, [8, 4, 20, 4]), (2, [12, 12, 0, 40]), (3, [6, 18, 30]), (4, [8, 72, 16])]
+)
+def test_chunks_of_all_ranks_attend_as_the_whole_segments_do(size: int, lengths: list[int]) -> None:
+    """Each rank's own queries against the keys and values of all ranks, rank after rank, as a gather leaves them."""
+    bounds, scale = cu_seqlens(lengths), SIZE**-0.5
+    inputs, copies = tensors(sum(lengths)), tensors(sum(lengths))
+    by_rank = split_tokens(bounds, size)
+    out = torch.empty(sum(lengths), HEADS * SIZE, dtype=torch.float64)
+    for rank in range(size):
+        split = TokenSplit(rank, size, None, by_rank)
+        query, key, value = inputs
+        gathered = [x[by_rank.flatten()] for x in (key, value)]
+        out = out.index_copy(0, by_rank[rank], attend(split.own(query), *gathered, plan_segments(bounds, split), scale))
+    expected = by_hand(*copies, lengths, scale)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    weights = torch.randn(out.shape, dtype=torch.float64)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for got, want in zip(inputs, copies, strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=0, atol=1e-12)
 
 
 def test_bucket_widths() -> None:
@@ -86,3 +111,7 @@ def test_segment_params_give_rope_the_whole_row() -> None:
     params = segment_params(cu_seqlens([3, 4]), 4)
     assert params.qkv_format == "thd" and params.cu_seqlens_q.tolist() == [0, 3, 7]
     assert params.cu_seqlens_q_padded.tolist() == params.cu_seqlens_kv_padded.tolist() == [0, 7]
+    bounds = cu_seqlens([4, 8])
+    half = segment_params(bounds, 8, TokenSplit(1, 2, None, split_tokens(bounds, 2)))
+    assert half.cu_seqlens_q.tolist() == [0, 4, 12] and half.max_seqlen_q == 8
+    assert half.cu_seqlens_q_padded.tolist() == half.cu_seqlens_kv_padded.tolist() == [0, 6]

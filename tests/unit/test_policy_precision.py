@@ -72,6 +72,27 @@ def test_tokens_are_padded_for_recipe_and_sequence_parallelism(recipe, tp, seque
     assert settings.token_multiple == multiple
 
 
+@pytest.mark.parametrize(
+    ("recipe", "cp", "tp", "multiple"),
+    [
+        ("none", 2, 1, 4),
+        ("none", 4, 1, 8),
+        ("none", 2, 2, 4),  # 2 per rank, 1 per rank and TP share
+        ("none", 2, 3, 12),  # a rank's 6 tokens in two chunks, and in three shares
+        ("tensorwise", 2, 2, 64),  # 32 per rank, 16 per share
+    ],
+)
+def test_tokens_are_padded_for_context_parallelism(recipe, cp, tp, multiple):
+    settings = policy(recipe, context_parallel_size=cp, tensor_model_parallel_size=tp, sequence_parallel=tp > 1)
+    assert settings.token_multiple == multiple and settings.segment_multiple == 2 * cp
+
+
+def test_context_parallel_attention_of_transformer_engine_needs_bf16():
+    check_gpu_stack(policy("none", context_parallel_size=2), H200)
+    with pytest.raises(ValueError, match=r"context_parallel_size=2 with policy.precision=fp32.*16 bits alone"):
+        check_gpu_stack(policy("none", context_parallel_size=2, precision="fp32"), H200)
+
+
 def test_the_longest_answer_must_fit_when_padded():
     settings = {
         "run_dir": "x", "model": {"path": "x"}, "data": {"train": ["x"], "max_prompt_tokens": 100},

@@ -118,6 +118,7 @@ class Simulation:
             dp=SimpleNamespace(rank=rank // 8 % 8, size=8),
             pp=SimpleNamespace(rank=rank // 64, size=2),
             stage_leaders=(0, 64),
+            is_stage_leader=rank in (0, 64),
         )
         config = settings(self.num_servers, self.tp_size)
         options = OpenOptions("bf16", self.folder, layout, load_weights=False, allow_version_change=False)

@@ -107,7 +107,8 @@ def _with_layout(common: dict[str, Any], grid: TargetLayout) -> dict[str, Any]:
     look for generator states."""
     if "layout" in common:
         old = common["layout"]
-        new = {"world": grid.tp * grid.pp * old["dp"], "tp": grid.tp, "pp": grid.pp, "vpp": grid.vpp}
+        world = grid.tp * grid.pp * old.get("cp", 1) * old["dp"]
+        new = {"world": world, "tp": grid.tp, "pp": grid.pp, "vpp": grid.vpp}
         common["layout"] = old | new | {"resharded_from": old}
     return common
 

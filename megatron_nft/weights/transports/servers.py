@@ -65,7 +65,7 @@ class ServerTransport(Transport):
         self._layout, self._ledger = layout, ledger
         of_servers = zip(servers, places.servers, strict=True)
         self._called = [server for server, place in of_servers if places.caller(place) == layout.rank]
-        self._leads = layout.tp.rank == 0 and layout.dp.rank == 0
+        self._leads = layout.is_stage_leader
         self.receivers: Receivers = nobody(layout)
         # two per server: one that hangs in a broadcast can still be told to leave the group
         self._threads = ThreadPoolExecutor(2 * len(servers), thread_name_prefix="weight-sync")
