@@ -18,7 +18,8 @@ from megatron_nft.plan.memory import (
     sync_bytes_beside_engine,
     trainer_memory,
 )
-from megatron_nft.plan.timing import Workload, num_micro_batches, step_times, sync_bytes
+from megatron_nft.plan.sync_time import SyncTime, sync_time
+from megatron_nft.plan.timing import Workload, num_micro_batches, step_times
 from megatron_nft.policy.family import ModelSpec
 
 DAY_S = 86400
@@ -34,7 +35,7 @@ class Plan:
     times: dict[str, float] = field(default_factory=dict)
     num_micro_batches: int = 0
     engine: EngineMemory | None = None
-    sync_bytes: int = 0
+    sync: SyncTime | None = None
     host_bytes_per_node: dict[str, int] = field(default_factory=dict)
     trained_tokens: int = 0
 
@@ -85,7 +86,7 @@ def make_plan(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: 
         step_times(spec, config, layout, cluster, work),
         m,
         engine,
-        sync_bytes(spec, config),
+        sync_time(spec, config, layout, cluster),
         host_bytes_per_node(spec, config, layout, cluster),
         work.trained_tokens,
     )

@@ -14,6 +14,7 @@ from megatron_nft.plan.memory import PARTS, DeviceMemory
 from megatron_nft.plan.mode_times import ModeTime
 from megatron_nft.plan.plan import Neighbour, Plan, fraction_choices, recompute_choices
 from megatron_nft.plan.rollout_modes import LENGTH_SPREAD
+from megatron_nft.plan.sync_time import SyncTime
 from megatron_nft.plan.timing import Workload
 from megatron_nft.policy.family import ModelSpec
 
@@ -59,6 +60,27 @@ def _head(spec: ModelSpec, config: Config, cluster: Cluster, plan: Plan) -> list
     return [*lines, f"Precision: {config.policy.precision}" + (f", FP8 {recipe}" if recipe != "none" else "")]
 
 
+def _sync_line(sync: SyncTime) -> str:
+    """Say what the time of a weight sync is made of."""
+    spread = f"gather {duration(sync.gather_s)}, W/N {duration(sync.spread_s)}"
+    engine = f"copies {duration(sync.copy_s)}"
+    if sync.calls_s:
+        engine += f", {sync.num_buckets} calls {duration(sync.calls_s)}"
+    if sync.meetings_s:
+        engine += f", {sync.num_buckets} meetings {duration(sync.meetings_s)}"
+    made_of = {
+        "embedded": f"the longer of ({spread}) and ({engine})",
+        "tensor": f"the longer of ({spread}) and ({engine})",
+        "distributed": f"the longer of {spread.replace(',', ' and')}, then {engine}",
+        "disk": f"{spread} there and back",
+    }[sync.transport]
+    rest = f", and {duration(sync.rest_s)} for other calls, agreements and checksums" if sync.rest_s else ""
+    return (
+        f"Weight sync ({sync.transport}): {size(sync.nbytes)} in {duration(sync.total_s)}: {made_of}{rest} "
+        "(megatron_nft/plan/sync_time.py)"
+    )
+
+
 def _time_table(plan: Plan, work: Workload) -> list[str]:
     lines = [
         "Time of one step (a model, see megatron_nft/plan/timing.py), assuming answers of "
@@ -68,7 +90,7 @@ def _time_table(plan: Plan, work: Workload) -> list[str]:
     return [
         *lines,
         f"  {'step':<24}{duration(plan.step_s):>10}",
-        f"Weight sync: {size(plan.sync_bytes)} in {duration(plan.times['weight sync'])}",
+        *([_sync_line(plan.sync)] if plan.sync else []),
         f"Trained: {work.trained_tokens:,} tokens per step, {plan.tokens_per_day:.3g} per day",
         f"Engine's KV cache: {plan.kv_tokens:,} tokens",
     ]
@@ -170,7 +192,8 @@ def plan_dict(plan: Plan, cluster: Cluster) -> dict[str, Any]:
             ],
             "step_s": plan.step_s,
             "times_s": plan.times,
-            "sync_bytes": plan.sync_bytes,
+            "sync_bytes": plan.sync.nbytes if plan.sync else 0,
+            "sync": asdict(plan.sync) if plan.sync else None,
             "host_bytes_per_node": plan.host_bytes_per_node,
             "engine_kv_tokens": plan.kv_tokens,
             "engine_free_bytes": plan.engine.free if plan.engine else None,

@@ -19,7 +19,7 @@ n answers, l mean tokens of question and answer, W devices.
     generation           an engine emits one token for B answers in (weights + cache of B answers) / bandwidth, or in
                          the time of its FLOPs if that is longer, plus 20 us per layer of launches and reductions;
                          its answers take answers / B mean lengths, and then the longest one finishes alone
-    sync                 gather over the replica, then one write into each engine; engine nodes get the model by network
+    sync                 see sync_time.py
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from megatron_nft.plan.architecture import (
     local_expert_params,
     mlp_width,
     q_size,
-    total_params,
 )
 from megatron_nft.plan.decoding import DecodeModel
 from megatron_nft.plan.layout import Cluster, LayoutSettings, element_bytes
 from megatron_nft.plan.memory import engine_beside_trainer, optimizer_shard
+from megatron_nft.plan.sync_time import sync_time
 from megatron_nft.policy.family import ModelSpec
 
 DECODE_OVERHEAD_S_PER_LAYER = 20e-6
@@ -221,23 +221,6 @@ def generation_s(spec: ModelSpec, config: Config, layout: LayoutSettings, cluste
     return prefill + decoding + tail * engine.step_s(1, context)
 
 
-def sync_bytes(spec: ModelSpec, config: Config) -> int:
-    """Bytes of the whole model in the precision that is sent."""
-    return total_params(spec) * element_bytes(config)
-
-
-def sync_s(spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster) -> float:
-    """Seconds from Megatron's shards over HF tensors to the engines."""
-    chip, replica = cluster.chip, layout.tp * layout.pp
-    total = sync_bytes(spec, config)
-    link = chip.node_bandwidth if replica <= cluster.devices_per_node else chip.network_bandwidth
-    gather = total * (replica - 1) / replica / (link * chip.bandwidth_share)
-    tp = config.rollout.server.tensor_parallel_size if config.rollout.uses_servers else 1
-    if cluster.engine_nodes:
-        return gather + total / (chip.network_bandwidth * chip.bandwidth_share)
-    return gather + 2 * total / tp / (chip.memory_bandwidth * chip.bandwidth_share)
-
-
 def step_times(
     spec: ModelSpec, config: Config, layout: LayoutSettings, cluster: Cluster, work: Workload
 ) -> dict[str, float]:
@@ -252,7 +235,7 @@ def step_times(
         "behaviour log-probs": _compute_s(spec, config, layout, cluster, kept_tokens, 1.0, work),
         "forward and backward": _compute_s(spec, config, layout, cluster, work.trained_tokens, passes, work),
         "optimizer": work.optimizer_steps * _optimizer_s(spec, config, layout, cluster),
-        "weight sync": sync_s(spec, config, layout, cluster),
+        "weight sync": sync_time(spec, config, layout, cluster).total_s,
     }
     if config.algorithm.average_decay is not None:
         scored = work.trained_tokens / work.num_epochs

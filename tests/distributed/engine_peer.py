@@ -3,10 +3,10 @@
     python engine_peer.py ANNOUNCEMENT MODEL_DIR TP_SIZE [ADDRESS [PORT]]     writes its URL to the file ANNOUNCEMENT
 
 It answers SGLang's update calls over HTTP. Each of its ranks is a thread that joins the trainer's gloo group under a
-rank of its own, or reads the shared memory that it is told, and keeps the part of each tensor that SGLang's rank would,
-in a buffer laid out as SGLang's. The slicing is written here from SGLang's layers (heads, columns, rows, padded
-vocabulary), with numpy on the buffers, and shares no code with the trainer. GET /seen tells who called what, and of
-each rank which processes' memory it read.
+rank of its own, or reads the shared memory or the files that it is told, and keeps the part of each tensor that
+SGLang's rank would, in a buffer laid out as SGLang's. The slicing is written here from SGLang's layers (heads,
+columns, rows, padded vocabulary), with numpy on the buffers, and shares no code with the trainer. GET /seen tells who
+called what, and of each rank which processes' memory it read.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.numpy import load_file
 
 TIMEOUT = datetime.timedelta(seconds=120)  # an answer comes before the trainer gives up
 FUSED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2)}
@@ -72,6 +73,11 @@ class Shard:
         for meta in found["metadata"]:
             part = found["flattened_tensor"].numpy()[meta.start_idx : meta.end_idx]
             self.keep(meta.name, part.view(np.float32).reshape(meta.shape))
+
+    def load(self, ask: dict) -> None:
+        for path in Path(ask["model_path"]).glob("*.safetensors"):
+            for name, tensor in load_file(path).items():
+                self.keep(name, tensor)
 
     def keep(self, name: str, full: np.ndarray) -> None:
         layer = name.split(".")[-2]
@@ -133,6 +139,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         calls = {"/init_weights_update_group": Shard.join, "/update_weights_from_distributed": Shard.receive}
         calls["/update_weights_from_tensor"] = Shard.read
+        calls["/update_weights_from_disk"] = Shard.load
         calls["/destroy_weights_update_group"] = Shard.leave
         if self.path == "/update_weight_version":
             Handler.version = ask["new_version"]
@@ -141,6 +148,10 @@ class Handler(BaseHTTPRequestHandler):
                 list(self.threads.map(lambda shard: calls[self.path](shard, ask), self.shards))
         except RuntimeError as error:
             self.answer(400, {"success": False, "message": str(error)})
+            return
+        if self.path == "/generate":  # every token of a question has the log-prob -1
+            logprobs = [[None if i == 0 else -1.0, token, None] for i, token in enumerate(ask["input_ids"])]
+            self.answer(200, {"meta_info": {"input_token_logprobs": logprobs}})
             return
         found = [{"parallelism_info": {"tp_rank": s.rank}, "checksums": s.checksums()} for s in self.shards]
         self.answer(200, {"success": True} | ({"ranks": found} if self.path == "/weights_checker" else {}))
