@@ -23,11 +23,12 @@ class _DeclareOnImport(importlib.abc.MetaPathFinder):
             sys.meta_path.remove(self)
             import torch
 
+            load: Any = torch.ops.load_library
             found = PathFinder.find_spec(name, path)
             compiled = [Path(folder) / "_C.so" for folder in found.submodule_search_locations or ()] if found else []
             try:
                 for file in compiled:
-                    torch.ops.load_library(file)
+                    load(file)
             except OSError:
                 library: Any = torch.library  # its functions have no types
                 _library = library.Library("torchvision", "DEF")

@@ -176,8 +176,8 @@ def _stack(config: Config, node: NodeFacts) -> Iterator[Problem]:
         what, _, mend = str(e).partition(": ")
         yield Problem(node.host, what, mend)
     else:
-        if what := untested(stack):
-            yield Problem(node.host, what, "docs/cluster.md names what was", fatal=False)
+        if said := untested(stack):
+            yield Problem(node.host, said, "docs/cluster.md names what was", fatal=False)
 
 
 def _engine(config: Config, node: NodeFacts) -> Iterator[Problem]:
