@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -111,12 +112,12 @@ class HttpStream:
             question = hash(request.prompt_ids.tobytes())  # its answers share the server that has read it
             self._of_question[question] += 1
             task = asyncio.create_task(self._make(request, question))
-            task.add_done_callback(lambda _, question=question: self._note_end(question))
+            task.add_done_callback(partial(self._note_end, question))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             task.add_done_callback(self._note_failure)
 
-    def _note_end(self, question: int) -> None:
+    def _note_end(self, question: int, _: asyncio.Task[None]) -> None:
         self._of_question[question] -= 1
         if not self._of_question[question]:
             del self._of_question[question]
