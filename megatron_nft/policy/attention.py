@@ -124,8 +124,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: 
     for batch in plan.batches:
         q = query[batch.queries].transpose(1, 2)  # [n, N, W, D]
         k, v = (x[batch.keys].transpose(1, 2) for x in (key, value))  # [n, G, K, D]
-        how = {"is_causal": True} if batch.mask is None else {"attn_mask": batch.mask}
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.size(1) != k.size(1), **how)
+        grouped, causal = q.size(1) != k.size(1), batch.mask is None
+        out = F.scaled_dot_product_attention(q, k, v, batch.mask, is_causal=causal, scale=scale, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).reshape(batch.queries.numel(), -1))
     return torch.cat(outputs)[plan.restore]
 
