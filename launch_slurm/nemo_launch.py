@@ -40,16 +40,30 @@ class Recipe:
     home: str = str(HOME)  # the checkout
     work: str = str(HOME)  # gets data/ and runs/
     python: str = str(HOME / ".venv" / "bin" / "python")
+    doctor: bool = True  # look at the nodes before the ranks start on them; on Slurm only
+
+    def arguments(self) -> str:
+        """The settings of `train`, as bash reads them."""
+        config = shlex.quote(os.path.join(self.home, "configs", self.config))
+        return f"--config {config} {shlex.join([f'run_dir={self.run_dir}', *self.settings])}"
+
+    def doctor_step(self, container: list[str]) -> str:
+        """Bash of a job step that looks at all nodes of the job, and ends the job where the run would not start.
+
+        container: options of srun.
+        """
+        command = f"cd {shlex.quote(self.work)} && exec python -m megatron_nft doctor"
+        command += f" --ranks-per-node={self.procs_per_node} {self.arguments()}"
+        step = ["srun", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--overlap", "--cpu-bind=none"]
+        return shlex.join([*step, "--job-name=doctor", *container, "bash", "-c", command]) + " || exit 1"
 
     def stage(self, name: str) -> run.Script:
         """The stage as a bash script; every rank of `train` runs its own."""
         run_dir, home = shlex.quote(self.run_dir), shlex.quote(self.home)
         newest = f'"$(ls -d {run_dir}/checkpoints/step_?????? | tail -n 1)"'
-        config = shlex.quote(os.path.join(self.home, "configs", self.config))
-        settings = shlex.join([f"run_dir={self.run_dir}", *self.settings])
         body = {
             "convert": self.convert,
-            "train": f"exec python -m megatron_nft train --config {config} {settings}",
+            "train": f"exec python -m megatron_nft train {self.arguments()}",
             "eval": f"python -m megatron_nft eval --model {run_dir}/hf --out {run_dir}/eval {self.eval}",
             "export": f"python {home}/tools/convert_megatron_to_hf.py {newest} {run_dir}/exported",
         }[name]
@@ -152,6 +166,24 @@ def slurm_ssh() -> run.Config[run.SlurmExecutor]:
     return _slurm(run.Config(run.SSHTunnel, host="", user="", job_dir=""))
 
 
+def cores(per_task: int | None) -> str:
+    """Bash that gives each step's one task `per_task` cores, or all that the node with the fewest has.
+
+    srun takes neither from the job by itself, and would bind the task, with all of its ranks, to fewer: launcher.sh.
+    """
+    fewest = r"""$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)"""
+    return f"export SRUN_CPUS_PER_TASK={per_task or fewest}"
+
+
+def container_options(executor: run.SlurmExecutor) -> list[str]:
+    """Options of srun for the container that NeMo-Run runs the stages in; its own mounts of job folders left out."""
+    if executor.container_image is None:
+        return []
+    mounts = [mount for mount in executor.container_mounts if mount.startswith("/")]
+    shown = [f"--container-mounts={','.join(mounts)}"] if mounts else []
+    return [f"--container-image={executor.container_image}", *shown]
+
+
 def executor_of(stage: str, recipe: Recipe, chosen: run.Executor) -> run.Executor:
     """The chosen executor, sized for a stage: all nodes with torchrun for `train`, one task else."""
     sized = chosen.clone()
@@ -164,6 +196,10 @@ def executor_of(stage: str, recipe: Recipe, chosen: run.Executor) -> run.Executo
         sized.env_vars = {**{name: f'"{value}"' for name, value in environment.items()}, **sized.env_vars}
         sized.ntasks_per_node = 1
         sized.torchrun_nproc_per_node = recipe.procs_per_node if training else None
+        sized.srun_args = ["--cpu-bind=none", *(sized.srun_args or [])]
+        lines = [sized.setup_lines, cores(sized.cpus_per_task)]
+        lines += [recipe.doctor_step(container_options(sized))] if training and recipe.doctor else []
+        sized.setup_lines = "\n".join(line for line in lines if line)
     else:
         sized.env_vars = {**environment, **sized.env_vars}
         sized.ntasks_per_node = recipe.procs_per_node if training else 1

@@ -38,9 +38,20 @@ def test_dry_run_shows_every_stage_and_starts_none(cluster, task, tmp_path):
     text = " ".join(done.stdout.split())
     for part in ("#SBATCH --nodes=2", "#SBATCH --account=me", "#SBATCH --gpus-per-node=8", "torchrun", "srun"):
         assert part in text
+    assert text.count("--cpu-bind=none") == 5 and text.count("export SRUN_CPUS_PER_TASK=$(tr") == 4  # and the doctor's
+    assert "srun --ntasks=2 --ntasks-per-node=1 --overlap --cpu-bind=none --job-name=doctor" in text
+    assert text.count("megatron_nft doctor --ranks-per-node=2") == 1 and "|| exit 1" in text
     assert text.count("=== APPLICATION ===") == 4 or text.count("#SBATCH --account=me") == 4
     assert not (task / "dry").exists()
     assert cluster.run("squeue", "-h").stdout == ""
+
+
+def test_the_doctor_can_be_left_out_and_cores_be_given(cluster, task, tmp_path):
+    slurm = ["executor=slurm", "executor.account=me", "executor.cpus_per_task=3", "executor.setup_lines=nproc"]
+    done = nemo(cluster, task, tmp_path, *slurm, "recipe.doctor=false", 'stages=["train"]', "--dryrun")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nproc" in done.stdout and "export SRUN_CPUS_PER_TASK=3" in done.stdout
+    assert "megatron_nft doctor" not in done.stdout
 
 
 def test_dry_run_of_a_published_recipe_on_a_cluster_over_ssh(tmp_path):
@@ -70,8 +81,25 @@ def test_two_tasks_on_slurm(cluster, task, tmp_path):
     assert sorted(jobs.values()) == ["export", "train"]
     for job in sorted(jobs, key=int):
         fields = cluster.wait(job)
-        assert fields["JobState"] == "COMPLETED", Path(fields["StdOut"]).read_text()
+        text = Path(fields["StdOut"]).read_text()
+        assert fields["JobState"] == "COMPLETED", text
+        assert ("doctor: 1 node; nothing that would stop the run was found" in text) == (jobs[job] == "train")
     assert (task / "nemo-slurm" / "exported" / "config.json").exists()
+
+
+def test_a_doctor_that_finds_something_ends_the_job(cluster, task, tmp_path):
+    """Before a rank starts; the engine's interpreter is none."""
+    slurm = ["executor=slurm", "executor.account=me", "executor.partition=batch", "executor.time=00:10:00"]
+    bad = ["recipe.run_dir=nemo-doctor", "rollout.engine=sglang", "rollout.server.python=/bin/false"]
+    done = nemo(cluster, task, tmp_path, *slurm, *bad, 'stages=["train"]', "--detach")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (job,) = re.findall(r"JobId=(\d+) JobName=\S*?train\b", cluster.run("scontrol", "show", "job").stdout)[-1:]
+    fields = cluster.wait(job)
+    text = Path(fields["StdOut"]).read_text()
+    assert fields["JobState"] == "FAILED", text
+    assert "doctor: 1 node; the run would fail: 1 problem" in text
+    assert "job exited with code 0" not in text
+    assert not (task / "nemo-doctor" / "metrics.jsonl").exists()
 
 
 def test_a_stage_that_fails_ends_the_rest_and_exits_1(cluster, task, tmp_path):
