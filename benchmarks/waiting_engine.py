@@ -1,13 +1,18 @@
 """A server that answers as SGLang does, but only waits: the time of every token is that of a model of an engine.
 
-    python benchmarks/waiting_engine.py --port 30000 --settings settings.json [--log calls.jsonl]
+    python benchmarks/waiting_engine.py --port 30000 --settings settings.json [--host ADDRESS] [--log calls.jsonl]
 
 settings.json: the fields of `megatron_nft.plan.decoding.DecodeModel`, and of answers `mean_tokens`, `max_tokens`,
-`spread` (standard deviation of the logarithm of the length) and `seed`. Weights are taken from disk, and not read.
+`spread` (standard deviation of the logarithm of the length) and `seed`; if need be `sync_s` (seconds that weights
+take), `version` (of the weights at the start), `first` (from which answers and requests are numbered: servers of one
+run begin with different ones) and `sessions` (true: sync.in_flight=continue is taken, as by newer servers). Weights are
+taken from disk, and not read.
 
-An answer says what it is, so that one that goes on from a prefix is the same answer: MARK, its length and its serial
-number, two tokens each, then tokens that follow from serial number and position, and the end token that was asked for.
-It is right (`grade`) where its length is even.
+An answer says what it is, so that one that goes on from a prefix is the same answer, on another server too: MARK, its
+length and its serial number, two tokens each, then tokens that follow from serial number and position, and the end
+token that was asked for. It is right (`grade`) where its length is even. Log-probs say which request made a token: that
+of request n is -(1 + n / 2^20), which fp32 holds exactly for n < 2^20. The log has a line for every request, also where
+nobody waits for its answer any more.
 """
 
 from __future__ import annotations
@@ -65,6 +70,7 @@ def grade_few(response: str, answer: str, data_source: str, extra: dict[str, Any
 class Call:
     """A request under way."""
 
+    number: int
     answer: Answer
     serial: int
     start: int  # tokens of the answer that came with the prompt
@@ -78,13 +84,14 @@ class Call:
 class WaitingEngine:
     """The engine behind the server; a thread of its own lets its time pass."""
 
-    def __init__(self, model: DecodeModel, demand: Demand, seed: int) -> None:
+    def __init__(self, model: DecodeModel, demand: Demand, seed: int, first: int = 0, version: int = 0) -> None:
+        """first, version: see the module."""
         self._engine, self._demand, self._rng = SimulatedEngine(model), demand, np.random.default_rng(seed)
-        self._mu, self._serial = log_mean(demand), 0
+        self._mu, self._serial, self._number = log_mean(demand), first, first
         self._calls: dict[Answer, Call] = {}  # in the batch
         self._queue: deque[Call] = deque()
         self._changed = threading.Condition()
-        self._began, self.paused, self.version, self.busy_s = time.monotonic(), False, 0, 0.0
+        self._began, self.paused, self.version, self.busy_s = time.monotonic(), False, version, 0.0
         threading.Thread(target=self._run, daemon=True).start()
 
     def call(self, ids: list[int], limit: int, end: int) -> Call:
@@ -98,7 +105,8 @@ class WaitingEngine:
                 length = int(np.clip(np.rint(draw), HEAD + 1, self._demand.max_response_tokens))
                 start, serial, self._serial = 0, self._serial, self._serial + 1
             last = min(length, start + limit)
-            call = Call(Answer(serial, last, len(ids) - start, float(start)), serial, start, last, end)
+            answer = Answer(serial, last, len(ids) - start, float(start))
+            call, self._number = Call(self._number, answer, serial, start, last, end), self._number + 1
             call.answer.version = length  # of the whole answer
             self._queue.append(call)
             self._changed.notify_all()
@@ -115,12 +123,24 @@ class WaitingEngine:
             self._calls.clear()
             self._queue.clear()
 
+    def retract(self) -> None:
+        """Put everything in the batch back to the front of the queue, with the tokens that it has."""
+        with self._changed:
+            self._pass_time()
+            self._engine.stop_all()
+            self._queue.extendleft(reversed(list(self._calls.values())))
+            self._calls.clear()
+
     def set_version(self, version: int) -> None:
         with self._changed:
             self._pass_time()
             self.version = version
             for call in self._calls.values():
-                call.spans.append([version, int(call.answer.done)])
+                self._note_version(call)
+
+    def _note_version(self, call: Call) -> None:
+        if not call.spans or call.spans[-1][0] != self.version:
+            call.spans.append([self.version, int(call.answer.done)])
 
     @property
     def idle(self) -> bool:
@@ -150,7 +170,7 @@ class WaitingEngine:
     def _fill(self) -> None:
         while self._queue and self._engine.rows < self._engine.model.max_rows and not self.paused:
             call = self._queue.popleft()
-            call.spans.append([self.version, call.start])
+            self._note_version(call)
             self._calls[call.answer] = call
             self._engine.start(call.answer)
 
@@ -166,14 +186,13 @@ class WaitingEngine:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     engine: WaitingEngine
-    sync_s = 0.0
-    has_sessions = False  # of updates, as SGLang from 0.5.21 on
+    sync_s, sessions = 0.0, False
     log: Any = None
     lock = threading.Lock()
 
     def do_GET(self) -> None:
         if self.path == "/begin_weight_update":
-            return self._send({}, 405 if self.has_sessions else 404)
+            return self._send({}, 405 if self.sessions else 404)
         return self._send({"weight_version": str(self.engine.version), "busy_s": self.engine.busy_s})
 
     def do_POST(self) -> None:
@@ -195,20 +214,21 @@ class Handler(BaseHTTPRequestHandler):
         new = tokens_of(call.answer.version, call.serial, call.end)[call.start : there]
         meta: dict[str, Any] = {"finish_reason": {"type": call.reason}, "weight_version": str(self.engine.version)}
         if call.spans:
-            ends = [first for _, first in call.spans[1:]] + [there]
-            meta["weight_version"] = str(call.spans[-1][0])
-            meta["weight_versions"] = [
+            ends = [min(first, there) for _, first in call.spans[1:]] + [there]
+            spans = [
                 {"version": str(version), "start": first - call.start, "end": end - call.start}
                 for (version, first), end in zip(call.spans, ends, strict=True)
                 if end > first
             ]
-        meta["output_token_logprobs"] = [[-1.0, token, None] for token in new]
+            meta["weight_version"] = spans[-1]["version"] if spans else str(call.spans[-1][0])
+            meta["weight_versions"] = spans
+        meta["output_token_logprobs"] = [[-(1 + call.number / 2**20), token, None] for token in new]
+        answer = {"output_ids": new, "meta_info": meta}
         if self.log is not None:
             with self.lock:
-                told = {"serial": call.serial, "start": call.start, "end": there, "reason": call.reason}
-                self.log.write(json.dumps(told | {"versions": meta.get("weight_versions", [])}) + "\n")
+                self.log.write(json.dumps({"input_ids": ids} | answer) + "\n")
                 self.log.flush()
-        return {"output_ids": new, "meta_info": meta}, 200
+        return answer, 200
 
     def _abort_request(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         self.engine.abort()
@@ -218,6 +238,8 @@ class Handler(BaseHTTPRequestHandler):
         self.engine.paused = True
         if body["mode"] == "abort":
             self.engine.abort()
+        else:
+            self.engine.retract()
         return {}, 200
 
     def _continue_generation(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -227,16 +249,16 @@ class Handler(BaseHTTPRequestHandler):
     def _flush_cache(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         return {}, 200 if self.engine.idle or self.engine.paused else 400
 
+    def _begin_weight_update(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        return {}, 200 if self.engine.idle or self.engine.paused else 400  # an engine would wait for those under way
+
+    def _end_weight_update(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        return {}, 200
+
     def _update_weights_from_disk(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         time.sleep(self.sync_s)
         self.engine.set_version(int(body["weight_version"]))
         return {"success": True}, 200
-
-    def _begin_weight_update(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        return {}, 200 if self.has_sessions else 404
-
-    def _end_weight_update(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        return {}, 200 if self.has_sessions else 404
 
     def _update_weight_version(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         return {"success": True}, 200
@@ -261,17 +283,19 @@ class Server(ThreadingHTTPServer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--settings", type=Path, required=True)
     parser.add_argument("--log", type=Path, help="a line for every request that was answered")
     args = parser.parse_args()
     settings = json.loads(args.settings.read_text())
     model = DecodeModel(**{f.name: settings[f.name] for f in fields(DecodeModel)})
     demand = Demand(1, 1, 1, 0.5, settings["mean_tokens"], settings["max_tokens"], 0, 0, settings["spread"])
-    Handler.engine = WaitingEngine(model, demand, settings["seed"])
-    Handler.sync_s, Handler.has_sessions = settings.get("sync_s", 0.0), settings.get("sessions", False)
+    given = {name: settings[name] for name in ("first", "version") if name in settings}
+    Handler.engine = WaitingEngine(model, demand, settings["seed"], **given)
+    Handler.sync_s, Handler.sessions = settings.get("sync_s", 0.0), settings.get("sessions", False)
     if args.log:
         Handler.log = args.log.open("a")
-    server = Server(("127.0.0.1", args.port), Handler)
+    server = Server((args.host, args.port), Handler)
     print("ready", flush=True)
     server.serve_forever()
 

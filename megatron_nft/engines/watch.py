@@ -3,7 +3,7 @@
 An answer may take as long as it takes: no limit stands on a request. What counts is that the server moves: an answer
 came from it, or its own sign of progress (`ProgressQuery`) changed. A server that does neither for
 `rollout.server.stall_timeout_s` is given up: its requests end with a TimeoutError and are made elsewhere. A weight sync
-pauses servers, with requests that wait in them; its seconds do not count.
+pauses servers, with requests that wait in them; its seconds do not count, and a router keeps its servers meanwhile.
 
 Of a server behind a router nobody knows which requests it has. It is withdrawn from the router instead, and its
 requests end as soon as whoever started it has ended it; where nobody will, all requests through the router are made
@@ -109,7 +109,11 @@ class Watch:
             if not routed.is_watched(server):
                 moved_at, state, may_have_requests = clock(), State.READY, not server.down
                 continue
+            if self._syncing:
+                continue
             state = await self._state(server.url)
+            if self._syncing:  # its version may be the new one, which is not yet the wanted one
+                continue
             await routed.heed(server, state)
             if state is not State.SILENT:
                 moved_at, may_have_requests = clock(), state is State.READY

@@ -93,7 +93,7 @@ class RouterHandler(Handler):
 
     def do_DELETE(self) -> None:
         if self.may_pass():
-            for url in [url for url, known in self.workers.items() if self.path.endswith(known)]:
+            for url in [url for url, known in self.workers.items() if self.path == f"/workers/{known}"]:
                 self.workers.pop(url)
             self.answer({})
 
@@ -117,6 +117,11 @@ class RouterHandler(Handler):
         self.answer({"error": "no worker answers"}, 503)
 
 
+class StandIn(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024
+
+
 def main() -> None:
     if sys.argv[1] == "-c":  # whether a package is there
         return
@@ -127,7 +132,7 @@ def main() -> None:
         Path(arguments["record"], f"{name}.json").write_text(json.dumps(dict(os.environ)))
     Handler.version = arguments.get("weight-version", "0")
     handler = RouterHandler if is_router else Handler
-    ThreadingHTTPServer((arguments["host"], int(arguments["port"])), handler).serve_forever()
+    StandIn((arguments["host"], int(arguments["port"])), handler).serve_forever()
 
 
 if __name__ == "__main__":

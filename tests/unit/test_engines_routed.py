@@ -2,14 +2,17 @@
 
 import itertools
 import threading
+from contextlib import ExitStack
 
 import httpx
 import pytest
-from answering import engine, good, requests, run, serving
+from answering import engine, good, requests, run, sample, serving
 from processes import wait_until
 
-from megatron_nft.engines.engine import SamplingParams
+from megatron_nft.engines import watch
+from megatron_nft.engines.engine import AnswerRequest, SamplingParams
 from megatron_nft.engines.owners import Owners
+from megatron_nft.engines.routed import Routed
 
 
 class FakeRouter:
@@ -105,6 +108,54 @@ def test_a_server_that_the_router_does_not_take_at_once_is_offered_again_in_the_
                 break
         else:
             raise AssertionError("it did not get requests")
+
+
+def test_a_router_keeps_servers_that_a_sync_has_paused_with_answers_under_way(router, monkeypatch):
+    """They have the new weights one after the other, before the client wants them."""
+    monkeypatch.setattr(watch, "MIN_PERIOD_S", 0.01)
+    monkeypatch.setattr(watch, "LOOKS_PER_TIMEOUT", 10_000)
+    looks = threading.Semaphore(0)
+    is_watched = Routed.is_watched
+
+    def counted(self, server):
+        looks.release()
+        return is_watched(self, server)
+
+    monkeypatch.setattr(Routed, "is_watched", counted)
+    resumed = threading.Event()
+
+    def paused(body):
+        resumed.wait(60)
+        return 200, sample(version="4")
+
+    settings = {"options": {"router": router}, "allow_version_change": True, "stall_timeout_s": 60.0}
+    with ExitStack() as opened:
+        a, b = (opened.enter_context(serving(paused)) for _ in range(2))
+        client = opened.enter_context(engine(a, b, **settings))
+        with client.stream(SamplingParams(8)) as stream:
+            stream.add([AnswerRequest(i, r.prompt_ids, (0, i)) for i, r in enumerate(requests(8))])
+            wait_until(lambda: len(a.bodies) + len(b.bodies) == 8)
+            client.syncing = True
+            a.version = b.version = "4"
+            while looks.acquire(blocking=False):
+                pass
+            for _ in range(20):
+                assert looks.acquire(timeout=60)
+            assert sorted(router.admitted) == sorted([a.url, b.url])
+            client.weight_version, client.syncing = 4, False
+            assert client.left_behind() == []
+            resumed.set()
+            found = dict(next_answers(stream, 8))
+            assert sorted(router.admitted) == sorted([a.url, b.url])
+    assert found.keys() == set(range(8)) and {answer.weight_version for answer in found.values()} == {4}
+    assert len(a.bodies) + len(b.bodies) == 8, "none was made again"
+
+
+def next_answers(stream, count):
+    found = []
+    while len(found) < count:
+        found += stream.advance().ended
+    return found
 
 
 def test_a_server_that_hangs_is_withdrawn_and_its_owner_is_told(router, tmp_path):
