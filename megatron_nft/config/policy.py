@@ -116,9 +116,9 @@ class PolicyConfig(Section):
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data- and context-parallel ranks while the backward pass goes on."""
     overlap_param_gather: bool = False
-    """Gather the updated weights over the data- and context-parallel ranks while the forward pass of the next update goes on. Needs
-    use_distributed_optimizer, which divides the update, and overlap_grad_reduce, without which Megatron has a single
-    bucket and nothing to overlap."""
+    """Gather the updated weights over the data- and context-parallel ranks while the forward pass of the next update
+    goes on. Needs use_distributed_optimizer, which divides the update, and overlap_grad_reduce, without which Megatron
+    has a single bucket and nothing to overlap."""
     tp_comm_overlap: bool = False
     """Move the activations of sequence parallelism through Transformer Engine's user buffers while it multiplies. Needs
     sequence_parallel, bf16, Transformer Engine and each tensor-parallel group on one host. The buffers have one size:
