@@ -10,8 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from gated_engine import HELD_OUT_TOKENS
-from waiting import Server, check_draws, check_tokens, check_versions, rows_of, settings
+from waiting import HELD_OUT_TOKENS, Server, check_draws, check_tokens, check_versions, rows_of, settings
 
 from megatron_nft.processes import free_port
 from runs import Run, merge, metrics_of

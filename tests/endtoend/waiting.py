@@ -19,6 +19,7 @@ from runs import make_start, merge
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+from gated_engine import HELD_OUT_TOKENS  # noqa: E402
 from waiting_engine import read_head, tokens_of  # noqa: E402
 
 END = 2
