@@ -27,7 +27,7 @@ from waiting_engine import HEAD, read_head, tokens_of  # noqa: E402
 END = 2
 ENGINE = {
     "max_rows": 24,
-    "weights_s": 0.01,
+    "weights_s": 0.04,  # of a token: the longest answers take longer than a step, and go on over syncs
     "context_s": 0.0,
     "row_s": 0.0,
     "overhead_s": 0.0,
