@@ -143,19 +143,10 @@ def versions_of(call: dict) -> list[tuple[int, int]]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("kills", "in_flight"),
-    [
-        (3, "abort"),
-        pytest.param(3, "continue", marks=pytest.mark.long),
-        pytest.param(20, "abort", marks=pytest.mark.long),
-    ],
-)
-def test_killed_at_random_moments(server, tmp_path, kills, in_flight):
-    """With `continue` a sync tells nothing of running answers, so that a checkpoint has to ask for it."""
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_random_moments(server, tmp_path, kills):
     steps = 2 * kills
-    made = merge(settings(tmp_path, server.url, steps), sync__in_flight=in_flight)
-    chance = random.Random(kills)
+    made, chance = settings(tmp_path, server.url, steps), random.Random(kills)
     for _ in range(kills):
         run = Run(made)
         done, calls = run.steps_done(), len(server.calls()) + chance.randrange(5, 60)
