@@ -124,7 +124,7 @@ class PolicyConfig(Section):
     sequence_parallel, bf16, Transformer Engine and each tensor-parallel group on one host. The buffers have one size:
     every micro-batch is padded to micro_batch_tokens."""
     cuda_device_max_connections: PositiveInt | None = None
-    """CUDA_DEVICE_MAX_CONNECTIONS of the ranks. null: 1 with TP of at least 2 on chips before Blackwell, where
+    """CUDA_DEVICE_MAX_CONNECTIONS of the ranks. null: 1 with TP or CP of at least 2 on chips before Blackwell, where
     Megatron's overlap relies on kernels starting in order and another value is refused; else what the environment
     has."""
     optimizer_offload: bool = False

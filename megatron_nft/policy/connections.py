@@ -1,7 +1,7 @@
 """CUDA_DEVICE_MAX_CONNECTIONS, which must be set before CUDA starts.
 
-Megatron's overlap of tensor-parallel communication with matrix products relies on the GPU starting kernels in the order
-in which they were given to it, which chips before Blackwell do only with one connection (megatron-core 0.16.1,
+Megatron's overlap of tensor- and context-parallel communication with matrix products relies on the GPU starting
+kernels in the order in which they were given to it, which chips before Blackwell do only with one connection (core 0.16.1,
 tensor_parallel/layers.py: "we rely on CUDA_DEVICE_MAX_CONNECTIONS=1"). With more, results are the same and the
 communication is not hidden. Blackwell keeps the order anyway, and there one connection only costs.
 """
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 
 from megatron_nft.config import PolicyConfig
+from megatron_nft.processes import set_own_variable
 
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 BLACKWELL = 10.0  # compute capability
@@ -20,21 +21,24 @@ TIME_LIMIT_S = 60.0
 
 
 def set_connections(policy: PolicyConfig) -> None:
-    """Set the variable of this process as the settings say. ValueError for a value under which tensor parallelism would
-    not overlap, whether from the settings or from the environment."""
+    """Set the variable of this process as the settings say. ValueError for a value under which tensor or context
+    parallelism would not overlap, whether from the settings or from the environment."""
     wanted = policy.cuda_device_max_connections
     value = str(wanted) if wanted is not None else os.environ.get(VARIABLE)
-    needs_order = policy.tensor_model_parallel_size > 1 and _oldest_capability() < BLACKWELL
+    needs_order = (
+        max(policy.tensor_model_parallel_size, policy.context_parallel_size) > 1 and _oldest_capability() < BLACKWELL
+    )
     if needs_order and value not in (None, "1"):
         source = "the environment" if wanted is None else "policy.cuda_device_max_connections"
         raise ValueError(
             f"{VARIABLE} is {value} by {source}; with tensor_model_parallel_size="
-            f"{policy.tensor_model_parallel_size} on chips before Blackwell Megatron needs 1: leave it out"
+            f"{policy.tensor_model_parallel_size} and context_parallel_size={policy.context_parallel_size} on chips "
+            "before Blackwell Megatron needs 1: leave it out"
         )
     if needs_order:
         value = "1"
     if value is not None:
-        os.environ[VARIABLE] = value
+        set_own_variable(VARIABLE, value)  # servers have it as it was given
 
 
 def _oldest_capability() -> float:

@@ -48,14 +48,17 @@ ROPE = {
 def compare(ranks: Ranks, splits_of: dict[str, list[list[int]]], families=FAMILIES, **layout: object) -> None:
     for family, tied in families:
         reference = make_reference(ranks, family, tied=tied, **(ROPE if family == "llama" else {}))
-        options = {"use_distributed_optimizer": False, "lm_head": "one_pass", "optimizer": {"clip_grad": 0.0}}
+        one_pass = layout.get("context_parallel_size", 1) == 1
+        head = "one_pass" if one_pass else "auto"
+        options = {"use_distributed_optimizer": False, "lm_head": head, "optimizer": {"clip_grad": 0.0}}
         policy = make_policy(reference.model, **options, **layout)
         weights = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
         for name, splits in splits_of.items():
             load_weights(policy, weights)
             batches = deal(policy, splits)
             compare_logprobs(policy, batches, splits, reference, f"{family}, {name}, {layout}")
-            for how in (replace(loss, per_token=False), loss):  # in two passes over the logits, in one
+            two_passes = replace(loss, per_token=False)  # over the logits
+            for how in (two_passes, loss) if one_pass else (two_passes,):
                 where = f"{family}, {name}, {layout}, per token {how.per_token}"
                 load_weights(policy, weights)
                 report = policy.train_step(batches, how, DENOMINATOR, TEMPERATURE)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch.distributed as dist
 from engine_peer import Shard
@@ -118,10 +119,10 @@ class Session:
         self.sync.close()
         self.engine.close()
 
-    def push(self, model: int = 0):
+    def push(self, model: int = 0, probe=None):
         load_hf(World.chunks, World.models[model], World.spec, World.layout)
         World.version += 1
-        return self.sync.sync(World.chunks, World.version)
+        return self.sync.sync(World.chunks, World.version, probe=probe)
 
     def when_the_victim_passes(self, change) -> None:
         """`change(bucket)` once: what is sent in place of the first bucket that holds the victim; None for nothing."""
@@ -161,6 +162,36 @@ def check_weights_change_places_over_every_transport(ranks: Ranks) -> None:
         with Session(ranks, transport) as session:
             for model in (1, 0, 1):
                 checked(session.push(model), model)
+
+
+PROBE = (np.arange(1, 9, dtype=np.int32), np.full(7, -1.0, dtype=np.float32))  # with the peers' own log-probs
+OTHER_CALLS = {
+    "extension": {"tensor": 8, "distributed": 9, "disk": 9},
+    "ipc": {"tensor": 9, "disk": 11},
+    "nccl": {"distributed": 9, "disk": 10},
+}
+"""Calls to a server in one sync with its probe, those for buckets left out: docs/weights.md."""
+
+
+def check_calls_of_a_sync_as_a_run_makes_it(ranks: Ranks) -> None:
+    """Of the second one, which finds the server as the first one left it."""
+    for transport, others in OTHER_CALLS[World.way].items():
+        with Session(ranks, transport) as session:
+            session.push(0, PROBE)
+            dist.barrier()
+            before = [len(httpx.get(f"{url}/seen").json()["calls"]) for url in World.urls]
+            dist.barrier()
+            sent, send = [], session.sync._transport.send
+            session.sync._transport.send = lambda bucket, sent=sent, send=send: (sent.append(1), send(bucket))
+            assert session.push(1, PROBE).probe_difference == 0
+            of_ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(of_ranks, len(sent))
+            one_sender = transport == "tensor" or World.way == "nccl"  # else each stage's leader has its own buckets
+            buckets = 0 if transport == "disk" else max(of_ranks) if one_sender else sum(of_ranks)
+            for url, earlier in zip(World.urls, before, strict=True):
+                paths = [path for _, path in httpx.get(f"{url}/seen").json()["calls"][earlier:] if path != "/seen"]
+                assert len(paths) == buckets + others, (transport, buckets, paths)
+            dist.barrier()
 
 
 def check_another_transport_than_the_servers_backend_is_refused(ranks: Ranks) -> None:

@@ -245,6 +245,8 @@ class Handler(engine_peer.Handler):
             return {"checksums": found}
         elif path == "update_weight_version":
             Handler.version = ask["new_version"]
+        elif path == "inference/v1/generate":  # every token of a question has the log-prob -1
+            return {"prompt_logprobs": [None, *({str(t): {"logprob": -1.0}} for t in ask["token_ids"][1:])]}
         else:
             assert path in ("pause?mode=wait", "resume", "reset_prefix_cache?reset_running_requests=true"), path
         return {"success": True}

@@ -40,18 +40,10 @@ def check(run: Run, server: Server, steps: int) -> int:
     return len(check_versions(rows, server.requests(), max_staleness=2)) - len(rows)
 
 
-@pytest.mark.parametrize(
-    ("kills", "in_flight"),
-    [
-        (3, "abort"),
-        pytest.param(3, "continue", marks=pytest.mark.long),
-        pytest.param(20, "abort", marks=pytest.mark.long),
-    ],
-)
-def test_killed_at_random_moments(server, tmp_path, kills, in_flight):
-    """With `continue` a sync tells nothing of running answers, so that a checkpoint has to ask for it."""
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_random_moments(server, tmp_path, kills):
     steps = 2 * kills
-    made = merge(settings(tmp_path, [server.url], steps), sync__in_flight=in_flight)
+    made = settings(tmp_path, [server.url], steps)
     chance = random.Random(kills)
     for _ in range(kills):
         run = Run(made)

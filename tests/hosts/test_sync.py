@@ -14,6 +14,8 @@ from environments import install
 from rig import Rig, missing_reason
 from torchruns import MASTER_PORT, TESTS, environment
 
+from megatron_nft.plan.sync_time import AGREEMENTS, OTHER_CALLS
+
 SCRIPT = Path(__file__).with_name("ranks_sync_hosts.py")
 CHECKS = launch.names_of(SCRIPT)
 TIMEOUT_S = 1800.0
@@ -102,7 +104,9 @@ def test_a_rank_sends_as_much_on_four_hosts_as_on_one(ranks, tmp_path):
         seen[num_hosts] = [json.loads((scratch / f"counts-{r}.json").read_text()) for r in range(num_hosts * ranks)]
     print(json.dumps(seen[4][0]))
     (first, *_) = seen[2]
-    assert first["http"] > first["buckets"] > 3
+    assert first["buckets"] > 3
+    assert first["http"] == first["buckets"] + OTHER_CALLS["tensor"] - 1  # no probe is made here
+    assert first["collectives"]["answers to flags"] == AGREEMENTS
     for num_hosts, counts in seen.items():
         for rank, found in enumerate(counts):
             wanted = seen[2][rank % ranks]

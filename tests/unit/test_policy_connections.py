@@ -6,6 +6,7 @@ import pytest
 
 from megatron_nft.config import PolicyConfig
 from megatron_nft.policy.connections import VARIABLE, set_connections
+from megatron_nft.processes import clean_environment
 
 TP = {"tensor_model_parallel_size": 2}
 
@@ -22,6 +23,8 @@ def chips(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv(VARIABLE, "")  # so that it is put back afterwards
     monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv(f"NFT_BEFORE_{VARIABLE}", "")
+    monkeypatch.delenv(f"NFT_BEFORE_{VARIABLE}")
     return install
 
 
@@ -29,6 +32,7 @@ def chips(tmp_path, monkeypatch):
     ("capabilities", "settings", "environment", "expected"),
     [
         (["9.0", "9.0"], TP, None, "1"),
+        (["9.0"], {"context_parallel_size": 2}, None, "1"),
         (["9.0"], {}, None, None),
         (["9.0"], {}, "8", "8"),
         (["9.0"], TP, "1", "1"),
@@ -48,6 +52,7 @@ def test_what_ranks_get(chips, monkeypatch, capabilities, settings, environment,
         monkeypatch.setenv(VARIABLE, environment)
     set_connections(PolicyConfig(**settings))
     assert os.environ.get(VARIABLE) == expected
+    assert clean_environment().get(VARIABLE) == environment  # that of servers
 
 
 @pytest.mark.parametrize(
