@@ -6,6 +6,7 @@
         server = second.start(sys.executable, "server.py", stdout=log)
         second.cut()       # its cable is pulled: packets are lost in silence
         second.heal()
+        second.slow(100_000)  # bytes per second, in each direction, until it is healed
         second.kill()      # every process of the host ends at once, as in a crash; the host itself stays
 
 A host has its own network, host name, /etc/hosts, process ids, System V IPC and /dev/shm. It shares the processors and
@@ -20,6 +21,7 @@ side do not see each other.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -28,11 +30,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
+
 from megatron_nft.processes import die_with_parent
 
-PROGRAMS = ("ip", "unshare", "nsenter", "bash", "timeout")
+PROGRAMS = ("ip", "tc", "unshare", "nsenter", "bash", "timeout")
 NETWORK = "10.77.0"
 RUN_TIMEOUT_S = 60.0
+BURST_BYTES = 32_768
+"""What a slow cable passes at once after it was idle."""
+QUEUE_S = 0.4  # packets that would have to wait longer are lost, as in a switch whose buffer is full
 
 FIRST_PROCESS = """
 set -e
@@ -123,9 +130,20 @@ class Host:
         """Pull the cable of the host. It still reaches itself."""
         self._set_port("down")
 
+    def slow(self, bytes_per_s: int) -> None:
+        """Limit what the host sends, and what it is sent, to this many bytes per second, after BURST_BYTES at once."""
+        limit = ("tbf", "rate", f"{bytes_per_s}bps", "burst", f"{BURST_BYTES}b", "latency", f"{QUEUE_S}s")
+        self._set_queues(*limit)  # bps: tc's bytes per second
+
     def heal(self) -> None:
-        """Put the cable back."""
+        """Put the cable back, at full speed."""
+        self._set_queues("noqueue")
         self._set_port("up")
+
+    def queue(self) -> dict[str, Any]:
+        """Queueing discipline of what the host sends, with its settings and its counters, as tc tells them."""
+        (found,) = json.loads(self.run("tc", "-s", "-j", "qdisc", "show", "dev", "eth0"))
+        return found
 
     def connect(self) -> None:
         """Give the host its interface and address, and a cable to the switch."""
@@ -146,6 +164,11 @@ class Host:
         _inside(self._switch, "ip", "link", "set", f"port{self.number}", "master", "switch", "up")
         _inside(self._keeper, "ip", "address", "add", f"{self.address}/24", "dev", "eth0")
         _inside(self._keeper, "ip", "link", "set", "eth0", "up")
+
+    def _set_queues(self, *kind: str) -> None:
+        """Queueing discipline of both ends of the cable. Each limits what is sent from it."""
+        for keeper, device in (self._switch, f"port{self.number}"), (self._keeper, "eth0"):
+            _inside(keeper, "tc", "qdisc", "replace", "dev", device, "root", *kind)
 
     def _set_port(self, state: str) -> None:
         _inside(self._switch, "ip", "link", "set", f"port{self.number}", state)
@@ -209,3 +232,11 @@ def missing_reason() -> str | None:
             return None
     except RigError as e:
         return f"no network namespaces here: {e}"
+
+
+def need_hosts() -> None:
+    """Skip the test, with the reason, where there can be no rig; with NFT_REQUIRE_HOSTS=1 fail it."""
+    if reason := missing_reason():
+        if os.environ.get("NFT_REQUIRE_HOSTS") == "1":
+            pytest.fail(f"NFT_REQUIRE_HOSTS=1, but {reason}")
+        pytest.skip(reason)

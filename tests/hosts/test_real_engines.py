@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from environments import install
-from rig import Host, Rig, missing_reason
+from rig import Host, Rig, need_hosts
 from safetensors.torch import load_file
 from tiny import make_model
 from torchruns import TorchRun
@@ -109,8 +109,7 @@ def test_a_server_on_each_host(hosts, tmp_path, engine):
 )
 def test_two_hosts_end_with_the_weights_of_one(tmp_path, policy, engine):
     """Three steps of 1 x 4 ranks, and of 2 x 2 ranks on the same answers: the weights are equal bit for bit."""
-    if reason := missing_reason():
-        pytest.skip(reason)
+    need_hosts()
     config = settings(tmp_path, engine, 3, **policy)
     with Rig(2) as rig:
         alone = train(rig.hosts[:1], 4, {**config, "run_dir": str(tmp_path / "one-host")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -11,8 +12,9 @@ import uuid
 from pathlib import Path
 
 import pytest
+import rig
 from processes import wait_until
-from rig import Host, Rig, missing_reason
+from rig import BURST_BYTES, Host, Rig, missing_reason, need_hosts
 
 ECHO = """
 import socket, sys
@@ -21,6 +23,31 @@ open(sys.argv[2], "w").close()
 while True:
     listener.accept()[0].close()
 """
+
+SEND = """
+import socket, sys
+sent = open(sys.argv[2], "rb").read()
+with socket.create_server((sys.argv[1], 15000)) as listener:
+    open(sys.argv[3], "w").close()
+    listener.accept()[0].sendall(sent)
+"""
+RECEIVE = """
+import hashlib, socket, sys, time
+start = time.monotonic()
+with socket.create_connection((sys.argv[1], 15000), timeout=60) as connection:
+    found = b"".join(iter(lambda: connection.recv(65536), b""))
+print(hashlib.sha256(found).hexdigest(), time.monotonic() - start)
+"""
+
+
+def sent(sender: Host, receiver: Host, data: Path) -> tuple[str, float]:
+    """SHA-256 of what arrives of the file's bytes, and the seconds of it by the receiver's clock."""
+    listens = data.with_suffix(".listens")
+    listens.unlink(missing_ok=True)
+    sender.start(sys.executable, "-c", SEND, sender.address, data, listens)
+    wait_until(listens.exists)
+    digest, seconds = receiver.run(sys.executable, "-c", RECEIVE, sender.address).split()
+    return digest, float(seconds)
 
 
 def reaches(host: Host, address: str) -> str:
@@ -69,6 +96,27 @@ def test_a_cable_that_is_pulled_and_put_back(hosts, tmp_path):
     wait_until(lambda: reaches(first, "h2") == "", what="the way to h2")
 
 
+def test_a_cable_that_is_slow_in_both_directions(hosts, tmp_path):
+    """A transfer takes no less than its bytes over the limit, but for the first burst. Once the cable is healed
+    nothing limits it: no time would show that on a busy machine."""
+    first, second = hosts
+    data = tmp_path / "data"
+    data.write_bytes(os.urandom(400_000))
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    second.slow(200_000)
+    for sender, receiver in (first, second), (second, first):
+        found, seconds = sent(sender, receiver, data)
+        assert found == digest
+        assert seconds >= (400_000 - BURST_BYTES) / 200_000, sender.name
+    limited = second.queue()
+    assert (limited["kind"], limited["options"]["rate"], limited["options"]["burst"]) == ("tbf", 200_000, BURST_BYTES)
+    assert limited["bytes"] >= 400_000 and limited["overlimits"] > 0
+    assert first.queue()["kind"] == "noqueue"  # the other cable is as it was
+    second.heal()
+    assert second.queue()["kind"] == "noqueue"
+    assert sent(first, second, data)[0] == sent(second, first, data)[0] == digest
+
+
 def test_a_command_that_fails_or_takes_too_long(hosts):
     with pytest.raises(subprocess.CalledProcessError) as failed:
         hosts[0].run("bash", "-c", "echo why; exit 7")
@@ -96,8 +144,7 @@ HOLDER = """
 
 @pytest.mark.parametrize("end", ["raises", "SIGTERM", "SIGKILL"])
 def test_nothing_is_left_behind(tmp_path, end):
-    if reason := missing_reason():
-        pytest.skip(reason)
+    need_hosts()
     mark = f"mark-{uuid.uuid4()}"
     networks, mounts = namespaces(), Path("/proc/mounts").read_text()
     code = textwrap.dedent(HOLDER).format(
@@ -152,3 +199,13 @@ def test_what_cannot_be_made_says_why(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "/nowhere")
     assert "is not installed" in missing_reason.__wrapped__()
+
+
+def test_a_rig_that_has_to_be_there_is_no_skip(monkeypatch):
+    monkeypatch.setattr(rig, "missing_reason", lambda: "there are no namespaces")
+    monkeypatch.delenv("NFT_REQUIRE_HOSTS", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"^there are no namespaces$"):
+        need_hosts()
+    monkeypatch.setenv("NFT_REQUIRE_HOSTS", "1")
+    with pytest.raises(pytest.fail.Exception, match="NFT_REQUIRE_HOSTS=1, but there are no namespaces"):
+        need_hosts()

@@ -11,7 +11,7 @@ from pathlib import Path
 import launch
 import pytest
 from environments import install
-from rig import Rig, missing_reason
+from rig import Rig, need_hosts
 from torchruns import MASTER_PORT, TESTS, environment
 
 from megatron_nft.plan.sync_time import AGREEMENTS, OTHER_CALLS
@@ -23,8 +23,7 @@ TIMEOUT_S = 1800.0
 
 def checks_on(num_hosts: int, ranks: int, scratch: Path, *arguments: object) -> dict[str, str]:
     """Run the checks of SCRIPT on `ranks` ranks of each host: check -> error, as `launch.launch` gives them."""
-    if reason := missing_reason():
-        pytest.skip(reason)
+    need_hosts()
     with Rig(num_hosts) as rig:
         processes = []
         for rank in range(num_hosts * ranks):

@@ -16,6 +16,7 @@ from megatron_nft.train.whereabouts import Board
 from runs import Run, make_start, merge
 
 COLLECTIVE_TIMEOUT_S = 45.0
+SLOW_LIMIT_S, SLOW_BYTES_PER_S = 20.0, 50_000
 TARGET_S = 120.0  # from the loss of a host to the end of the run, with the default settings
 
 
@@ -110,6 +111,27 @@ def test_a_host_that_is_cut_off_is_missed_by_default(hosts, settings, undisturbe
     assert again.wait() == [0, 0], again.text
     assert "step_000001 (step 1," in again.text
     check_weights(cut, undisturbed)
+
+
+@pytest.mark.long
+def test_a_slow_cable_is_no_lost_host(hosts, settings, undisturbed, tmp_path, record_property):
+    """Signs of life get through beside the collectives of whole steps, which the cable of a host holds up for more than
+    twice as long as a silent rank is waited for; and no weight is another one for it."""
+    slow = merge(
+        settings,
+        run_dir=settings["run_dir"] + "-slow",
+        train__heartbeat_timeout_s=SLOW_LIMIT_S,
+    )
+    run = halted(hosts, slow, "generate", tmp_path / "halted")
+    hosts[1].slow(SLOW_BYTES_PER_S)
+    (tmp_path / "halted-go").touch()
+    assert run.wait() == [0, 0], run.text
+    held_up_s = hosts[1].queue()["bytes"] / SLOW_BYTES_PER_S
+    print(f"the cable was busy for {held_up_s:.0f} s")
+    record_property("seconds_of_the_cable", round(held_up_s, 1))
+    assert held_up_s > 2 * SLOW_LIMIT_S
+    assert "has not been heard from" not in run.text
+    check_weights(slow, undisturbed)
 
 
 @pytest.mark.long
