@@ -1,9 +1,9 @@
 """CUDA_DEVICE_MAX_CONNECTIONS, which must be set before CUDA starts.
 
 Megatron's overlap of tensor- and context-parallel communication with matrix products relies on the GPU starting
-kernels in the order in which they were given to it, which chips before Blackwell do only with one connection (core 0.16.1,
-tensor_parallel/layers.py: "we rely on CUDA_DEVICE_MAX_CONNECTIONS=1"). With more, results are the same and the
-communication is not hidden. Blackwell keeps the order anyway, and there one connection only costs.
+kernels in the order in which they were given to it, which chips before Blackwell do only with one connection
+(megatron-core 0.16.1, tensor_parallel/layers.py: "we rely on CUDA_DEVICE_MAX_CONNECTIONS=1"). With more, results are
+the same and the communication is not hidden. Blackwell keeps the order anyway, and there one connection only costs.
 """
 
 from __future__ import annotations

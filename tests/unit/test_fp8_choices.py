@@ -50,7 +50,10 @@ def recipes(monkeypatch):
         settings = config("sglang", "none", fp8={"recipe": "tensorwise", **fp8})
         chunk = SimpleNamespace(config=SimpleNamespace(fp8="hybrid", fp4=None))
         wrapped = [SimpleNamespace(module=chunk, eval=lambda: None)]
-        spec, layout = SimpleNamespace(vocab_size=8), SimpleNamespace(device=torch.device("cpu"))
+        spec, layout = (
+            SimpleNamespace(vocab_size=8),
+            SimpleNamespace(device=torch.device("cpu"), cp=SimpleNamespace(size=1)),
+        )
         return module.Policy(settings, spec, layout, wrapped, None, None).compute_logprobs
 
     return make, seen
