@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,13 @@ GEOMETRY = (  # a run takes about a minute of one core
 
 
 class Grid:
-    """Starts and runs of the grid, in a folder of their own."""
+    """Starts and runs of a comparison of arms, in a folder of their own."""
 
-    def __init__(self, work: Path, workers: int, extra: list[str]) -> None:
-        self.work, self.workers, self.extra = work, workers, extra
+    def __init__(
+        self, work: Path, workers: int, extra: list[str], arms: Mapping[str, tuple[str, tuple[str, ...]]] = ARMS
+    ) -> None:
+        self.work, self.workers, self.extra, self.arms = work, workers, extra, arms
+        self.configs = tuple(sorted({config for config, _ in arms.values()}))
 
     def start(self, task: str) -> Path:
         """The warmed-up model and the questions of a task, made once."""
@@ -71,7 +75,7 @@ class Grid:
     def run(self, task: str, arm: str, seed: int, lr: float, name: str) -> dict[str, Any]:
         """Train once and return what is kept of it. RuntimeError with the run's last lines where it fails."""
         start, run_dir = self.start(task), self.work / name / task / arm.replace(" ", "")
-        config, settings = ARMS[arm]
+        config, settings = self.arms[arm]
         command = [sys.executable, "-m", "megatron_nft", "train", "--config", str(ROOT / "configs" / f"{config}.yaml")]
         command += [f"run_dir={run_dir}", f"seed={seed}", f"model.path={start / 'model'}", f"optimizer.lr={lr:g}"]
         command += [f"data.train=[{start / 'task' / 'train.jsonl'}]"]
@@ -103,8 +107,10 @@ class Grid:
             "train_accuracy": [row["accuracy/train"] for row in steps],
             "entropy": [row["policy/entropy"] for row in steps],
             "clipped": float(np.mean([row["grad_norm/clipped"] for row in steps])),
+            "groups": int(sum(row["groups/kept"] for row in steps)),
+            "age": float(np.mean([row["age/mean"] for row in steps])),
             "seconds": time.monotonic() - begun,
-            **origin(CONFIGS),
+            **origin(self.configs),
         }
 
     def run_all(self, wanted: list[tuple[str, str, int, float, str]]) -> list[dict[str, Any]]:
