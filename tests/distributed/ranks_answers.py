@@ -55,7 +55,7 @@ def nft_of_answer(logprobs: torch.Tensor, sample: TrainingSample) -> torch.Tenso
     if sample.correct:
         return spread(-(1 - r) * ratio.log(), sample)
     argument = (1 - r * ratio) / (1 - r)
-    value = max(float(argument), EPSILON)  # its value is clamped, its gradient is not
+    value = max(float(argument.detach()), EPSILON)  # its value is clamped, its gradient is not
     return spread(-(1 - r) * (math.log(value) + (argument - argument.detach()) / value), sample)
 
 
