@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from environments import install
+from host_runs import OURS, TARGET_S, check_each_misses_the_other, halted, start_training
+from processes import wait_until
 from rig import Host, Rig, need_hosts
 from safetensors.torch import load_file
 from tiny import make_model
-from torchruns import TorchRun
 
 from megatron_nft.data.synthetic import write_task
 from runs import metrics_of
@@ -53,14 +54,11 @@ def settings(folder: Path, engine: str, num_steps: int, **policy: int) -> dict:
 
 def train(hosts: list[Host], ranks: int, config: dict, **env: str) -> Path:
     """Run to the end under torchrun and return the run folder; NFT_TEST_REPLAY is another one, to take answers from."""
-    run_dir = Path(config["run_dir"])
-    run_dir.mkdir(parents=True)
-    (run_dir / "given.yaml").write_text(yaml.safe_dump(config))
-    program = [REPLAY] if "NFT_TEST_REPLAY" in env else ["-m", "megatron_nft"]
-    run = TorchRun(hosts, ranks, run_dir / "output", *program, "train", "--config", run_dir / "given.yaml", env=env)
+    program = [REPLAY] if "NFT_TEST_REPLAY" in env else OURS
+    run = start_training(hosts, ranks, config, program, **env)
     assert run.wait(2400) == [0] * len(hosts), run.text
     assert all(host.processes() == {} for host in hosts)
-    return run_dir
+    return Path(config["run_dir"])
 
 
 def check_receipts(run_dir: Path, hosts: list[Host], num_steps: int) -> None:
@@ -124,3 +122,40 @@ def test_two_hosts_end_with_the_weights_of_one(tmp_path, policy, engine):
     assert start.keys() == expected.keys() == found.keys()
     for name, tensor in found.items():
         assert tensor.equal(expected[name]) and not tensor.equal(start[name]), name
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("moment", ["generate", "sync"])
+def test_a_host_that_is_cut_off_with_its_server(hosts, tmp_path, moment, record_property):
+    """Both sides end by themselves, and their servers with them, also on the host that nobody reaches. Once the cable
+    is back the run goes on from its checkpoint, and every server has the weights of every step."""
+    config = settings(tmp_path, "sglang", 3, tensor_model_parallel_size=2)
+    config["checkpoint"] = {"every_steps": 1}
+    run = halted(hosts, config, moment, tmp_path / "halted", 1800)
+    servers = [processes_named(host, "sglang") for host in hosts]
+    assert all(servers), "a server runs on each host"
+    hosts[1].cut()
+    start = time.monotonic()
+    (tmp_path / "halted-go").touch()
+    assert run.wait() == [1, 1], run.text
+    seconds = time.monotonic() - start
+    print(f"cut off in {moment}: both hosts ended after {seconds:.0f} s")
+    record_property("seconds_to_the_end", round(seconds, 1))
+    assert seconds < TARGET_S
+    check_each_misses_the_other(run, f"step 2, phase {moment}: ")
+    for host in hosts:  # their supervisors see that the ranks are gone
+        wait_until(lambda host=host: host.processes() == {}, what=f"the end of the server of {host.name}")
+
+    hosts[1].heal()
+    again = start_training(hosts, 1, config)
+    assert again.wait(2400) == [0, 0], again.text
+    assert "step_000001 (step 1," in again.text
+    assert all(host.processes() == {} for host in hosts)
+    check_receipts(tmp_path / "run", hosts, 3)
+    check_training(tmp_path / "run", 2, 3)
+
+
+def processes_named(host: Host, name: str) -> list[str]:
+    """Command lines of the host's processes that have this word in them."""
+    return [line for line in host.processes().values() if name in line]

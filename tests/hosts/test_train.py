@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from processes import wait_until
+from host_runs import TARGET_S, check_each_misses_the_other, halted, start_training
 from safetensors.torch import load_file
-from torchruns import TorchRun
 
-from megatron_nft.train.whereabouts import Board
 from runs import Run, make_start, merge
 
 COLLECTIVE_TIMEOUT_S = 45.0
 SLOW_LIMIT_S, SLOW_BYTES_PER_S = 20.0, 50_000
-TARGET_S = 120.0  # from the loss of a host to the end of the run, with the default settings
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +31,6 @@ def undisturbed(settings) -> dict[str, torch.Tensor]:
     return load_file(Path(settings["run_dir"] + "-one-host") / "hf" / "model.safetensors")
 
 
-def train(hosts, ranks: int, settings: dict, **env: str) -> TorchRun:
-    run_dir = Path(settings["run_dir"])
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "given.yaml").write_text(yaml.safe_dump(settings))
-    command = ("-m", "megatron_nft", "train", "--config", run_dir / "given.yaml")
-    return TorchRun(hosts, ranks, run_dir / "output", *command, env=env)
-
-
 def check_weights(settings: dict, expected: dict[str, torch.Tensor]) -> None:
     """The run ended with these, bit for bit."""
     found = load_file(Path(settings["run_dir"]) / "hf" / "model.safetensors")
@@ -50,20 +38,9 @@ def check_weights(settings: dict, expected: dict[str, torch.Tensor]) -> None:
     assert all(expected[name].equal(found[name]) for name in expected)
 
 
-def halted(hosts, settings: dict, moment: str, mark: Path) -> TorchRun:
-    """A run of which every rank has come to this moment of step 2, and says so; the checkpoint of step 1 is whole."""
-    run = train(hosts, 1, settings, NFT_TEST_HALT=f"2 {moment} {mark}")
-    awaited = [*(Path(f"{mark}-{rank}") for rank in range(2)), Path(settings["run_dir"]) / "checkpoints/step_000001"]
-    wait_until(lambda: run.ended or all(path.exists() for path in awaited), 600, "the moment")
-    board = Board(Path(settings["run_dir"]), 0, 2, 5.0)
-    wait_until(lambda: run.ended or all(r is not None and r.step >= 2 for r in board.read()), 600, "their files")
-    assert not run.ended, run.text
-    return run
-
-
 def test_two_hosts_train_the_weights_of_one_bit_for_bit(hosts, settings, undisturbed):
     two = merge(settings, run_dir=settings["run_dir"] + "-two-hosts")
-    run = train(hosts, 1, two)
+    run = start_training(hosts, 1, two)
     assert run.wait() == [0, 0], run.text
     check_weights(two, undisturbed)
     start = load_file(Path(settings["model"]["path"]) / "model.safetensors")
@@ -71,6 +48,7 @@ def test_two_hosts_train_the_weights_of_one_bit_for_bit(hosts, settings, undistu
 
 
 BESIDE = "writing beside the training"
+WRITTEN = {"writing": "checkpoint"}  # moment of the save -> its phase
 LONG = [pytest.param(moment, marks=pytest.mark.long) for moment in ("generate", "sync", "writing", BESIDE)]
 
 
@@ -92,22 +70,12 @@ def test_a_host_that_is_cut_off_is_missed_by_default(hosts, settings, undisturbe
     print(f"cut off in {moment}: both hosts ended after {seconds:.0f} s")
     record_property("seconds_to_the_end", round(seconds, 1))
     assert seconds < TARGET_S
-    at = "step 2, phase " + {"writing": "checkpoint"}.get(moment, moment)
-    for rank, host in enumerate(hosts):
-        said, other = run.last_line(host), hosts[1 - rank]
-        assert said.startswith(
-            f"megatron-nft: rank {rank} on {host.name}, step 3, phase "
-            if moment == BESIDE
-            else f"megatron-nft: rank {rank} on {host.name}, {at}: "
-        ), run.text
-        assert (
-            f"lost the connection to another rank, rank {1 - rank} on {other.name} has not been heard from for" in said
-        )
-        assert said.endswith("(limit 60 s, train.heartbeat_timeout_s)")
-        assert host.processes() == {}
+    at = "step 3, phase " if moment == BESIDE else f"step 2, phase {WRITTEN.get(moment, moment)}: "
+    check_each_misses_the_other(run, at)
+    assert all(host.processes() == {} for host in hosts)
 
     hosts[1].heal()
-    again = train(hosts, 1, cut)
+    again = start_training(hosts, 1, cut)
     assert again.wait() == [0, 0], again.text
     assert "step_000001 (step 1," in again.text
     check_weights(cut, undisturbed)
@@ -157,7 +125,7 @@ def test_a_host_that_loses_power_is_missed_by_the_other_one(
     assert "; it was in phase write, step 2 (" in said, "it was about to begin phase train"
 
     hosts[lost].heal()
-    again = train(hosts, 1, dark)
+    again = start_training(hosts, 1, dark)
     assert again.wait() == [0, 0], again.text
     assert "step_000001 (step 1," in again.text
     check_weights(dark, undisturbed)
@@ -189,7 +157,7 @@ def test_a_server_of_another_host_that_refuses_connections_is_named(hosts, setti
     """Rank 0 asks it; both ranks end with its URL and the reason, and neither speaks of a lost rank."""
     url = f"http://{hosts[1].address}:9"
     refusing = {"engine": "sglang", "server": {"urls": [url]}}
-    run = train(
+    run = start_training(
         hosts, 1, merge(settings, run_dir=settings["run_dir"] + "-refused", rollout={**settings["rollout"], **refusing})
     )
     assert run.wait() == [1, 1], run.text
