@@ -33,7 +33,7 @@ def facts(folder: Path, settings: dict, layout: SimpleNamespace) -> dict:
     given = {"python": folder / "stand-in", "num_servers": 2, "start_timeout_s": 100, **settings}
     rollout = RolloutConfig(engine="sglang", server=given)
     engine = open_engine(folder, rollout, precision="fp32", log_dir=folder / "logs", layout=layout)
-    key = engine._key
+    key = engine.key
     asked = {"trust_env": False, "timeout": 60, "headers": {"Authorization": f"Bearer {key}"}}
     who = {url: httpx.get(url, **asked).json()["host"] for url in engine.all_urls}
     strangers = {httpx.post(url, trust_env=False, timeout=60).status_code for url in engine.all_urls if key}
